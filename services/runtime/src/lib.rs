@@ -1,0 +1,8 @@
+//! What every slotmesh process needs and no domain word: logs and traces, metrics, signals,
+//! settings files, backoff.
+
+pub mod backoff;
+pub mod metrics;
+pub mod settings;
+pub mod shutdown;
+pub mod telemetry;
