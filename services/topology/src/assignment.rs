@@ -1,0 +1,196 @@
+//! What an agent is told of a node: which process it should be, and which credentials it must
+//! have. Derived from the shard's record alone, so every controller derives the same.
+
+use slotmesh_proto::agent::v1 as pb;
+
+use crate::{
+    credential,
+    id::Epoch,
+    instance::{Instance, InstanceState},
+    shard::{Member, Mode, NodeRole, Shard},
+    wire,
+};
+
+/// The specification of one member of a shard.
+#[must_use]
+pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec {
+    let desired = match instance.state {
+        InstanceState::Deleting => pb::Desired::Removed,
+        InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
+    };
+    let fenced = matches!(shard.mode, Mode::Fenced(_));
+    let is_primary = member.node == shard.primary;
+    let serving = shard.epoch > Epoch(0) && !fenced;
+    let master = credential::replica(&instance.secret, &shard.id, shard.epoch, &member.node);
+    pb::NodeSpec {
+        node_id: member.node.to_string(),
+        instance_id: instance.id.to_string(),
+        shard_id: shard.id.to_string(),
+        desired: desired.into(),
+        engine: instance.engine.clone(),
+        databases: instance.databases,
+        parameters: instance.parameters.clone().into_iter().collect(),
+        epoch: shard.epoch.0,
+        run_id: member.run_id.clone(),
+        role: wire::node_role_to(member.role).into(),
+        frozen: shard.handover().is_some(),
+        primary_node_id: shard.primary.to_string(),
+        primary_address: if is_primary {
+            String::new()
+        } else {
+            shard
+                .primary_member()
+                .map(|m| m.address.clone())
+                .unwrap_or_default()
+        },
+        // A fenced shard has no valid credential at all.
+        closed_epoch: if fenced {
+            shard.epoch.0
+        } else {
+            shard.closed_epoch.0
+        },
+        users: if is_primary && serving {
+            primary_users(instance, shard)
+        } else {
+            Vec::new()
+        },
+        master_user: master.user,
+        master_password: master.password,
+    }
+}
+
+/// Users that the primary of the shard's epoch must have.
+fn primary_users(instance: &Instance, shard: &Shard) -> Vec<pb::EpochUser> {
+    let proxy = credential::proxy(&instance.secret, &shard.id, shard.epoch);
+    let mut users = vec![user(proxy, shard.epoch, false)];
+    users.extend(replication_users(
+        instance,
+        shard,
+        shard.epoch,
+        shard.primary.as_str(),
+    ));
+    users
+}
+
+/// Users as which every node but `primary` follows it at `epoch`; made ahead of the epoch on the
+/// next primary.
+#[must_use]
+pub fn replication_users(
+    instance: &Instance,
+    shard: &Shard,
+    epoch: Epoch,
+    primary: &str,
+) -> Vec<pb::EpochUser> {
+    shard
+        .members
+        .iter()
+        .filter(|m| m.node.as_str() != primary)
+        .map(|m| {
+            let replica = credential::replica(&instance.secret, &shard.id, epoch, &m.node);
+            user(replica, epoch, true)
+        })
+        .collect()
+}
+
+fn user(credential: credential::Credential, epoch: Epoch, replication: bool) -> pb::EpochUser {
+    pb::EpochUser {
+        name: credential.user,
+        password: credential.password,
+        epoch: epoch.0,
+        replication,
+    }
+}
+
+/// True for a node that takes the epoch's writes once it has converged.
+#[must_use]
+pub fn is_primary(spec: &pb::NodeSpec) -> bool {
+    wire::node_role_from(spec.role()) == Some(NodeRole::Primary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{instance::Architecture, shard::Handover, shard::tests::shard};
+
+    fn instance() -> Instance {
+        Instance {
+            id: "r-1".into(),
+            name: "r-1".into(),
+            architecture: Architecture::Standard,
+            shard_count: 1,
+            replicas_per_shard: 2,
+            databases: 256,
+            engine: String::new(),
+            secret: vec![1; 32],
+            password_sha256: Vec::new(),
+            state: InstanceState::Running,
+            proxies: Vec::new(),
+            workers_per_proxy: 1,
+            created_unix_ms: 0,
+            parameters: Default::default(),
+        }
+    }
+
+    fn names(spec: &pb::NodeSpec) -> Vec<&str> {
+        spec.users.iter().map(|u| u.name.as_str()).collect()
+    }
+
+    #[test]
+    fn only_the_primary_of_the_epoch_has_users() {
+        let shard = shard();
+        let specs: Vec<_> = shard
+            .members
+            .iter()
+            .map(|m| node(&instance(), &shard, m))
+            .collect();
+        assert_eq!(names(&specs[0]), ["px-4", "rp-4-b", "rp-4-c"]);
+        assert!(specs[1].users.is_empty() && specs[2].users.is_empty());
+        assert_eq!(specs[1].master_user, "rp-4-b");
+        assert_eq!(specs[1].master_password, specs[0].users[1].password);
+        assert!(specs[0].primary_address.is_empty() && !specs[1].primary_address.is_empty());
+    }
+
+    #[test]
+    fn a_handover_freezes_and_a_fence_takes_every_credential() {
+        let handover = Handover {
+            task: "t".into(),
+            target: "b".into(),
+            token: "x".into(),
+            deadline_unix_ms: 0,
+            max_hold_ms: 1000,
+        };
+        let declared = shard().declare(handover).unwrap();
+        assert!(
+            declared
+                .members
+                .iter()
+                .all(|m| node(&instance(), &declared, m).frozen)
+        );
+        let fenced = Shard {
+            mode: Mode::Fenced("test".into()),
+            ..shard()
+        };
+        let spec = node(&instance(), &fenced, &fenced.members[0]);
+        assert!(spec.users.is_empty());
+        assert_eq!(spec.closed_epoch, 4);
+    }
+
+    #[test]
+    fn users_made_ahead_are_those_that_the_next_epoch_asks_for() {
+        let handover = Handover {
+            task: "t".into(),
+            target: "b".into(),
+            token: "x".into(),
+            deadline_unix_ms: 0,
+            max_hold_ms: 1000,
+        };
+        let ahead = replication_users(&instance(), &shard(), Epoch(5), "b");
+        let committed = shard()
+            .declare(handover)
+            .unwrap()
+            .commit(Epoch(4), "x")
+            .unwrap();
+        let spec = node(&instance(), &committed, &committed.members[1]);
+        assert_eq!(&spec.users[1..], &ahead[..]);
+    }
+}

@@ -1,0 +1,84 @@
+//! Credentials of an epoch: the fencing tokens.
+//!
+//! Redis knows no epoch, but it knows users: proxies log in as `px-<epoch>`, replicas as
+//! `rp-<epoch>-<node>`. A process that lacks the users of an epoch cannot take part in it.
+//! Passwords are derived (HMAC-SHA256) from the instance's secret, so no store of them exists.
+
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+
+use crate::id::{Epoch, NodeId, ShardId};
+
+/// A user of one epoch and its password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credential {
+    /// Name at the Redis process.
+    pub user: String,
+    /// Hexadecimal, 64 characters.
+    pub password: String,
+}
+
+impl std::fmt::Debug for Credential {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credential")
+            .field("user", &self.user)
+            .finish_non_exhaustive()
+    }
+}
+
+/// As which proxies log in at the primary of `epoch`.
+#[must_use]
+pub fn proxy(secret: &[u8], shard: &ShardId, epoch: Epoch) -> Credential {
+    let user = format!("px-{epoch}");
+    Credential {
+        password: derive(secret, shard, &user),
+        user,
+    }
+}
+
+/// As which `node` logs in, as a replica, at the primary of `epoch`.
+#[must_use]
+pub fn replica(secret: &[u8], shard: &ShardId, epoch: Epoch, node: &NodeId) -> Credential {
+    let user = format!("rp-{epoch}-{node}");
+    Credential {
+        password: derive(secret, shard, &user),
+        user,
+    }
+}
+
+fn derive(secret: &[u8], shard: &ShardId, user: &str) -> String {
+    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) else {
+        unreachable!("HMAC takes a key of any length")
+    };
+    mac.update(b"slotmesh/v1/");
+    mac.update(shard.as_str().as_bytes());
+    mac.update(b"/");
+    mac.update(user.as_bytes());
+    hex::encode(mac.finalize().into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differs_by_shard_epoch_kind_and_node_and_repeats() {
+        let secret = [7; 32];
+        let all = [
+            proxy(&secret, &"0".into(), Epoch(1)),
+            proxy(&secret, &"0".into(), Epoch(2)),
+            proxy(&secret, &"1".into(), Epoch(1)),
+            proxy(&[8; 32], &"0".into(), Epoch(1)),
+            replica(&secret, &"0".into(), Epoch(1), &"a".into()),
+            replica(&secret, &"0".into(), Epoch(1), &"b".into()),
+        ];
+        for (i, a) in all.iter().enumerate() {
+            assert!(
+                all[i + 1..].iter().all(|b| a.password != b.password),
+                "{a:?}"
+            );
+        }
+        assert_eq!(all[0], proxy(&secret, &"0".into(), Epoch(1)));
+        assert!(!format!("{:?}", all[0]).contains(&all[0].password));
+    }
+}

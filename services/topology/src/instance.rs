@@ -1,0 +1,83 @@
+//! An instance: what a user created and connects to.
+
+use std::collections::BTreeMap;
+
+use crate::id::{HostId, InstanceId, ProxyId};
+
+/// Longest name of an instance.
+pub const NAME_LENGTH_MAX: usize = 64;
+/// Most shards of an instance: one transaction (of at most 128 operations) creates it whole.
+pub const SHARDS_MAX: u32 = 100;
+/// Most replicas of a shard.
+pub const REPLICAS_MAX: u32 = 5;
+/// Most proxies of an instance.
+pub const PROXIES_MAX: u32 = 64;
+/// Most workers of a proxy.
+pub const WORKERS_MAX: u32 = 64;
+/// Databases of an instance: the range of SELECT.
+pub const DATABASES: u32 = 256;
+
+/// How keys are spread.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Architecture {
+    /// One shard.
+    Standard,
+    /// Several shards, by slot.
+    Cluster,
+}
+
+/// Where an instance is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InstanceState {
+    /// Its provision task has not ended.
+    Creating,
+    /// It serves.
+    Running,
+    /// Its processes are being removed.
+    Deleting,
+}
+
+/// What a user created.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// Given by the controller.
+    pub id: InstanceId,
+    /// Given by the user.
+    pub name: String,
+    /// How keys are spread.
+    pub architecture: Architecture,
+    /// Fixed at creation.
+    pub shard_count: u32,
+    /// Replicas of each shard.
+    pub replicas_per_shard: u32,
+    /// The range of SELECT.
+    pub databases: u32,
+    /// Engine as an agent knows it, or a path; empty: the agent's default.
+    pub engine: String,
+    /// From which credentials are derived. Never logged: see the `Debug` impl.
+    pub secret: Vec<u8>,
+    /// SHA-256 of the clients' password; empty: none is needed.
+    pub password_sha256: Vec<u8>,
+    /// Where it is in its life.
+    pub state: InstanceState,
+    /// Which proxy runs where.
+    pub proxies: Vec<(ProxyId, HostId)>,
+    /// Worker threads of each proxy.
+    pub workers_per_proxy: u32,
+    /// When it was created.
+    pub created_unix_ms: u64,
+    /// Engine parameters.
+    pub parameters: BTreeMap<String, String>,
+}
+
+impl std::fmt::Debug for Instance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Instance")
+            .field("id", &self.id)
+            .field("architecture", &self.architecture)
+            .field("shard_count", &self.shard_count)
+            .field("replicas_per_shard", &self.replicas_per_shard)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,23 @@
+//! The pure model of the mesh: instances, shards, slots, epochs, and what follows from them.
+//!
+//! No clock, no I/O, no async. A value of a type here is valid; records and messages are parsed at
+//! the edge, in [`wire`].
+//!
+//! **Invariant:** the primary of a shard changes only together with a rise of its epoch
+//! ([`shard::Shard::commit`], [`shard::Shard::readmit`]).
+
+pub mod assignment;
+pub mod check;
+pub mod credential;
+pub mod delta;
+pub mod id;
+pub mod instance;
+pub mod route;
+pub mod shard;
+pub mod slot;
+pub mod wire;
+
+pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
+pub use instance::{Architecture, Instance, InstanceState};
+pub use shard::{Handover, Member, Mode, NodeRole, Shard};
+pub use slot::{SLOT_COUNT, Slot, SlotRange};

@@ -1,0 +1,73 @@
+//! What a proxy is told of a shard: where its requests go, as whom, and whether to hold them.
+
+use slotmesh_proto::topology::v1 as pb;
+
+use crate::{
+    credential,
+    instance::{Architecture, Instance},
+    shard::{Mode, Shard},
+};
+
+/// Longest time that a proxy holds a request before it answers with an error. Clients' own
+/// timeouts are rarely below it.
+pub const HOLD_BUDGET_MS: u64 = 5_000;
+/// Bytes of held requests in one proxy before it stops reading clients.
+pub const HOLD_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// The route of a shard; `None` while no epoch of it has begun.
+///
+/// A fenced shard has a route with a hold, so that requests wait out their budget rather than
+/// fail at once.
+#[must_use]
+pub fn shard(instance: &Instance, shard: &Shard) -> Option<pb::ShardRoute> {
+    if shard.epoch.0 == 0 {
+        return None;
+    }
+    let hold = match &shard.mode {
+        Mode::Handover(handover) => Some(pb::Hold {
+            task_id: handover.task.to_string(),
+            target_address: shard
+                .member(&handover.target)
+                .map(|m| m.address.clone())
+                .unwrap_or_default(),
+            max_hold_ms: handover.max_hold_ms,
+        }),
+        Mode::Fenced(_) => Some(pb::Hold {
+            max_hold_ms: u32::try_from(HOLD_BUDGET_MS).unwrap_or(u32::MAX),
+            ..pb::Hold::default()
+        }),
+        Mode::Serving | Mode::Provisioning => None,
+    };
+    let credential = credential::proxy(&instance.secret, &shard.id, shard.epoch);
+    Some(pb::ShardRoute {
+        shard_id: shard.id.to_string(),
+        index: shard.index,
+        slots: shard.slots.iter().map(crate::wire::slot_range).collect(),
+        epoch: shard.epoch.0,
+        primary_node_id: shard.primary.to_string(),
+        primary_address: shard
+            .primary_member()
+            .map(|m| m.address.clone())
+            .unwrap_or_default(),
+        username: credential.user,
+        password: credential.password,
+        hold,
+    })
+}
+
+/// What a proxy must know of its instance besides the shards.
+#[must_use]
+pub fn settings(instance: &Instance) -> pb::InstanceSettings {
+    pb::InstanceSettings {
+        instance_id: instance.id.to_string(),
+        architecture: match instance.architecture {
+            Architecture::Standard => pb::Architecture::Standard,
+            Architecture::Cluster => pb::Architecture::Cluster,
+        }
+        .into(),
+        databases: instance.databases,
+        password_sha256: instance.password_sha256.clone(),
+        hold_budget_ms: HOLD_BUDGET_MS,
+        hold_bytes_max: HOLD_BYTES_MAX,
+    }
+}
