@@ -1,0 +1,18 @@
+//! Pure decisions of the controller: what is admitted, where it is placed, and what a task does
+//! next.
+//!
+//! Every machine here is level-triggered and total: from the records and what is observed *now* it
+//! derives the next act, so the same code runs in the common case, after a controller's restart,
+//! and in simulation. No clock, no I/O, no async.
+
+pub mod admit;
+pub mod observe;
+pub mod place;
+pub mod provision;
+pub mod spec;
+pub mod switchover;
+pub mod upkeep;
+pub mod wire;
+
+pub use observe::{Fleet, HoldLevel, NodeView, ProcessState, ProxyView};
+pub use spec::{Phase, ShardSwitch, Spec, State, Task};

@@ -1,0 +1,168 @@
+//! What is observed of the fleet: the newest reports of agents and proxies.
+
+use std::collections::BTreeMap;
+
+use slotmesh_topology::{Epoch, HostId, InstanceId, NodeId, NodeRole, ProxyId, ShardId, TaskId};
+
+/// State of a supervised process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ProcessState {
+    /// Nobody has reported it.
+    #[default]
+    Unknown,
+    /// Started, not answering yet.
+    Starting,
+    /// Answers.
+    Running,
+    /// Not running, will be started again.
+    Stopped,
+    /// Can't be started.
+    Failed,
+    /// Removed with its data, as assigned.
+    Removed,
+}
+
+impl ProcessState {
+    /// Name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "Unknown",
+            Self::Starting => "Starting",
+            Self::Running => "Running",
+            Self::Stopped => "Stopped",
+            Self::Failed => "Failed",
+            Self::Removed => "Removed",
+        }
+    }
+}
+
+/// A node as its agent saw it last.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct NodeView {
+    /// Of its process.
+    pub state: ProcessState,
+    /// Why it is failed.
+    pub error: String,
+    /// Process id.
+    pub pid: u32,
+    /// host:port.
+    pub address: String,
+    /// Of its process; empty when not running.
+    pub run_id: String,
+    /// Of its engine.
+    pub version: String,
+    /// What the process itself says that it is.
+    pub role: Option<NodeRole>,
+    /// Replication offset.
+    pub offset: u64,
+    /// Its link to its primary is up.
+    pub link_up: bool,
+    /// host:port of the node that it follows.
+    pub following: String,
+    /// Loading a data set.
+    pub loading: bool,
+    /// No FAILOVER is under way in it.
+    pub failover_idle: bool,
+    /// Bytes used by data.
+    pub used_memory: u64,
+    /// Configured bound; 0: none.
+    pub max_memory: u64,
+    /// Over all databases.
+    pub keys: u64,
+    /// Epoch whose proxy user has full rights there.
+    pub granted_epoch: Epoch,
+    /// Epoch of the assignment that it has converged to.
+    pub assigned_epoch: Epoch,
+    /// Of a primary: bytes that its slowest online replica has not acknowledged.
+    pub lag_bytes: u64,
+    /// When the report came.
+    pub seen_ms: u64,
+}
+
+impl NodeView {
+    /// Follows the node at `address` with an established link, and is not loading.
+    #[must_use]
+    pub fn follows(&self, address: &str) -> bool {
+        self.state == ProcessState::Running
+            && self.role == Some(NodeRole::Replica)
+            && self.link_up
+            && !self.loading
+            && self.following == address
+    }
+}
+
+/// What a proxy does with a shard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HoldLevel {
+    /// Every worker routes it at the epoch.
+    Applied,
+    /// Every worker holds it and has nothing in flight.
+    Held,
+}
+
+/// A proxy as it reported last.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ProxyView {
+    /// Whose proxy.
+    pub instance: InstanceId,
+    /// Where it runs.
+    pub host: HostId,
+    /// host:port for clients.
+    pub address: String,
+    /// Its stream is up and was heard within the last heartbeats.
+    pub fresh: bool,
+    /// Per shard: epoch, level, and the task of a hold.
+    pub shards: BTreeMap<ShardId, (Epoch, HoldLevel, TaskId)>,
+}
+
+/// All that is observed.
+#[derive(Clone, Debug, Default)]
+pub struct Fleet {
+    /// Nodes by id.
+    pub nodes: BTreeMap<NodeId, NodeView>,
+    /// Proxies by id.
+    pub proxies: BTreeMap<ProxyId, ProxyView>,
+    /// Hosts whose agent has a session.
+    pub hosts: std::collections::BTreeSet<HostId>,
+    /// Proxy processes as agents supervise them.
+    pub proxy_processes: BTreeMap<ProxyId, (ProcessState, String)>,
+}
+
+impl Fleet {
+    /// The node's view, if it was ever reported.
+    #[must_use]
+    pub fn node(&self, node: &NodeId) -> Option<&NodeView> {
+        self.nodes.get(node)
+    }
+
+    /// Fresh proxies of an instance.
+    pub fn fresh_proxies<'a>(
+        &'a self,
+        instance: &'a InstanceId,
+    ) -> impl Iterator<Item = &'a ProxyView> + 'a {
+        self.proxies
+            .values()
+            .filter(move |p| p.fresh && p.instance == *instance)
+    }
+
+    /// Whether every fresh proxy holds the shard for this task.
+    #[must_use]
+    pub fn all_held(&self, instance: &InstanceId, shard: &ShardId, task: &TaskId) -> bool {
+        self.fresh_proxies(instance).all(|p| {
+            p.shards
+                .get(shard)
+                .is_some_and(|(_, level, t)| *level == HoldLevel::Held && t == task)
+        })
+    }
+
+    /// Whether every fresh proxy routes the shard at `epoch` or above.
+    #[must_use]
+    pub fn all_applied(&self, instance: &InstanceId, shard: &ShardId, epoch: Epoch) -> bool {
+        self.fresh_proxies(instance).all(|p| {
+            p.shards
+                .get(shard)
+                .is_some_and(|(at, level, _)| *level == HoldLevel::Applied && *at >= epoch)
+        })
+    }
+}

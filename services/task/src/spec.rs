@@ -1,0 +1,181 @@
+//! A task: an operator's durable intent and how far it has come.
+
+use slotmesh_topology::{Epoch, InstanceId, NodeId, ShardId, TaskId};
+
+/// Where a task is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// Admitted; nothing begun.
+    Pending,
+    /// Under way.
+    Running,
+    /// Ended as asked.
+    Done,
+    /// Ended without effect.
+    RolledBack,
+    /// Ended without effect, on request.
+    Cancelled,
+    /// Can't go on by itself; the shards are in a safe mode.
+    NeedsOperator,
+}
+
+impl State {
+    /// No further step follows.
+    #[must_use]
+    pub fn is_ended(self) -> bool {
+        !matches!(self, Self::Pending | Self::Running)
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Spec {
+    /// Start an instance's processes until it serves.
+    Provision,
+    /// Remove an instance's processes and data.
+    Decommission,
+    /// Make other nodes the primaries of some shards.
+    Switchover(Vec<ShardSwitch>),
+}
+
+impl Spec {
+    /// The kind as users see it.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Provision => "Provision",
+            Self::Decommission => "Decommission",
+            Self::Switchover(_) => "SwitchOver",
+        }
+    }
+}
+
+/// One shard's part of a switchover.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardSwitch {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Its primary when the task was admitted.
+    pub from: NodeId,
+    /// Its next primary.
+    pub to: NodeId,
+    /// Its epoch when the task was admitted.
+    pub from_epoch: Epoch,
+    /// How far it has come. Written before the act that the phase stands for.
+    pub phase: Phase,
+    /// Since when.
+    pub phase_since_ms: u64,
+    /// Why it was given up, or what it waits for.
+    pub message: String,
+    /// Longest hold of a request that a proxy reported, in microseconds.
+    pub hold_us: u64,
+    /// From the fence to the role change, in microseconds.
+    pub critical_us: u64,
+}
+
+/// Phases of one shard's switchover, in order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Phase {
+    /// Looking; no effect yet.
+    Preflight,
+    /// Making the replication users of the next epoch on the target.
+    Prewarm,
+    /// The record says Handover: proxies hold, then the old primary's agent switches. Whether it
+    /// has begun is not recorded; whoever recovers must assume that it may have.
+    Hold,
+    /// The switch failed half way or nobody knows: observe, then finish or give back.
+    Resolve,
+    /// Committed: grants, repointing and proxies converge.
+    Settle,
+    /// Ended: the target is primary.
+    Done,
+    /// Ended: the old primary serves on.
+    RolledBack,
+}
+
+impl Phase {
+    /// Name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Preflight => "Preflight",
+            Self::Prewarm => "Prewarm",
+            Self::Hold => "Hold",
+            Self::Resolve => "Resolve",
+            Self::Settle => "Settle",
+            Self::Done => "Done",
+            Self::RolledBack => "RolledBack",
+        }
+    }
+
+    /// Phases before the end, for progress displays.
+    pub const STEPS: u32 = 4;
+
+    /// How many of them are behind it.
+    #[must_use]
+    pub fn steps_done(self) -> u32 {
+        match self {
+            Self::Preflight => 0,
+            Self::Prewarm => 1,
+            Self::Hold | Self::Resolve => 2,
+            Self::Settle => 3,
+            Self::Done | Self::RolledBack => 4,
+        }
+    }
+
+    /// Nothing follows it.
+    #[must_use]
+    pub fn is_ended(self) -> bool {
+        matches!(self, Self::Done | Self::RolledBack)
+    }
+}
+
+/// An operator's intent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Task {
+    /// Given by the controller; sortable by time.
+    pub id: TaskId,
+    /// Whose shards it changes.
+    pub instance: InstanceId,
+    /// What is to be done, and how far each shard has come.
+    pub spec: Spec,
+    /// Where it is.
+    pub state: State,
+    /// Why it ended so, or what it waits for.
+    pub message: String,
+    /// When it was admitted.
+    pub created_ms: u64,
+    /// When it was written last.
+    pub updated_ms: u64,
+    /// After it, a task that can't go on ends instead of waiting.
+    pub deadline_ms: u64,
+    /// Events recorded so far.
+    pub event_count: u64,
+    /// Somebody asked to end it without effect.
+    pub cancel_requested: bool,
+}
+
+impl Task {
+    /// Steps behind it and in all, for progress displays.
+    #[must_use]
+    pub fn progress(&self) -> (u32, u32) {
+        match &self.spec {
+            Spec::Provision | Spec::Decommission => (u32::from(self.state == State::Done), 1),
+            Spec::Switchover(shards) => (
+                shards.iter().map(|s| s.phase.steps_done()).sum(),
+                shards.iter().map(|_| Phase::STEPS).sum(),
+            ),
+        }
+    }
+
+    /// Whether a cancel would still be honoured: before any shard has begun its critical section.
+    #[must_use]
+    pub fn is_cancellable(&self) -> bool {
+        match &self.spec {
+            Spec::Provision | Spec::Decommission => false,
+            Spec::Switchover(shards) => {
+                !self.state.is_ended() && shards.iter().all(|s| s.phase < Phase::Hold)
+            }
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The switchover's decisions, as short stories: what is seen, what is done next.
+
+use slotmesh_topology::{Epoch, Handover, Member, Mode, NodeRole, Shard, slot::split_evenly};
+
+use super::*;
+use crate::observe::{HoldLevel, ProxyView};
+
+const NOW: u64 = 1_000_000;
+
+fn shard() -> Shard {
+    let member = |node: &str, port, role| Member {
+        node: node.into(),
+        host: format!("host-{node}").into(),
+        role,
+        run_id: format!("run-{node}"),
+        address: format!("127.0.0.1:{port}"),
+        in_sync: true,
+    };
+    Shard {
+        instance: "r".into(),
+        id: "0".into(),
+        index: 0,
+        slots: split_evenly(1),
+        epoch: Epoch(4),
+        primary: "a".into(),
+        members: vec![
+            member("a", 1, NodeRole::Primary),
+            member("b", 2, NodeRole::Replica),
+        ],
+        mode: Mode::Serving,
+        closed_epoch: Epoch(3),
+    }
+}
+
+fn declared() -> Shard {
+    let handover = Handover {
+        task: "t".into(),
+        target: "b".into(),
+        token: "x".into(),
+        deadline_unix_ms: NOW + HANDOVER_MS_MAX,
+        max_hold_ms: HOLD_MS_MAX,
+    };
+    shard().declare(handover).unwrap()
+}
+
+fn fleet() -> Fleet {
+    let node = |name: &str, port, role| NodeView {
+        state: ProcessState::Running,
+        run_id: format!("run-{name}"),
+        address: format!("127.0.0.1:{port}"),
+        role: Some(role),
+        failover_idle: true,
+        seen_ms: NOW,
+        ..NodeView::default()
+    };
+    let mut fleet = Fleet::default();
+    let old = NodeView {
+        granted_epoch: Epoch(4),
+        ..node("a", 1, NodeRole::Primary)
+    };
+    let new = NodeView {
+        link_up: true,
+        following: "127.0.0.1:1".into(),
+        ..node("b", 2, NodeRole::Replica)
+    };
+    fleet.nodes.insert("a".into(), old);
+    fleet.nodes.insert("b".into(), new);
+    fleet.hosts.extend(["host-a".into(), "host-b".into()]);
+    for name in ["p1", "p2"] {
+        let proxy = ProxyView {
+            instance: "r".into(),
+            fresh: true,
+            ..ProxyView::default()
+        };
+        fleet.proxies.insert(name.into(), proxy);
+    }
+    fleet
+}
+
+fn at(phase: Phase) -> ShardSwitch {
+    ShardSwitch {
+        shard: "0".into(),
+        from: "a".into(),
+        to: "b".into(),
+        from_epoch: Epoch(4),
+        phase,
+        phase_since_ms: NOW - 10,
+        message: String::new(),
+        hold_us: 0,
+        critical_us: 0,
+    }
+}
+
+fn next(phase: Phase, shard: &Shard, fleet: &Fleet, step: StepStatus) -> Decision {
+    next_at(phase, shard, fleet, step, NOW)
+}
+
+fn next_at(phase: Phase, shard: &Shard, fleet: &Fleet, step: StepStatus, now_ms: u64) -> Decision {
+    decide(View {
+        task: &"t".into(),
+        switch: &at(phase),
+        shard,
+        fleet,
+        step: &step,
+        cancel_requested: false,
+        other_in_hold: false,
+        now_ms,
+    })
+}
+
+fn hold_all(fleet: &mut Fleet, level: HoldLevel, epoch: u64) {
+    for proxy in fleet.proxies.values_mut() {
+        proxy
+            .shards
+            .insert("0".into(), (Epoch(epoch), level, "t".into()));
+    }
+}
+
+#[test]
+fn the_happy_path_visits_every_step_in_order() {
+    let (mut fleet, done) = (fleet(), StepStatus::Done { committed: true });
+    let start = StepStatus::NotStarted;
+    assert!(matches!(
+        next(Phase::Preflight, &shard(), &fleet, start.clone()),
+        Decision::Advance(Phase::Prewarm, _)
+    ));
+    assert_eq!(
+        next(Phase::Prewarm, &shard(), &fleet, start.clone()),
+        Decision::Run(Step::EnsureUsers)
+    );
+    assert_eq!(
+        next(Phase::Prewarm, &shard(), &fleet, done.clone()),
+        Decision::Declare
+    );
+    assert!(matches!(
+        next(Phase::Hold, &declared(), &fleet, start.clone()),
+        Decision::Wait { .. }
+    ));
+    hold_all(&mut fleet, HoldLevel::Held, 4);
+    assert_eq!(
+        next(Phase::Hold, &declared(), &fleet, start.clone()),
+        Decision::Run(Step::HandOver)
+    );
+    let committed = declared().commit(Epoch(4), "x").unwrap();
+    assert!(matches!(
+        next(Phase::Hold, &committed, &fleet, done),
+        Decision::Advance(Phase::Settle, _)
+    ));
+    assert!(matches!(
+        next(Phase::Settle, &committed, &fleet, start.clone()),
+        Decision::Wait { .. }
+    ));
+    fleet.nodes.get_mut(&"b".into()).unwrap().granted_epoch = Epoch(5);
+    hold_all(&mut fleet, HoldLevel::Applied, 5);
+    let mut settled = committed;
+    settled.members[0].in_sync = true;
+    assert_eq!(
+        next(Phase::Settle, &settled, &fleet, start),
+        Decision::Close(String::new())
+    );
+}
+
+#[test]
+fn laggard_proxies_are_not_waited_for_beyond_the_bound() {
+    let late = NOW - 10 + HOLD_WAIT_MS;
+    assert_eq!(
+        next_at(
+            Phase::Hold,
+            &declared(),
+            &fleet(),
+            StepStatus::NotStarted,
+            late
+        ),
+        Decision::Run(Step::HandOver)
+    );
+}
+
+#[test]
+fn preflight_refuses_what_is_not_fit_and_says_why() {
+    type Spoil = fn(&mut Fleet);
+    let cases: [(Spoil, &str); 6] = [
+        (
+            |f| f.nodes.get_mut(&"b".into()).unwrap().link_up = false,
+            "caught up",
+        ),
+        (
+            |f| f.nodes.get_mut(&"a".into()).unwrap().lag_bytes = LAG_BYTES_MAX + 1,
+            "lags",
+        ),
+        (
+            |f| f.nodes.get_mut(&"b".into()).unwrap().run_id = "other".into(),
+            "restarted",
+        ),
+        (
+            |f| f.nodes.get_mut(&"a".into()).unwrap().failover_idle = false,
+            "idle primary",
+        ),
+        (
+            |f| f.nodes.get_mut(&"a".into()).unwrap().granted_epoch = Epoch(3),
+            "epoch 4",
+        ),
+        (|f| assert!(f.hosts.remove(&"host-b".into())), "agent"),
+    ];
+    for (spoil, reason) in cases {
+        let mut fleet = fleet();
+        spoil(&mut fleet);
+        let late = NOW - 10 + PREFLIGHT_MS_MAX;
+        fleet.nodes.values_mut().for_each(|n| n.seen_ms = late);
+        match next_at(
+            Phase::Preflight,
+            &shard(),
+            &fleet,
+            StepStatus::NotStarted,
+            late,
+        ) {
+            Decision::Advance(Phase::RolledBack, why) => assert!(why.contains(reason), "{why}"),
+            other => panic!("{reason}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_failed_switch_is_given_back_only_on_the_agents_word() {
+    let no_effect = StepStatus::NoEffect("timeout".into());
+    assert_eq!(
+        next(Phase::Hold, &declared(), &fleet(), no_effect),
+        Decision::GiveBack("timeout".into())
+    );
+    let uncertain = StepStatus::Uncertain("lost".into());
+    assert!(matches!(
+        next(Phase::Hold, &declared(), &fleet(), uncertain),
+        Decision::Advance(Phase::Resolve, _)
+    ));
+    assert_eq!(
+        next(
+            Phase::Resolve,
+            &declared(),
+            &fleet(),
+            StepStatus::NotStarted
+        ),
+        Decision::Run(Step::TakeBack)
+    );
+    let taken = StepStatus::Done { committed: false };
+    assert!(matches!(
+        next(Phase::Resolve, &declared(), &fleet(), taken),
+        Decision::GiveBack(_)
+    ));
+}
+
+#[test]
+fn a_switch_found_finished_is_committed_forward() {
+    let mut fleet = fleet();
+    let old = fleet.nodes.get_mut(&"a".into()).unwrap();
+    (old.role, old.following) = (Some(NodeRole::Replica), "127.0.0.1:2".into());
+    fleet.nodes.get_mut(&"b".into()).unwrap().role = Some(NodeRole::Primary);
+    assert_eq!(
+        next(Phase::Resolve, &declared(), &fleet, StepStatus::NotStarted),
+        Decision::Commit
+    );
+}
+
+#[test]
+fn reports_from_before_the_trouble_decide_nothing() {
+    let mut fleet = fleet();
+    fleet.nodes.values_mut().for_each(|n| n.seen_ms = NOW - 10);
+    assert!(matches!(
+        next(Phase::Resolve, &declared(), &fleet, StepStatus::NotStarted),
+        Decision::Wait { .. }
+    ));
+}
+
+#[test]
+fn a_new_leader_with_no_memory_of_the_step_asks_again_or_resolves() {
+    let mut fleet = fleet();
+    hold_all(&mut fleet, HoldLevel::Held, 4);
+    assert_eq!(
+        next(Phase::Hold, &declared(), &fleet, StepStatus::NotStarted),
+        Decision::Run(Step::HandOver)
+    );
+    let late = NOW + HANDOVER_MS_MAX;
+    assert!(matches!(
+        next_at(
+            Phase::Hold,
+            &declared(),
+            &fleet,
+            StepStatus::NotStarted,
+            late
+        ),
+        Decision::Advance(Phase::Resolve, _)
+    ));
+}
+
+#[test]
+fn a_deposed_leader_stops() {
+    for phase in [Phase::Prewarm, Phase::Hold, Phase::Resolve] {
+        assert_eq!(
+            next(phase, &declared(), &fleet(), StepStatus::Fenced),
+            Decision::Stop
+        );
+    }
+}
+
+#[test]
+fn cancel_is_honoured_before_the_hold_only() {
+    let decide_cancelled = |phase, shard: &Shard| {
+        decide(View {
+            task: &"t".into(),
+            switch: &at(phase),
+            shard,
+            fleet: &fleet(),
+            step: &StepStatus::NotStarted,
+            cancel_requested: true,
+            other_in_hold: false,
+            now_ms: NOW,
+        })
+    };
+    for phase in [Phase::Preflight, Phase::Prewarm] {
+        assert!(matches!(
+            decide_cancelled(phase, &shard()),
+            Decision::Advance(Phase::RolledBack, _)
+        ));
+    }
+    assert!(!matches!(
+        decide_cancelled(Phase::Hold, &declared()),
+        Decision::Advance(Phase::RolledBack, _)
+    ));
+}

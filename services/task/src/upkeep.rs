@@ -1,0 +1,201 @@
+//! Keeping a shard's record true while it serves: run ids of restarted processes, addresses, and
+//! who is in sync.
+//!
+//! **Invariant:** the process of the primary is exchanged only together with the epoch, and never
+//! for an empty one while a replica holds data.
+
+use slotmesh_topology::{Mode, NodeRole, Shard};
+
+use crate::observe::{Fleet, NodeView, ProcessState};
+
+/// The record that should be written instead of `shard`, and why; `None` when it is true as it is.
+#[must_use]
+pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
+    if shard.mode != Mode::Serving {
+        return None;
+    }
+    if let Some(change) = restarted_primary(shard, fleet) {
+        return Some(change);
+    }
+    let primary_address = shard.primary_member()?.address.clone();
+    let mut next = shard.clone();
+    let mut reasons = Vec::new();
+    for member in &mut next.members {
+        if member.node == shard.primary {
+            continue;
+        }
+        let Some(seen) = fleet.node(&member.node) else {
+            continue;
+        };
+        if seen.state != ProcessState::Running || seen.run_id.is_empty() {
+            if member.in_sync && seen.state != ProcessState::Unknown {
+                member.in_sync = false;
+                reasons.push(format!("{} is {}", member.node, seen.state.name()));
+            }
+            continue;
+        }
+        if seen.run_id != member.run_id || seen.address != member.address {
+            seen.run_id.clone_into(&mut member.run_id);
+            seen.address.clone_into(&mut member.address);
+            member.in_sync = false;
+            reasons.push(format!("{} has a new process", member.node));
+            continue;
+        }
+        let in_sync = seen.follows(&primary_address);
+        if in_sync != member.in_sync {
+            member.in_sync = in_sync;
+            let word = if in_sync {
+                "is in sync"
+            } else {
+                "is not in sync"
+            };
+            reasons.push(format!("{} {word}", member.node));
+        }
+    }
+    (!reasons.is_empty()).then(|| (next, reasons.join("; ")))
+}
+
+/// The primary's process is another one than the record names: admit it as a new epoch, or, when
+/// it has come up empty while a replica holds data, fence the shard for an operator to decide.
+fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
+    let member = shard.primary_member()?;
+    let seen = fleet.node(&shard.primary)?;
+    let is_ready = seen.state == ProcessState::Running
+        && !seen.loading
+        && !seen.run_id.is_empty()
+        && seen.role == Some(NodeRole::Primary);
+    if !is_ready || seen.run_id == member.run_id {
+        return None;
+    }
+    let richest = richest_other(shard, fleet);
+    if seen.keys == 0 && richest.is_some_and(|other| other.keys > 0) {
+        let reason = format!(
+            "{} was restarted without its data while a replica has some: promote the replica \
+             or restore the data",
+            shard.primary
+        );
+        return Some((
+            Shard {
+                mode: Mode::Fenced(reason.clone()),
+                ..shard.clone()
+            },
+            reason,
+        ));
+    }
+    let mut next = shard.readmit(&seen.run_id).ok()?;
+    for member in &mut next.members {
+        if member.node == shard.primary {
+            seen.address.clone_into(&mut member.address);
+        }
+    }
+    Some((
+        next,
+        format!("{} was restarted with its data", shard.primary),
+    ))
+}
+
+fn richest_other<'a>(shard: &Shard, fleet: &'a Fleet) -> Option<&'a NodeView> {
+    shard
+        .members
+        .iter()
+        .filter(|m| m.node != shard.primary)
+        .filter_map(|m| fleet.node(&m.node))
+        .max_by_key(|n| n.keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use slotmesh_topology::{Epoch, Member, slot::split_evenly};
+
+    use super::*;
+
+    fn shard() -> Shard {
+        let member = |node: &str, role| Member {
+            node: node.into(),
+            host: "h".into(),
+            role,
+            run_id: format!("run-{node}"),
+            address: format!("{node}:1"),
+            in_sync: true,
+        };
+        Shard {
+            instance: "r".into(),
+            id: "0".into(),
+            index: 0,
+            slots: split_evenly(1),
+            epoch: Epoch(4),
+            primary: "a".into(),
+            members: vec![
+                member("a", NodeRole::Primary),
+                member("b", NodeRole::Replica),
+            ],
+            mode: Mode::Serving,
+            closed_epoch: Epoch(3),
+        }
+    }
+
+    fn fleet(keys: u64) -> Fleet {
+        let node = |name: &str, role| NodeView {
+            state: ProcessState::Running,
+            run_id: format!("run-{name}"),
+            address: format!("{name}:1"),
+            role: Some(role),
+            link_up: true,
+            following: "a:1".into(),
+            keys,
+            ..NodeView::default()
+        };
+        let mut fleet = Fleet::default();
+        fleet.nodes.insert("a".into(), node("a", NodeRole::Primary));
+        fleet.nodes.insert("b".into(), node("b", NodeRole::Replica));
+        fleet
+    }
+
+    #[test]
+    fn a_true_record_is_left_alone() {
+        assert_eq!(decide(&shard(), &fleet(1)), None);
+    }
+
+    #[test]
+    fn a_restarted_replica_is_named_and_must_catch_up_again() {
+        let mut fleet = fleet(1);
+        fleet.nodes.get_mut(&"b".into()).unwrap().run_id = "new".into();
+        let (named, _) = decide(&shard(), &fleet).unwrap();
+        assert_eq!((named.epoch, &*named.members[1].run_id), (Epoch(4), "new"));
+        assert!(!named.members[1].in_sync);
+        let (synced, _) = decide(&named, &fleet).unwrap();
+        assert!(synced.members[1].in_sync);
+    }
+
+    #[test]
+    fn a_restarted_primary_is_a_new_epoch() {
+        let mut fleet = fleet(1);
+        fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
+        let (next, _) = decide(&shard(), &fleet).unwrap();
+        assert_eq!((next.epoch, &*next.members[0].run_id), (Epoch(5), "new"));
+    }
+
+    #[test]
+    fn an_empty_restarted_primary_never_feeds_replicas_with_data() {
+        let mut fleet = fleet(1);
+        let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
+        (primary.run_id, primary.keys) = ("new".into(), 0);
+        let (next, _) = decide(&shard(), &fleet).unwrap();
+        assert!(matches!(next.mode, Mode::Fenced(_)));
+        assert_eq!(next.epoch, Epoch(4));
+    }
+
+    #[test]
+    fn nothing_is_touched_during_a_handover() {
+        let mut fleet = fleet(1);
+        fleet.nodes.get_mut(&"b".into()).unwrap().link_up = false;
+        let handover = slotmesh_topology::Handover {
+            task: "t".into(),
+            target: "b".into(),
+            token: "x".into(),
+            deadline_unix_ms: 0,
+            max_hold_ms: 0,
+        };
+        assert_eq!(decide(&shard().declare(handover).unwrap(), &fleet), None);
+    }
+}
