@@ -1,0 +1,65 @@
+//! Calling agents: one lazily connected channel per agent, every call with a deadline.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use slotmesh_proto::agent::v1::{
+    ExecuteStepRequest, ExecuteStepResponse, agent_service_client::AgentServiceClient,
+};
+use tonic::transport::{Channel, Endpoint};
+
+/// For opening a connection to an agent.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// What an answer may take beyond the time that the step itself may take.
+const ANSWER_MARGIN: Duration = Duration::from_millis(500);
+/// A dead connection is noticed within two of these.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// Channels by address.
+#[derive(Clone, Debug, Default)]
+pub struct Agents {
+    channels: Arc<Mutex<BTreeMap<String, Channel>>>,
+}
+
+impl Agents {
+    /// Asks the agent at `address` to execute a step.
+    ///
+    /// # Errors
+    /// When the address is malformed, the agent does not answer in time, or refuses the call.
+    pub async fn execute(
+        &self,
+        address: &str,
+        request: ExecuteStepRequest,
+    ) -> Result<ExecuteStepResponse, tonic::Status> {
+        let deadline = Duration::from_millis(request.timeout_ms.into()) + ANSWER_MARGIN;
+        let channel = self.channel(address)?;
+        let mut client = AgentServiceClient::new(channel);
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(deadline);
+        match tokio::time::timeout(deadline, client.execute_step(request)).await {
+            Ok(answer) => answer.map(tonic::Response::into_inner),
+            Err(_) => Err(tonic::Status::deadline_exceeded(format!(
+                "agent at {address} did not answer in {deadline:?}"
+            ))),
+        }
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, tonic::Status> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let channel = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|e| tonic::Status::internal(format!("agent address {address}: {e}")))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .tcp_nodelay(true)
+            .connect_lazy();
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}

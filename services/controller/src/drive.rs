@@ -1,0 +1,311 @@
+//! The leader's loop: looks at records and reports, lets the pure machines decide, and acts.
+//!
+//! One loop owns all acting, so no two acts of one leader race. It holds nothing that a successor
+//! would need: what a phase has begun is in the records, what the world looks like is reported
+//! anew. Steps run beside the loop; their answers wake it.
+
+mod switchover;
+pub(crate) mod write;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use slotmesh_task::{Spec, State as TaskState, Task, provision, switchover::StepStatus, upkeep};
+use slotmesh_topology::{InstanceState, NodeId, ShardId, TaskId};
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    agents::Agents,
+    clock,
+    hub::Hub,
+    leader::Term,
+    mirror::{Mirror, Versioned},
+    store::{Store, StoreError},
+};
+
+/// The loop looks again after this time even when nothing changed.
+const TICK: Duration = Duration::from_millis(250);
+/// A new leader gives agents and proxies this long to report before it decides from reports.
+const GRACE: Duration = Duration::from_secs(1);
+/// Acts on one task in a row before the others get their turn.
+const ACTS_MAX: usize = 16;
+/// Answers of steps waiting for the loop; there are never more steps than shards in tasks.
+const ANSWERS_MAX: usize = 1_024;
+/// Between two tries when the store does not answer.
+const STORE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Why the leader's loop ended or paused.
+#[derive(Debug, thiserror::Error)]
+pub enum DriveError {
+    /// Another controller leads.
+    #[error("deposed")]
+    Deposed,
+    /// The store refused or did not answer; the act is tried again.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Which step an answer belongs to: the phase's, in this try of the phase.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct StepKey {
+    task: TaskId,
+    shard: ShardId,
+    phase_since_ms: u64,
+}
+
+#[derive(Debug)]
+struct Answer {
+    key: StepKey,
+    status: StepStatus,
+    critical_us: u64,
+}
+
+/// What one leader knows beyond the records; gone with its term.
+#[derive(Debug)]
+pub struct Driver {
+    store: Arc<dyn Store>,
+    mirror: Mirror,
+    hub: Hub,
+    agents: Agents,
+    term: Term,
+    steps: HashMap<StepKey, StepStatus>,
+    /// Length of the critical section, for the task's record.
+    critical_us: HashMap<(TaskId, ShardId), u64>,
+    answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+}
+
+impl Driver {
+    /// A driver for one term.
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        mirror: Mirror,
+        hub: Hub,
+        agents: Agents,
+        term: Term,
+    ) -> Self {
+        let answers = mpsc::channel(ANSWERS_MAX);
+        Self {
+            store,
+            mirror,
+            hub,
+            agents,
+            term,
+            steps: HashMap::new(),
+            critical_us: HashMap::new(),
+            answers,
+        }
+    }
+
+    /// Acts until `stop` or until deposed.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut state = self.mirror.subscribe();
+        let mut fleet = self.hub.subscribe();
+        let grace_over = Instant::now() + GRACE;
+        info!(term = %self.term, "acting as leader");
+        loop {
+            let wake_ms = tokio::select! {
+                () = stop.cancelled() => return,
+                turn = self.turn(Instant::now() >= grace_over) => match turn {
+                    Ok(wake_ms) => wake_ms,
+                    Err(DriveError::Deposed) => {
+                        warn!(term = %self.term, "deposed: another controller leads");
+                        return;
+                    }
+                    Err(DriveError::Store(error)) => {
+                        warn!(%error, "the store holds the leader up");
+                        clock::now_ms() + u64::try_from(STORE_PAUSE.as_millis()).unwrap_or(0)
+                    }
+                },
+            };
+            let pause = Duration::from_millis(wake_ms.saturating_sub(clock::now_ms())).min(TICK);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some(answer) = self.answers.1.recv() => {
+                    self.answered(answer);
+                }
+                changed = state.changed() => if changed.is_err() { return },
+                changed = fleet.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(pause) => {}
+            }
+            while let Ok(answer) = self.answers.1.try_recv() {
+                self.answered(answer);
+            }
+            state.mark_unchanged();
+            fleet.mark_unchanged();
+            self.hub.age();
+        }
+    }
+
+    /// Lets every task and shard have its act; returns when to look again at the latest.
+    async fn turn(&mut self, reports_are_in: bool) -> Result<u64, DriveError> {
+        let mut wake_ms = u64::MAX;
+        let open: Vec<TaskId> = self.mirror.read(|state| {
+            state
+                .tasks
+                .values()
+                .filter(|t| !t.value.state.is_ended())
+                .map(|t| t.value.id.clone())
+                .collect()
+        });
+        for id in open {
+            for _ in 0..ACTS_MAX {
+                let Some(task) = self.mirror.read(|s| s.tasks.get(&id).cloned()) else {
+                    break;
+                };
+                if task.value.state.is_ended() {
+                    break;
+                }
+                match self.act(&task, reports_are_in).await? {
+                    Next::Again => {}
+                    Next::At(at_ms) => {
+                        wake_ms = wake_ms.min(at_ms);
+                        break;
+                    }
+                }
+            }
+        }
+        let is_open = |task: &TaskId| {
+            self.mirror
+                .read(|s| s.tasks.get(task).is_some_and(|t| !t.value.state.is_ended()))
+        };
+        self.steps.retain(|key, _| is_open(&key.task));
+        self.critical_us.retain(|(task, _), _| is_open(task));
+        if reports_are_in {
+            self.keep_records_true().await?;
+        }
+        Ok(wake_ms)
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        if answer.critical_us > 0 {
+            let shard = (answer.key.task.clone(), answer.key.shard.clone());
+            self.critical_us.insert(shard, answer.critical_us);
+        }
+        self.steps.insert(answer.key, answer.status);
+    }
+
+    async fn act(
+        &mut self,
+        task: &Versioned<Task>,
+        reports_are_in: bool,
+    ) -> Result<Next, DriveError> {
+        if task.value.state == TaskState::Pending {
+            let mut next = task.value.clone();
+            next.state = TaskState::Running;
+            return self
+                .write_task(task, next, "", "Started", "the leader has taken it up")
+                .await;
+        }
+        match &task.value.spec {
+            Spec::Provision | Spec::Decommission => self.act_on_instance(task).await,
+            Spec::Switchover(_) if !reports_are_in => Ok(Next::At(0)),
+            Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
+        }
+    }
+
+    async fn act_on_instance(&mut self, task: &Versioned<Task>) -> Result<Next, DriveError> {
+        let id = &task.value.instance;
+        let (instance, shards) = self
+            .mirror
+            .read(|s| (s.instances.get(id).cloned(), s.shards_of(id)));
+        let Some(instance) = instance else {
+            let next = Task {
+                state: TaskState::NeedsOperator,
+                message: "the instance's record is gone".into(),
+                ..task.value.clone()
+            };
+            return self
+                .write_task(task, next, "", "Ended", "no such instance")
+                .await;
+        };
+        let plain: Vec<_> = shards.iter().map(|s| s.value.clone()).collect();
+        let decide = if task.value.spec == Spec::Provision {
+            provision::provision
+        } else {
+            provision::decommission
+        };
+        let decision = self.hub.read(|fleet| {
+            decide(
+                &instance.value,
+                &plain,
+                fleet,
+                task.value.deadline_ms,
+                clock::now_ms(),
+            )
+        });
+        match decision {
+            provision::Decision::Wait(what) => {
+                if task.value.message == what {
+                    return Ok(Next::At(task.value.deadline_ms));
+                }
+                let next = Task {
+                    message: what.clone(),
+                    ..task.value.clone()
+                };
+                self.write_task(task, next, "", "Waiting", &what).await
+            }
+            provision::Decision::Begin(shard) => {
+                let Some(old) = shards.iter().find(|s| s.value.id == shard.id) else {
+                    return Ok(Next::Again);
+                };
+                self.write_shard(task, old, &shard, "Begin", "first epoch")
+                    .await
+            }
+            provision::Decision::Serve => self.end_provision(task, &instance).await,
+            provision::Decision::Forget => self.end_decommission(task, &instance, &shards).await,
+            provision::Decision::GiveUp(what) => {
+                let message = format!("not done in time; still waiting for {what}");
+                let next = Task {
+                    state: TaskState::NeedsOperator,
+                    message: message.clone(),
+                    ..task.value.clone()
+                };
+                self.write_task(task, next, "", "Ended", &message).await
+            }
+        }
+    }
+
+    /// Run ids, addresses and who is in sync, for shards that serve.
+    async fn keep_records_true(&mut self) -> Result<(), DriveError> {
+        let serving = self.mirror.read(|state| {
+            state
+                .shards
+                .values()
+                .filter(|s| {
+                    state
+                        .instances
+                        .get(&s.value.instance)
+                        .is_some_and(|i| i.value.state != InstanceState::Deleting)
+                })
+                .cloned()
+                .collect::<Vec<_>>()
+        });
+        for shard in serving {
+            let Some((next, reason)) = self.hub.read(|fleet| upkeep::decide(&shard.value, fleet))
+            else {
+                continue;
+            };
+            info!(instance = %next.instance, shard = %next.id, epoch = %next.epoch, %reason, "record follows");
+            self.write_upkeep(&shard, &next).await?;
+        }
+        Ok(())
+    }
+
+    fn address_of(&self, shard: &slotmesh_topology::Shard, node: &NodeId) -> Option<String> {
+        shard
+            .member(node)
+            .and_then(|m| self.hub.agent_address(&m.host))
+    }
+}
+
+/// What follows an act.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// Look at the same task again at once.
+    Again,
+    /// Nothing more now; look again at this time at the latest.
+    At(u64),
+}

@@ -1,0 +1,411 @@
+//! Acting on a switchover: turns each decision of the pure machine into a write or a step.
+
+use std::time::Duration;
+
+use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
+use slotmesh_task::{
+    Phase, ShardSwitch, Spec, State as TaskState, Task,
+    switchover::{
+        self, Decision, FAILOVER_TIMEOUT_MS, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View,
+    },
+};
+use slotmesh_topology::{
+    Handover, Instance, Shard, assignment,
+    credential::{self, Credential},
+};
+use tracing::{info, warn};
+
+use super::{Answer, DriveError, Driver, Next, StepKey};
+use crate::{clock, mirror::Versioned};
+
+/// A step without waiting in it.
+const STEP_TIMEOUT_MS: u32 = 1_000;
+/// The critical section with its commit: the engine's own timeout, twice the round trips.
+const HAND_OVER_TIMEOUT_MS: u32 = 2_000;
+/// After a step that failed, before the machine may ask for it again.
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+
+impl Driver {
+    pub(super) async fn act_on_switches(
+        &mut self,
+        task: &Versioned<Task>,
+        switches: &[ShardSwitch],
+    ) -> Result<Next, DriveError> {
+        let mut wake_ms = u64::MAX;
+        for (index, switch) in switches.iter().enumerate() {
+            if switch.phase.is_ended() {
+                continue;
+            }
+            let other_in_hold = switches.iter().any(|other| {
+                other.shard != switch.shard && matches!(other.phase, Phase::Hold | Phase::Resolve)
+            });
+            // A predecessor in line that is about to begin its hold goes first.
+            let other_before = switches[..index]
+                .iter()
+                .any(|other| other.phase == Phase::Prewarm);
+            match self
+                .act_on_switch(task, switch, other_in_hold || other_before)
+                .await?
+            {
+                // The task's record changed: decide the others from the new one.
+                Next::Again => return Ok(Next::Again),
+                Next::At(at_ms) => wake_ms = wake_ms.min(at_ms),
+            }
+        }
+        if switches.iter().all(|s| s.phase.is_ended()) {
+            return self.end_switchover(task, switches).await;
+        }
+        Ok(Next::At(wake_ms))
+    }
+
+    async fn act_on_switch(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        other_in_hold: bool,
+    ) -> Result<Next, DriveError> {
+        let id = &task.value.instance;
+        let found = self.mirror.read(|s| {
+            let shard = s.shards.get(&(id.clone(), switch.shard.clone())).cloned();
+            s.instances.get(id).cloned().zip(shard)
+        });
+        let Some((instance, shard)) = found else {
+            let why = "the shard's record is gone";
+            return self.advance(task, switch, Phase::RolledBack, why).await;
+        };
+        let key = step_key(task, switch);
+        let step = self.steps.get(&key).cloned().unwrap_or_default();
+        let decision = self.hub.read(|fleet| {
+            switchover::decide(View {
+                task: &task.value.id,
+                switch,
+                shard: &shard.value,
+                fleet,
+                step: &step,
+                cancel_requested: task.value.cancel_requested,
+                other_in_hold,
+                now_ms: clock::now_ms(),
+            })
+        });
+        match decision {
+            Decision::Wait { until_ms, .. } => Ok(Next::At(until_ms)),
+            Decision::Stop => Err(DriveError::Deposed),
+            Decision::Run(step) => {
+                self.start_step(task, switch, &instance.value, &shard.value, step);
+                Ok(Next::At(u64::MAX))
+            }
+            Decision::Advance(phase, message) => self.advance(task, switch, phase, &message).await,
+            Decision::Declare => self.declare(task, switch, &shard).await,
+            Decision::Commit => self.commit_handover(task, switch, &shard).await,
+            Decision::GiveBack(why) => match shard.value.cancel(&task.value.id) {
+                Ok(next) => {
+                    let next_task = with_phase(&task.value, switch, Phase::RolledBack, &why);
+                    let event = (switch.shard.as_str(), "GiveBack", why.as_str());
+                    self.write_shard_and_task(task, next_task, &shard, &next, event)
+                        .await
+                }
+                Err(error) => {
+                    self.advance(task, switch, Phase::RolledBack, &error.to_string())
+                        .await
+                }
+            },
+            Decision::Close(note) => self.close(task, switch, &shard, &note).await,
+        }
+    }
+
+    async fn advance(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        phase: Phase,
+        message: &str,
+    ) -> Result<Next, DriveError> {
+        let next = with_phase(&task.value, switch, phase, message);
+        info!(task = %task.value.id, shard = %switch.shard, phase = phase.name(), message, "switchover");
+        self.write_task(task, next, switch.shard.as_str(), phase.name(), message)
+            .await
+    }
+
+    async fn declare(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        shard: &Versioned<Shard>,
+    ) -> Result<Next, DriveError> {
+        let handover = Handover {
+            task: task.value.id.clone(),
+            target: switch.to.clone(),
+            token: hex::encode(rand::random::<[u8; 16]>()),
+            deadline_unix_ms: clock::now_ms() + HANDOVER_MS_MAX,
+            max_hold_ms: HOLD_MS_MAX,
+        };
+        match shard.value.declare(handover) {
+            Ok(next) => {
+                let next_task = with_phase(&task.value, switch, Phase::Hold, "");
+                let event = (switch.shard.as_str(), "Declare", "proxies hold");
+                self.write_shard_and_task(task, next_task, shard, &next, event)
+                    .await
+            }
+            Err(error) => {
+                self.advance(task, switch, Phase::RolledBack, &error.to_string())
+                    .await
+            }
+        }
+    }
+
+    /// The roles have changed but the old primary's agent could not commit: the leader does.
+    async fn commit_handover(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        shard: &Versioned<Shard>,
+    ) -> Result<Next, DriveError> {
+        let token = shard
+            .value
+            .handover()
+            .map(|h| h.token.clone())
+            .unwrap_or_default();
+        match shard.value.commit(switch.from_epoch, &token) {
+            Ok(next) => {
+                let next_task = with_phase(&task.value, switch, Phase::Settle, "");
+                let event = (switch.shard.as_str(), "Commit", "committed by the leader");
+                self.write_shard_and_task(task, next_task, shard, &next, event)
+                    .await
+            }
+            Err(error) => {
+                self.advance(task, switch, Phase::Resolve, &error.to_string())
+                    .await
+            }
+        }
+    }
+
+    async fn close(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        shard: &Versioned<Shard>,
+        note: &str,
+    ) -> Result<Next, DriveError> {
+        let hold_us =
+            self.hub
+                .longest_hold_us(&shard.value.instance, &switch.shard, shard.value.epoch);
+        let mut next_task = with_phase(&task.value, switch, Phase::Done, note);
+        let moved = (task.value.id.clone(), switch.shard.clone());
+        let critical_us = self.critical_us.get(&moved).copied().unwrap_or_default();
+        edit(&mut next_task, switch, |s| {
+            (s.hold_us, s.critical_us) = (hold_us, critical_us)
+        });
+        info!(
+            task = %task.value.id, shard = %switch.shard, epoch = %shard.value.epoch,
+            primary = %shard.value.primary, hold_us, note, "switchover done"
+        );
+        let event = (switch.shard.as_str(), "Close", "the old epoch is revoked");
+        self.write_shard_and_task(task, next_task, shard, &shard.value.close(), event)
+            .await
+    }
+
+    async fn end_switchover(
+        &mut self,
+        task: &Versioned<Task>,
+        switches: &[ShardSwitch],
+    ) -> Result<Next, DriveError> {
+        let moved = switches.iter().filter(|s| s.phase == Phase::Done).count();
+        let why: Vec<_> = switches
+            .iter()
+            .filter(|s| !s.message.is_empty())
+            .map(|s| format!("shard {}: {}", s.shard, s.message))
+            .collect();
+        let message = format!(
+            "{moved} of {} shards moved; {}",
+            switches.len(),
+            why.join("; ")
+        );
+        let message = message.trim_end_matches("; ").to_owned();
+        let state = if moved == switches.len() {
+            TaskState::Done
+        } else if moved > 0 {
+            TaskState::NeedsOperator
+        } else if task.value.cancel_requested {
+            TaskState::Cancelled
+        } else {
+            TaskState::RolledBack
+        };
+        let next = Task {
+            state,
+            message: message.clone(),
+            ..task.value.clone()
+        };
+        let shards: Vec<&str> = switches.iter().map(|s| s.shard.as_str()).collect();
+        self.end_task(task, next, &shards, &message).await
+    }
+
+    /// Asks the agent, beside the loop; the answer wakes the loop.
+    fn start_step(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        instance: &Instance,
+        shard: &Shard,
+        step: Step,
+    ) {
+        let key = step_key(task, switch);
+        let node = if step == Step::EnsureUsers {
+            &switch.to
+        } else {
+            &switch.from
+        };
+        // An agent answers a repeated attempt from its journal. The same try of a phase is the same
+        // attempt, for a successor too; giving rights back is tried until it works.
+        let since_ms = if step == Step::TakeBack {
+            clock::now_ms()
+        } else {
+            switch.phase_since_ms
+        };
+        let attempt = u32::try_from(since_ms % u64::from(u32::MAX)).unwrap_or(1);
+        let request = pb::ExecuteStepRequest {
+            task_id: task.value.id.to_string(),
+            step: format!("{}/{}", switch.shard, step_name(step)),
+            attempt,
+            term: self.term.number(),
+            epoch: shard.epoch.0,
+            instance_id: shard.instance.to_string(),
+            shard_id: shard.id.to_string(),
+            timeout_ms: if step == Step::HandOver {
+                HAND_OVER_TIMEOUT_MS
+            } else {
+                STEP_TIMEOUT_MS
+            },
+            act: Some(act(switch, instance, shard, step)),
+        };
+        self.steps.insert(key.clone(), StepStatus::Running);
+        let (agents, address) = (self.agents.clone(), self.address_of(shard, node));
+        let (answers, node, term) = (self.answers.0.clone(), node.clone(), self.term.number());
+        tokio::spawn(async move {
+            let answer = match address {
+                Some(address) => agents.execute(&address, request).await,
+                None => Err(tonic::Status::unavailable("its agent has no session")),
+            };
+            let (status, critical_us) = status_of(answer, term);
+            let failed = !matches!(status, StepStatus::Done { .. });
+            if failed {
+                warn!(%node, step = step_name(step), ?status, "step failed");
+            }
+            if failed && step == Step::TakeBack {
+                tokio::time::sleep(RETRY_PAUSE).await;
+            }
+            // The loop is gone only when the term is.
+            let _ = answers
+                .send(Answer {
+                    key,
+                    status,
+                    critical_us,
+                })
+                .await;
+        });
+    }
+}
+
+fn step_key(task: &Versioned<Task>, switch: &ShardSwitch) -> StepKey {
+    StepKey {
+        task: task.value.id.clone(),
+        shard: switch.shard.clone(),
+        phase_since_ms: switch.phase_since_ms,
+    }
+}
+
+fn step_name(step: Step) -> &'static str {
+    match step {
+        Step::EnsureUsers => "ensure-users",
+        Step::HandOver => "hand-over",
+        Step::TakeBack => "take-back",
+    }
+}
+
+fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> Act {
+    let run_id = |node| {
+        shard
+            .member(node)
+            .map(|m| m.run_id.clone())
+            .unwrap_or_default()
+    };
+    let next = switch.from_epoch.next();
+    let Credential {
+        user: proxy_user,
+        password: proxy_password,
+    } = credential::proxy(&instance.secret, &shard.id, switch.from_epoch);
+    let follow = |epoch| credential::replica(&instance.secret, &shard.id, epoch, &switch.from);
+    match step {
+        Step::EnsureUsers => Act::EnsureUsers(pb::EnsureUsers {
+            node_id: switch.to.to_string(),
+            run_id: run_id(&switch.to),
+            users: assignment::replication_users(instance, shard, next, switch.to.as_str()),
+        }),
+        Step::HandOver => Act::HandOver(pb::HandOver {
+            node_id: switch.from.to_string(),
+            run_id: run_id(&switch.from),
+            proxy_user,
+            target_node_id: switch.to.to_string(),
+            target_address: shard
+                .member(&switch.to)
+                .map(|m| m.address.clone())
+                .unwrap_or_default(),
+            master_user: follow(next).user,
+            master_password: follow(next).password,
+            token: shard
+                .handover()
+                .map(|h| h.token.clone())
+                .unwrap_or_default(),
+            failover_timeout_ms: FAILOVER_TIMEOUT_MS,
+        }),
+        Step::TakeBack => Act::TakeBack(pb::TakeBack {
+            node_id: switch.from.to_string(),
+            run_id: run_id(&switch.from),
+            proxy_user,
+            proxy_password,
+            master_user: follow(switch.from_epoch).user,
+            master_password: follow(switch.from_epoch).password,
+        }),
+    }
+}
+
+fn status_of(
+    answer: Result<pb::ExecuteStepResponse, tonic::Status>,
+    term: u64,
+) -> (StepStatus, u64) {
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(status) => return (StepStatus::Uncertain(status.message().to_owned()), 0),
+    };
+    let status = match answer.outcome() {
+        pb::StepOutcome::Done => StepStatus::Done {
+            committed: answer.committed,
+        },
+        pb::StepOutcome::NoEffect => StepStatus::NoEffect(answer.message),
+        pb::StepOutcome::Fenced if answer.known_term > term => StepStatus::Fenced,
+        // A higher epoch of the shard is known there: this hand-over has been overtaken.
+        pb::StepOutcome::Fenced => StepStatus::Uncertain(answer.message),
+        pb::StepOutcome::Uncertain | pb::StepOutcome::Unspecified => {
+            StepStatus::Uncertain(answer.message)
+        }
+    };
+    (status, answer.critical_us)
+}
+
+fn edit(task: &mut Task, switch: &ShardSwitch, change: impl FnOnce(&mut ShardSwitch)) {
+    if let Spec::Switchover(switches) = &mut task.spec
+        && let Some(found) = switches.iter_mut().find(|s| s.shard == switch.shard)
+    {
+        change(found);
+    }
+}
+
+fn with_phase(task: &Task, switch: &ShardSwitch, phase: Phase, message: &str) -> Task {
+    let mut next = task.clone();
+    edit(&mut next, switch, |s| {
+        // A phase entered again is another try: its steps are asked for anew.
+        s.phase_since_ms = clock::now_ms().max(s.phase_since_ms + 1);
+        s.phase = phase;
+        message.clone_into(&mut s.message);
+    });
+    next
+}

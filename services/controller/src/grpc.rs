@@ -1,0 +1,113 @@
+//! The controller's gRPC services, one file a service; and the one place where a refusal becomes a
+//! `Status`.
+
+pub mod agent;
+pub mod fleet;
+pub mod instance;
+pub mod task;
+pub mod topology;
+
+use std::{collections::HashMap, pin::Pin, sync::Arc};
+
+use slotmesh_task::admit::{Refusal, RefusalKind};
+use tokio::sync::watch;
+use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::{
+    hub::Hub,
+    leader::{Leadership, Term},
+    mirror::Mirror,
+    store::{Store, StoreError},
+};
+
+/// Domain of every ErrorInfo of ours.
+pub const ERROR_DOMAIN: &str = "slotmesh";
+
+/// A server-side stream of messages.
+pub(crate) type MessageStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// What every service needs.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The one truth.
+    pub store: Arc<dyn Store>,
+    /// A copy of it.
+    pub mirror: Mirror,
+    /// What is observed.
+    pub hub: Hub,
+    /// Who leads.
+    pub leadership: watch::Receiver<Leadership>,
+    /// This controller, as others reach it.
+    pub address: String,
+    /// The process is stopping: streams end, so that their peers go elsewhere at once.
+    pub stopping: CancellationToken,
+}
+
+impl Context {
+    /// The term, when this controller leads; else a refusal that names the leader.
+    ///
+    /// # Errors
+    /// When another controller leads, or none does.
+    #[allow(clippy::result_large_err)] // tonic's Status is what every handler returns.
+    pub fn leading(&self) -> Result<Term, Status> {
+        match &*self.leadership.borrow() {
+            Leadership::Leading { term } => Ok(*term),
+            Leadership::Following { leader } => Err(not_leader(leader.as_deref())),
+        }
+    }
+}
+
+/// Another controller leads: ask there.
+fn not_leader(leader: Option<&str>) -> Status {
+    let metadata: HashMap<_, _> = leader
+        .map(|l| ("leader".to_owned(), l.to_owned()))
+        .into_iter()
+        .collect();
+    let message = match leader {
+        Some(leader) => format!("this controller does not lead; ask {leader}"),
+        None => "no controller leads now; try again in a few seconds".to_owned(),
+    };
+    let details = ErrorDetails::with_error_info("NOT_LEADER", ERROR_DOMAIN, metadata);
+    Status::with_error_details(Code::Unavailable, message, details)
+}
+
+/// A refusal of ours, with its reason for programs.
+pub(crate) fn refused(refusal: &Refusal) -> Status {
+    let code = match refusal.kind {
+        RefusalKind::Invalid => Code::InvalidArgument,
+        RefusalKind::NotFound => Code::NotFound,
+        RefusalKind::Precondition => Code::FailedPrecondition,
+        RefusalKind::Conflict => Code::Aborted,
+        RefusalKind::AlreadyExists => Code::AlreadyExists,
+    };
+    let details = ErrorDetails::with_error_info(refusal.reason, ERROR_DOMAIN, HashMap::new());
+    Status::with_error_details(code, refusal.message.clone(), details)
+}
+
+/// A refusal made on the spot.
+pub(crate) fn refuse(
+    kind: RefusalKind,
+    reason: &'static str,
+    message: impl Into<String>,
+) -> Status {
+    refused(&Refusal {
+        kind,
+        reason,
+        message: message.into(),
+    })
+}
+
+/// The store did not do as asked.
+pub(crate) fn store_failed(error: &StoreError) -> Status {
+    let (code, reason) = match error {
+        StoreError::Unavailable { .. } | StoreError::Compacted { .. } => {
+            (Code::Unavailable, "STORE_UNAVAILABLE")
+        }
+        _ => (Code::Internal, "STORE_FAILED"),
+    };
+    let details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, HashMap::new());
+    Status::with_error_details(code, error.to_string(), details)
+}

@@ -1,0 +1,259 @@
+//! `ControlService`: sessions of agents, and the delegated commit of a switchover.
+
+use slotmesh_proto::agent::v1::{
+    self as pb, control_service_server::ControlService, session_request, session_response,
+};
+use slotmesh_task::admit::RefusalKind;
+use slotmesh_topology::{Epoch, HostId, InstanceId, InstanceState, ShardId, assignment};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::{Context, MessageStream, refuse, store_failed};
+use crate::{
+    drive::write::{encode_shard, shard_key},
+    mirror::State,
+    store::{Txn, TxnOutcome, keys::valid_id},
+};
+
+/// Assignments on their way to one agent; only the newest matters, so few are ever queued.
+const ASSIGNMENTS_BUFFERED: usize = 4;
+/// Tries of a commit that loses a race: the record can only have moved past the hand-over.
+const COMMIT_TRIES: usize = 3;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Control {
+    context: Context,
+}
+
+impl Control {
+    /// The service over what it needs.
+    #[must_use]
+    pub fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    /// Keeps the agent's assignment true until the session ends or this controller leads no more.
+    async fn send_assignments(
+        self,
+        host: HostId,
+        sender: mpsc::Sender<Result<pb::SessionResponse, Status>>,
+    ) {
+        let mut state = self.context.mirror.subscribe();
+        let mut leadership = self.context.leadership.clone();
+        let mut sent: Option<pb::Assignment> = None;
+        loop {
+            let term = match self.context.leading() {
+                Ok(term) => term.number(),
+                Err(status) => {
+                    let _ = sender.send(Err(status)).await;
+                    return;
+                }
+            };
+            let mut next = assignment_of(&host, &state.borrow_and_update());
+            next.term = term;
+            next.controller_addresses = vec![self.context.address.clone()];
+            // The revision moves with every write anywhere; only a change for this host is sent.
+            let is_news = sent.as_ref().is_none_or(|old| {
+                pb::Assignment {
+                    revision: next.revision,
+                    ..old.clone()
+                } != next
+            });
+            if is_news {
+                sent = Some(next.clone());
+                let message = session_response::Message::Assignment(next);
+                let response = pb::SessionResponse {
+                    message: Some(message),
+                };
+                if sender.send(Ok(response)).await.is_err() {
+                    return;
+                }
+            }
+            tokio::select! {
+                changed = state.changed() => if changed.is_err() { return },
+                changed = leadership.changed() => if changed.is_err() { return },
+                () = sender.closed() => return,
+                () = self.context.stopping.cancelled() => return,
+            }
+        }
+    }
+}
+
+/// The whole intent for one host.
+fn assignment_of(host: &HostId, state: &State) -> pb::Assignment {
+    let mut nodes = Vec::new();
+    for shard in state.shards.values().map(|s| &s.value) {
+        let Some(instance) = state.instances.get(&shard.instance) else {
+            continue;
+        };
+        let here = shard.members.iter().filter(|m| m.host == *host);
+        nodes.extend(here.map(|m| assignment::node(&instance.value, shard, m)));
+    }
+    let mut proxies = Vec::new();
+    for instance in state.instances.values().map(|i| &i.value) {
+        let desired = match instance.state {
+            InstanceState::Deleting => pb::Desired::Removed,
+            InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
+        };
+        let here = instance.proxies.iter().filter(|(_, h)| h == host);
+        proxies.extend(here.map(|(proxy, _)| pb::ProxySpec {
+            proxy_id: proxy.to_string(),
+            instance_id: instance.id.to_string(),
+            desired: desired.into(),
+            workers: instance.workers_per_proxy,
+        }));
+    }
+    pb::Assignment {
+        revision: state.revision,
+        nodes,
+        proxies,
+        ..pb::Assignment::default()
+    }
+}
+
+#[tonic::async_trait]
+impl ControlService for Control {
+    type SessionStream = MessageStream<pb::SessionResponse>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<pb::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        self.context.leading()?;
+        let mut inbound = request.into_inner();
+        let first = inbound.message().await?.and_then(|m| m.message);
+        let Some(session_request::Message::Register(register)) = first else {
+            return Err(Status::invalid_argument("a session begins with register"));
+        };
+        if !valid_id(&register.host_id) {
+            return Err(Status::invalid_argument(
+                "host_id has characters other than A-Z a-z 0-9 - _ . :",
+            ));
+        }
+        let host: HostId = register.host_id.as_str().into();
+        info!(%host, agent = register.agent_address, "agent session opened");
+        let session = self.context.hub.host_opened(register);
+        let (sender, receiver) = mpsc::channel(ASSIGNMENTS_BUFFERED);
+        tokio::spawn(self.clone().send_assignments(host.clone(), sender.clone()));
+        let (hub, stopping) = (self.context.hub.clone(), self.context.stopping.clone());
+        tokio::spawn(async move {
+            loop {
+                let message = tokio::select! {
+                    () = sender.closed() => break,
+                    () = stopping.cancelled() => break,
+                    message = inbound.message() => message,
+                };
+                match message {
+                    Ok(Some(pb::SessionRequest {
+                        message: Some(session_request::Message::Report(report)),
+                    })) => hub.host_reported(&report),
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(status) => {
+                        warn!(%host, error = status.message(), "agent session broke");
+                        break;
+                    }
+                }
+            }
+            info!(%host, "agent session closed");
+            hub.host_closed(&host, session);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    /// Served leader or not: the token in the record is the right to commit, once.
+    async fn commit_handover(
+        &self,
+        request: Request<pb::CommitHandoverRequest>,
+    ) -> Result<Response<pb::CommitHandoverResponse>, Status> {
+        let request = request.into_inner();
+        if !valid_id(&request.instance_id) || !valid_id(&request.shard_id) {
+            return Err(Status::invalid_argument(
+                "instance_id or shard_id is malformed",
+            ));
+        }
+        let id = (
+            InstanceId::from(request.instance_id.as_str()),
+            ShardId::from(&*request.shard_id),
+        );
+        for _ in 0..COMMIT_TRIES {
+            let found = self.context.mirror.read(|s| s.shards.get(&id).cloned());
+            let Some(shard) = found else {
+                return Err(refuse(
+                    RefusalKind::NotFound,
+                    "SHARD_NOT_FOUND",
+                    "no such shard",
+                ));
+            };
+            let next = match shard.value.commit(Epoch(request.epoch), &request.token) {
+                Ok(next) => next,
+                Err(error) => {
+                    // The mirror may be behind the declaration: look at the store itself once.
+                    if self.is_behind(&shard).await? {
+                        continue;
+                    }
+                    return Err(refuse(
+                        RefusalKind::Precondition,
+                        "HANDOVER_OVER",
+                        error.to_string(),
+                    ));
+                }
+            };
+            let key = shard_key(&next);
+            let txn = Txn::new()
+                .unchanged(key.clone(), shard.mod_revision)
+                .put(key, encode_shard(&next));
+            let outcome = self
+                .context
+                .store
+                .txn(txn)
+                .await
+                .map_err(|e| store_failed(&e))?;
+            match outcome {
+                TxnOutcome::Committed { .. } => {
+                    info!(
+                        instance = %next.instance, shard = %next.id, epoch = %next.epoch,
+                        primary = %next.primary, critical_us = request.critical_us, "committed"
+                    );
+                    return Ok(Response::new(pb::CommitHandoverResponse {
+                        epoch: next.epoch.0,
+                        primary_node_id: next.primary.to_string(),
+                    }));
+                }
+                TxnOutcome::Conflict => {
+                    self.is_behind(&shard).await?;
+                }
+            }
+        }
+        Err(refuse(
+            RefusalKind::Conflict,
+            "CONFLICT",
+            "the shard's record moves on; try again",
+        ))
+    }
+}
+
+impl Control {
+    /// Whether the store holds a newer record; waits for the mirror to show it.
+    async fn is_behind(
+        &self,
+        shard: &crate::mirror::Versioned<slotmesh_topology::Shard>,
+    ) -> Result<bool, Status> {
+        let key = shard_key(&shard.value);
+        let found = self
+            .context
+            .store
+            .get(&key)
+            .await
+            .map_err(|e| store_failed(&e))?;
+        match found {
+            Some(found) if found.mod_revision > shard.mod_revision => {
+                Ok(self.context.mirror.shows(found.mod_revision).await)
+            }
+            _ => Ok(false),
+        }
+    }
+}

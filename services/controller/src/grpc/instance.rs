@@ -1,0 +1,348 @@
+//! `InstanceService`: admits what users ask for, all or nothing, in one transaction each.
+
+mod describe;
+mod plan;
+
+use prost::Message;
+use slotmesh_proto::{
+    instance::v1::{self as api, instance_service_server::InstanceService},
+    store::v1 as records,
+};
+use slotmesh_task::{
+    Spec, State as TaskState, Task,
+    admit::{self, RefusalKind},
+    provision,
+};
+use slotmesh_topology::{Instance, InstanceId, InstanceState, TaskId};
+use tonic::{Request, Response, Status};
+use tracing::info;
+
+use super::{Context, refuse, refused, store_failed};
+use crate::{
+    clock,
+    drive::write::{encode_instance, encode_shard, put_task, shard_key},
+    leader::{LeaderOutcome, LeaderTxn},
+    store::keys::{self, Key},
+};
+
+/// Tries of an admission that loses a race against another write.
+const ADMIT_TRIES: usize = 5;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Instances {
+    context: Context,
+}
+
+/// What an admission leads to.
+struct Admitted {
+    task: TaskId,
+    resource: String,
+}
+
+impl Instances {
+    /// The service over what it needs.
+    #[must_use]
+    pub fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    /// The outcome of an earlier request with this token, if there was one.
+    #[allow(clippy::result_large_err)]
+    async fn earlier(&self, token: &str, fingerprint: &[u8]) -> Result<Option<Admitted>, Status> {
+        if token.is_empty() {
+            return Ok(None);
+        }
+        let key = idempotency_key(token);
+        let found = self
+            .context
+            .store
+            .get(&key)
+            .await
+            .map_err(|e| store_failed(&e))?;
+        let Some(found) = found else { return Ok(None) };
+        let record: records::IdempotencyRecord =
+            keys::decode(&found).map_err(|e| store_failed(&e))?;
+        if record.request_sha256 != fingerprint {
+            return Err(refuse(
+                RefusalKind::AlreadyExists,
+                "CLIENT_TOKEN_REUSED",
+                "client_token was used for another request; use a new one",
+            ));
+        }
+        Ok(Some(Admitted {
+            task: record.task_id.into(),
+            resource: record.resource_id,
+        }))
+    }
+
+    /// Commits an admission; `None` when it lost a race and must be decided anew.
+    async fn admit(
+        &self,
+        txn: LeaderTxn,
+        task: &Task,
+        token: &str,
+        fingerprint: &[u8],
+        resource: &str,
+    ) -> Result<Option<Admitted>, Status> {
+        let mut txn = txn.absent(Key::Task {
+            task: task.id.as_str(),
+        });
+        if !token.is_empty() {
+            let record = records::IdempotencyRecord {
+                schema: 0,
+                task_id: task.id.to_string(),
+                request_sha256: fingerprint.to_vec(),
+                resource_id: resource.to_owned(),
+                created_unix_ms: clock::now_ms(),
+            };
+            let key = idempotency_key(token);
+            txn = txn.absent(key.clone()).put(key, keys::encode(record));
+        }
+        let kind = task.spec.kind();
+        let txn = put_task(txn, task.clone(), "", "Admitted", kind);
+        match txn
+            .commit(&*self.context.store)
+            .await
+            .map_err(|e| store_failed(&e))?
+        {
+            LeaderOutcome::Committed { revision } => {
+                // So that the caller's next read, here, sees what was admitted.
+                self.context.mirror.shows(revision).await;
+                info!(task = %task.id, instance = %task.instance, kind, "admitted");
+                Ok(Some(Admitted {
+                    task: task.id.clone(),
+                    resource: resource.to_owned(),
+                }))
+            }
+            LeaderOutcome::Conflict => Ok(None),
+            LeaderOutcome::Deposed => self.context.leading().map(|_| None),
+        }
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn instance(&self, id: &str) -> Result<(Instance, u64), Status> {
+        let key = InstanceId::from(id);
+        self.context
+            .mirror
+            .read(|s| {
+                s.instances
+                    .get(&key)
+                    .map(|i| (i.value.clone(), i.mod_revision))
+            })
+            .ok_or_else(|| {
+                refuse(
+                    RefusalKind::NotFound,
+                    "INSTANCE_NOT_FOUND",
+                    format!("there is no instance {id}; DescribeInstances lists them"),
+                )
+            })
+    }
+}
+
+#[tonic::async_trait]
+impl InstanceService for Instances {
+    async fn create_instance(
+        &self,
+        request: Request<api::CreateInstanceRequest>,
+    ) -> Result<Response<api::CreateInstanceResponse>, Status> {
+        let request = request.into_inner();
+        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
+        // Without the token, so that the same body is the same request; maps are ordered first.
+        let fingerprint = create_fingerprint(&request);
+        for _ in 0..ADMIT_TRIES {
+            let term = self.context.leading()?;
+            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+                return Ok(Response::new(api::CreateInstanceResponse {
+                    instance_id: earlier.resource,
+                    task_id: earlier.task.to_string(),
+                }));
+            }
+            let (instance, shards) = self.plan_create(&request)?;
+            let key = Key::Instance {
+                instance: instance.id.as_str(),
+            }
+            .to_string();
+            let txn = term
+                .txn()
+                .absent(key.clone())
+                .put(key, encode_instance(&instance));
+            let txn = shards
+                .iter()
+                .fold(txn, |t, s| t.put(shard_key(s), encode_shard(s)));
+            let task = new_task(&instance.id, Spec::Provision, provision::PROVISION_MS_MAX);
+            let resource = instance.id.as_str();
+            let token = &request.client_token;
+            if let Some(done) = self
+                .admit(txn, &task, token, &fingerprint, resource)
+                .await?
+            {
+                return Ok(Response::new(api::CreateInstanceResponse {
+                    instance_id: done.resource,
+                    task_id: done.task.to_string(),
+                }));
+            }
+        }
+        Err(busy())
+    }
+
+    async fn delete_instance(
+        &self,
+        request: Request<api::DeleteInstanceRequest>,
+    ) -> Result<Response<api::DeleteInstanceResponse>, Status> {
+        let request = request.into_inner();
+        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
+        let body = api::DeleteInstanceRequest {
+            client_token: String::new(),
+            ..request.clone()
+        };
+        let fingerprint = admit::fingerprint("DeleteInstance", &body.encode_to_vec());
+        for _ in 0..ADMIT_TRIES {
+            let term = self.context.leading()?;
+            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+                let task_id = earlier.task.to_string();
+                return Ok(Response::new(api::DeleteInstanceResponse { task_id }));
+            }
+            let (instance, revision) = self.instance(&request.instance_id)?;
+            if instance.state == InstanceState::Deleting {
+                return Err(refuse(
+                    RefusalKind::Conflict,
+                    "INSTANCE_DELETING",
+                    format!("instance {} is being deleted already", instance.id),
+                ));
+            }
+            let txn = self.delete_txn(term, &instance, revision)?;
+            let task = new_task(
+                &instance.id,
+                Spec::Decommission,
+                provision::DECOMMISSION_MS_MAX,
+            );
+            let token = &request.client_token;
+            let admitted = self
+                .admit(txn, &task, token, &fingerprint, instance.id.as_str())
+                .await?;
+            if let Some(done) = admitted {
+                let task_id = done.task.to_string();
+                return Ok(Response::new(api::DeleteInstanceResponse { task_id }));
+            }
+        }
+        Err(busy())
+    }
+
+    async fn describe_instances(
+        &self,
+        request: Request<api::DescribeInstancesRequest>,
+    ) -> Result<Response<api::DescribeInstancesResponse>, Status> {
+        let wanted = request.into_inner().instance_ids;
+        for id in &wanted {
+            self.instance(id)?;
+        }
+        let found: Vec<Instance> = self.context.mirror.read(|state| {
+            let is_wanted =
+                |i: &Instance| wanted.is_empty() || wanted.iter().any(|w| w == i.id.as_str());
+            let instances = state.instances.values().map(|i| &i.value);
+            instances.filter(|i| is_wanted(i)).cloned().collect()
+        });
+        let proxies = self.context.hub.proxies();
+        let instances = found
+            .iter()
+            .map(|i| describe::instance(i, &proxies))
+            .collect();
+        Ok(Response::new(api::DescribeInstancesResponse { instances }))
+    }
+
+    async fn describe_instance_shards(
+        &self,
+        request: Request<api::DescribeInstanceShardsRequest>,
+    ) -> Result<Response<api::DescribeInstanceShardsResponse>, Status> {
+        let id = request.into_inner().instance_id;
+        let (instance, _) = self.instance(&id)?;
+        let shards = self.context.mirror.read(|s| s.shards_of(&instance.id));
+        let shards = self.context.hub.read(|fleet| {
+            shards
+                .iter()
+                .map(|s| describe::shard(&s.value, fleet))
+                .collect()
+        });
+        Ok(Response::new(api::DescribeInstanceShardsResponse {
+            shards,
+        }))
+    }
+
+    async fn switch_over(
+        &self,
+        request: Request<api::SwitchOverRequest>,
+    ) -> Result<Response<api::SwitchOverResponse>, Status> {
+        let request = request.into_inner();
+        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
+        let targets = admit::switchover_targets(&request).map_err(|r| refused(&r))?;
+        let body = api::SwitchOverRequest {
+            client_token: String::new(),
+            ..request.clone()
+        };
+        let fingerprint = admit::fingerprint("SwitchOver", &body.encode_to_vec());
+        for _ in 0..ADMIT_TRIES {
+            let term = self.context.leading()?;
+            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+                let task_id = earlier.task.to_string();
+                return Ok(Response::new(api::SwitchOverResponse { task_id }));
+            }
+            let (instance, _) = self.instance(&request.instance_id)?;
+            let (txn, task) = self.switchover_txn(term, &instance, &targets)?;
+            let token = &request.client_token;
+            if let Some(done) = self.admit(txn, &task, token, &fingerprint, "").await? {
+                let task_id = done.task.to_string();
+                return Ok(Response::new(api::SwitchOverResponse { task_id }));
+            }
+        }
+        Err(busy())
+    }
+}
+
+fn busy() -> Status {
+    refuse(
+        RefusalKind::Conflict,
+        "CONFLICT",
+        "the records changed with every try; try again in a moment",
+    )
+}
+
+fn idempotency_key(token: &str) -> String {
+    // Tokens are the caller's words; keys have a narrower alphabet.
+    let id = hex::encode(admit::fingerprint("token", token.as_bytes()));
+    Key::Idempotency { token: &id }.to_string()
+}
+
+fn create_fingerprint(request: &api::CreateInstanceRequest) -> Vec<u8> {
+    let plain = api::CreateInstanceRequest {
+        client_token: String::new(),
+        parameters: std::collections::HashMap::new(),
+        ..request.clone()
+    };
+    let mut body = plain.encode_to_vec();
+    let ordered: std::collections::BTreeMap<_, _> = request.parameters.iter().collect();
+    for (key, value) in ordered {
+        body.extend_from_slice(key.as_bytes());
+        body.push(0);
+        body.extend_from_slice(value.as_bytes());
+        body.push(0);
+    }
+    admit::fingerprint("CreateInstance", &body)
+}
+
+fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
+    let now_ms = clock::now_ms();
+    Task {
+        // Sorts by time, so that a listing's end is the newest.
+        id: format!("t-{}", uuid::Uuid::now_v7().simple()).into(),
+        instance: instance.clone(),
+        spec,
+        state: TaskState::Pending,
+        message: String::new(),
+        created_ms: now_ms,
+        updated_ms: now_ms,
+        deadline_ms: now_ms + limit_ms,
+        event_count: 0,
+        cancel_requested: false,
+    }
+}

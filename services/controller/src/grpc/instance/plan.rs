@@ -1,0 +1,245 @@
+//! What an admission would write: decided from the mirror, committed by the caller.
+
+use rand::RngCore;
+use slotmesh_proto::{instance::v1 as api, store::v1 as records};
+use slotmesh_task::{
+    Spec, Task,
+    admit::{self, RefusalKind},
+    place,
+};
+use slotmesh_topology::{
+    Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Shard,
+    instance::DATABASES, slot,
+};
+use tonic::Status;
+
+use super::{Instances, new_task};
+use crate::{
+    clock,
+    drive::write::encode_instance,
+    grpc::{refuse, refused},
+    leader::{LeaderTxn, Term},
+    store::keys::{self, Key},
+};
+
+/// How long a switchover may take for each shard before the task would be stuck.
+const SWITCHOVER_MS_MAX: u64 = 60_000;
+
+impl Instances {
+    #[allow(clippy::result_large_err)]
+    pub(super) fn plan_create(
+        &self,
+        request: &api::CreateInstanceRequest,
+    ) -> Result<(Instance, Vec<Shard>), Status> {
+        let new = admit::create(request).map_err(|r| refused(&r))?;
+        let candidates = self.candidates();
+        let no_host =
+            |e: place::NoHost| refuse(RefusalKind::Precondition, "NO_HOST", e.to_string());
+        let nodes = 1 + new.replicas as usize;
+        let placed = place::nodes(&candidates, new.shards as usize, nodes).map_err(no_host)?;
+        let proxy_hosts = place::proxies(&candidates, new.proxies as usize).map_err(no_host)?;
+        let mut secret = vec![0; 32];
+        rand::rng().fill_bytes(&mut secret);
+        let id = new_instance_id();
+        let ranges = u16::try_from(new.shards)
+            .map(slot::split_evenly)
+            .unwrap_or_default();
+        let shards = placed
+            .into_iter()
+            .zip(ranges)
+            .zip(0u32..)
+            .map(|((hosts, range), index)| {
+                let members: Vec<_> = hosts
+                    .into_iter()
+                    .enumerate()
+                    .map(|(n, host)| Member {
+                        node: NodeId::from(format!("{id}-{index}-{n}")),
+                        host,
+                        role: if n == 0 {
+                            NodeRole::Primary
+                        } else {
+                            NodeRole::Replica
+                        },
+                        run_id: String::new(),
+                        address: String::new(),
+                        in_sync: false,
+                    })
+                    .collect();
+                Shard {
+                    instance: id.clone(),
+                    id: index.to_string().into(),
+                    index,
+                    slots: vec![range],
+                    epoch: Epoch(0),
+                    primary: members[0].node.clone(),
+                    members,
+                    mode: Mode::Provisioning,
+                    closed_epoch: Epoch(0),
+                }
+            });
+        let instance = Instance {
+            name: if request.name.is_empty() {
+                id.to_string()
+            } else {
+                request.name.clone()
+            },
+            architecture: new.architecture,
+            shard_count: new.shards,
+            replicas_per_shard: new.replicas,
+            databases: DATABASES,
+            engine: request.engine.clone(),
+            secret,
+            password_sha256: new.password_sha256,
+            state: InstanceState::Creating,
+            proxies: proxy_hosts
+                .into_iter()
+                .enumerate()
+                .map(|(n, host)| (format!("{id}-proxy-{n}").into(), host))
+                .collect(),
+            workers_per_proxy: new.workers,
+            created_unix_ms: clock::now_ms(),
+            parameters: request.parameters.clone().into_iter().collect(),
+            id: id.clone(),
+        };
+        Ok((instance, shards.collect()))
+    }
+
+    /// Hosts with a session and what they run already.
+    fn candidates(&self) -> Vec<place::Candidate> {
+        let mut load = std::collections::BTreeMap::new();
+        self.context.mirror.read(|state| {
+            for shard in state.shards.values() {
+                for member in &shard.value.members {
+                    *load.entry(member.host.clone()).or_insert(0) += 1;
+                }
+            }
+            for instance in state.instances.values() {
+                for (_, host) in &instance.value.proxies {
+                    *load.entry(host.clone()).or_insert(0) += 1;
+                }
+            }
+        });
+        self.context.hub.read(|fleet| {
+            let candidate = |host: &slotmesh_topology::HostId| place::Candidate {
+                host: host.clone(),
+                load: load.get(host).copied().unwrap_or_default(),
+            };
+            fleet.hosts.iter().map(candidate).collect()
+        })
+    }
+
+    #[allow(clippy::result_large_err)]
+    pub(super) fn switchover_txn(
+        &self,
+        term: Term,
+        instance: &Instance,
+        targets: &[&str],
+    ) -> Result<(LeaderTxn, Task), Status> {
+        let (shards, locks) = self
+            .context
+            .mirror
+            .read(|s| (s.shards_of(&instance.id), s.locks.clone()));
+        let plain: Vec<_> = shards.iter().map(|s| s.value.clone()).collect();
+        // A busy shard is a conflict, whatever its mode: one operation a shard.
+        for shard in plain
+            .iter()
+            .filter(|s| s.members.iter().any(|m| targets.contains(&m.node.as_str())))
+        {
+            if let Some(owner) = locks.get(&(instance.id.clone(), shard.id.clone())) {
+                return Err(refuse(
+                    RefusalKind::Conflict,
+                    "SHARD_BUSY",
+                    format!(
+                        "shard {} belongs to task {owner}; wait for it to end",
+                        shard.id
+                    ),
+                ));
+            }
+        }
+        let now_ms = clock::now_ms();
+        let switches = admit::switchover(&plain, targets, now_ms).map_err(|r| refused(&r))?;
+        if instance.state == InstanceState::Deleting {
+            return Err(refuse(
+                RefusalKind::Precondition,
+                "INSTANCE_DELETING",
+                format!("instance {} is being deleted", instance.id),
+            ));
+        }
+        let limit_ms = SWITCHOVER_MS_MAX * u64::try_from(switches.len()).unwrap_or(1);
+        let task = new_task(&instance.id, Spec::Switchover(switches.clone()), limit_ms);
+        let mut txn = term.txn();
+        for switch in &switches {
+            let revision = shards
+                .iter()
+                .find(|s| s.value.id == switch.shard)
+                .map_or(0, |s| s.mod_revision);
+            let shard = switch.shard.as_str();
+            let lock = Key::Lock {
+                instance: instance.id.as_str(),
+                shard,
+            }
+            .to_string();
+            let record = records::LockRecord {
+                schema: 0,
+                task_id: task.id.to_string(),
+            };
+            txn = txn
+                .unchanged(
+                    Key::Shard {
+                        instance: instance.id.as_str(),
+                        shard,
+                    },
+                    revision,
+                )
+                .absent(lock.clone())
+                .put(lock, keys::encode(record));
+        }
+        Ok((txn, task))
+    }
+
+    #[allow(clippy::result_large_err)]
+    pub(super) fn delete_txn(
+        &self,
+        term: Term,
+        instance: &Instance,
+        revision: u64,
+    ) -> Result<LeaderTxn, Status> {
+        let (shards, busy_with) = self.context.mirror.read(|s| {
+            let open = s
+                .tasks
+                .values()
+                .find(|t| t.value.instance == instance.id && !t.value.state.is_ended());
+            (s.shards_of(&instance.id), open.map(|t| t.value.id.clone()))
+        });
+        if let Some(task) = busy_with {
+            return Err(refuse(
+                RefusalKind::Conflict,
+                "INSTANCE_BUSY",
+                format!("task {task} works on the instance; wait for it to end"),
+            ));
+        }
+        let deleting = Instance {
+            state: InstanceState::Deleting,
+            ..instance.clone()
+        };
+        let key = Key::Instance {
+            instance: instance.id.as_str(),
+        }
+        .to_string();
+        let txn = term
+            .txn()
+            .unchanged(key.clone(), revision)
+            .put(key, encode_instance(&deleting));
+        Ok(shards.iter().fold(txn, |txn, shard| {
+            let shard = shard.value.id.as_str();
+            txn.absent(Key::Lock {
+                instance: instance.id.as_str(),
+                shard,
+            })
+        }))
+    }
+}
+
+fn new_instance_id() -> InstanceId {
+    format!("r-{:010x}", rand::rng().next_u64() >> 24).into()
+}

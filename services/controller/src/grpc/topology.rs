@@ -1,0 +1,184 @@
+//! `TopologyService`: one stream per proxy. A snapshot first, then what changed; each answered.
+//!
+//! **Invariant:** the base of a delta is what the proxy acknowledged or was sent last on this
+//! stream; after a refusal it is sent a whole snapshot with the next change.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use slotmesh_proto::topology::v1::{
+    self as pb, topology_service_server::TopologyService, watch_request, watch_response,
+};
+use slotmesh_topology::{InstanceId, ProxyId, delta::View, route};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::{Context, MessageStream, refuse};
+use crate::{mirror::State, store::keys::valid_id};
+
+/// Messages on their way to one proxy; a proxy that reads slower is waited for, alone.
+const MESSAGES_BUFFERED: usize = 16;
+/// Between messages of a stream when nothing changes.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Topology {
+    context: Context,
+}
+
+impl Topology {
+    /// The service over what it needs.
+    #[must_use]
+    pub fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    /// Keeps the proxy's routes true until its stream ends or this controller leads no more.
+    async fn publish(
+        self,
+        instance: InstanceId,
+        mut refused: watch::Receiver<u64>,
+        sender: mpsc::Sender<Result<pb::WatchResponse, Status>>,
+    ) {
+        let mut state = self.context.mirror.subscribe();
+        let mut leadership = self.context.leadership.clone();
+        let mut sent: Option<View> = None;
+        let mut nonce = 0;
+        loop {
+            if let Err(status) = self.context.leading() {
+                let _ = sender.send(Err(status)).await;
+                return;
+            }
+            let view = view_of(&instance, &state.borrow_and_update());
+            let message = match (&view, &sent) {
+                // Not created yet, or deleted: the proxy keeps what it has.
+                (None, _) => None,
+                (Some(view), None) => Some(watch_response::Message::Snapshot(view.snapshot())),
+                (Some(view), Some(base)) => view.since(base).map(watch_response::Message::Delta),
+            };
+            if let Some(message) = message {
+                nonce += 1;
+                sent = view;
+                let response = pb::WatchResponse {
+                    nonce,
+                    message: Some(message),
+                };
+                if sender.send(Ok(response)).await.is_err() {
+                    return;
+                }
+            }
+            tokio::select! {
+                changed = state.changed() => if changed.is_err() { return },
+                changed = leadership.changed() => if changed.is_err() { return },
+                changed = refused.changed() => {
+                    if changed.is_err() { return }
+                    sent = None;
+                    // Not at once: what was refused would be refused again.
+                    if state.changed().await.is_err() { return }
+                }
+                () = tokio::time::sleep(HEARTBEAT) => {
+                    let revision = state.borrow().revision;
+                    let heartbeat = watch_response::Message::Heartbeat(pb::Heartbeat { revision });
+                    let response = pb::WatchResponse { nonce: 0, message: Some(heartbeat) };
+                    if sender.send(Ok(response)).await.is_err() {
+                        return;
+                    }
+                }
+                () = sender.closed() => return,
+                () = self.context.stopping.cancelled() => return,
+            }
+        }
+    }
+}
+
+fn view_of(instance: &InstanceId, state: &State) -> Option<View> {
+    let found = state.instances.get(instance)?;
+    let shards: BTreeMap<_, _> = state
+        .shards
+        .values()
+        .filter(|s| s.value.instance == *instance)
+        .filter_map(|s| route::shard(&found.value, &s.value))
+        .map(|route| (route.shard_id.clone(), route))
+        .collect();
+    // Half an instance is not served: wait until every shard has begun.
+    if shards.len() < found.value.shard_count as usize {
+        return None;
+    }
+    Some(View {
+        revision: state.revision,
+        settings: route::settings(&found.value),
+        shards,
+    })
+}
+
+#[tonic::async_trait]
+impl TopologyService for Topology {
+    type WatchStream = MessageStream<pb::WatchResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<pb::WatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.context.leading()?;
+        let mut inbound = request.into_inner();
+        let first = inbound.message().await?.and_then(|m| m.message);
+        let Some(watch_request::Message::Hello(hello)) = first else {
+            return Err(Status::invalid_argument(
+                "a topology stream begins with hello",
+            ));
+        };
+        if !valid_id(&hello.proxy_id) || !valid_id(&hello.instance_id) {
+            return Err(Status::invalid_argument(
+                "proxy_id or instance_id is malformed",
+            ));
+        }
+        let instance: InstanceId = hello.instance_id.as_str().into();
+        if !self
+            .context
+            .mirror
+            .read(|s| s.instances.contains_key(&instance))
+        {
+            return Err(refuse(
+                slotmesh_task::admit::RefusalKind::NotFound,
+                "INSTANCE_NOT_FOUND",
+                format!("there is no instance {instance}"),
+            ));
+        }
+        let proxy: ProxyId = hello.proxy_id.as_str().into();
+        info!(%proxy, %instance, "proxy stream opened");
+        let session = self.context.hub.proxy_opened(hello);
+        let (sender, receiver) = mpsc::channel(MESSAGES_BUFFERED);
+        let (refusals, refused) = watch::channel(0);
+        tokio::spawn(self.clone().publish(instance, refused, sender.clone()));
+        let (hub, stopping) = (self.context.hub.clone(), self.context.stopping.clone());
+        tokio::spawn(async move {
+            loop {
+                let message = tokio::select! {
+                    () = sender.closed() => break,
+                    () = stopping.cancelled() => break,
+                    message = inbound.message() => message,
+                };
+                match message.map(|m| m.map(|m| m.message)) {
+                    Ok(Some(Some(watch_request::Message::Report(report)))) => {
+                        hub.proxy_reported(&proxy, session, report);
+                    }
+                    Ok(Some(Some(watch_request::Message::Nack(nack)))) => {
+                        warn!(%proxy, reason = nack.reason, still_on = nack.still_on_revision, "topology refused");
+                        refusals.send_modify(|n| *n += 1);
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(status) => {
+                        info!(%proxy, error = status.message(), "proxy stream broke");
+                        break;
+                    }
+                }
+            }
+            info!(%proxy, "proxy stream closed");
+            hub.proxy_closed(&proxy, session);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,12 @@
+//! The controller: it holds the one truth in a store, and only its leader changes it.
+
+pub mod agents;
+pub mod app;
+pub mod clock;
+pub mod drive;
+pub mod grpc;
+pub mod hub;
+pub mod leader;
+pub mod mirror;
+pub mod settings;
+pub mod store;
