@@ -1,0 +1,217 @@
+//! Puts the agent together. The only file that knows all components.
+//!
+//! Invariant: after `bind` the data directory is ours, the address is known and written down, and
+//! every error that an operator can cause has been told; after `run` all workers have ended.
+
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::Serialize;
+use slotmesh_proto::agent::v1::{Register, agent_service_server::AgentServiceServer};
+use tokio::{net::TcpListener, sync::watch, time::timeout};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    artifact::Engines,
+    controllers::Controllers,
+    executor::Executor,
+    host::Host,
+    journal::{Journal, JournalError, SCHEMA_VERSION},
+    metrics::Metrics,
+    node::{
+        files::{check_schema, make_private_dir},
+        worker::Farewell,
+    },
+    process::write_atomic,
+    reports::Reports,
+    session,
+    settings::Settings,
+    supervisor::Supervisor,
+};
+
+/// Steps that are under way may end before the server does.
+const SERVER_GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    #[error("data directory {path}")]
+    Data { path: PathBuf, source: io::Error },
+    #[error("listen on {address}: choose another with --listen")]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("gRPC server")]
+    Server(#[from] tonic::transport::Error),
+    #[error("set up gRPC reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// A bound agent that has not started to work.
+#[derive(Debug)]
+pub struct App {
+    settings: Settings,
+    listener: Option<TcpListener>,
+    address: SocketAddr,
+    host: Arc<Host>,
+}
+
+#[derive(Serialize)]
+struct Whereabouts {
+    pid: u32,
+    address: String,
+}
+
+impl App {
+    pub async fn bind(settings: Settings) -> Result<Self, AppError> {
+        let data = |source| AppError::Data {
+            path: settings.data.clone(),
+            source,
+        };
+        make_private_dir(&settings.data).map_err(data)?;
+        let root = settings.data.canonicalize().map_err(data)?;
+        check_schema(&root, SCHEMA_VERSION).map_err(data)?;
+        let journal = Journal::open(&root)?;
+        let (nodes_dir, proxies_dir) = (root.join("nodes"), root.join("proxies"));
+        make_private_dir(&nodes_dir).map_err(data)?;
+        make_private_dir(&proxies_dir).map_err(data)?;
+        let address = settings.listen;
+        let listen = |source| AppError::Listen { address, source };
+        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        write_whereabouts(&root, address).map_err(data)?;
+        let host = Arc::new(Host {
+            host_id: settings.host_id.clone(),
+            advertise_ip: settings.advertise_ip,
+            nodes_dir,
+            proxies_dir,
+            proxy_binary: settings.proxy_binary.clone(),
+            engines: Engines::new(settings.engine_default.clone(), settings.engines.clone()),
+            journal,
+            reports: Reports::default(),
+            controllers: Controllers::new(settings.controllers.clone()),
+            metrics: Arc::new(Metrics::default()),
+        });
+        Ok(Self {
+            settings,
+            listener: Some(listener),
+            address,
+            host,
+        })
+    }
+
+    /// Of the agent's gRPC API.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.host.metrics.clone()
+    }
+
+    /// Works until `shutdown`. Nodes and proxies live on, unless the settings say otherwise.
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), AppError> {
+        let stop = CancellationToken::new();
+        let supervisor = Supervisor::start(self.host.clone());
+        let assignments = watch::Sender::new(None);
+        let reconcile = tokio::spawn({
+            let (supervisor, receiver) = (supervisor.clone(), assignments.subscribe());
+            let stop = stop.clone();
+            async move { supervisor.run(receiver, stop).await }
+        });
+        let register = self.register();
+        let session = tokio::spawn(session::run(
+            self.host.clone(),
+            register,
+            assignments,
+            stop.clone(),
+        ));
+        let server = self.serve(supervisor.clone(), stop.clone()).await?;
+        let mut server = tokio::spawn(server);
+        tracing::info!(host = %self.host.host_id, address = %self.address, "agent runs");
+        let early = tokio::select! {
+            () = shutdown => None,
+            ended = &mut server => Some(ended),
+        };
+        stop.cancel();
+        let farewell = match self.settings.stop_all_on_exit {
+            true => Farewell::Stop,
+            false => Farewell::LeaveRunning,
+        };
+        for worker in [reconcile, session] {
+            let _ = worker.await;
+        }
+        supervisor.stop(farewell).await;
+        let ended = match early {
+            Some(ended) => Some(ended),
+            None => match timeout(SERVER_GRACE, &mut server).await {
+                Ok(ended) => Some(ended),
+                Err(_) => {
+                    server.abort();
+                    let _ = server.await;
+                    None
+                }
+            },
+        };
+        tracing::info!(host = %self.host.host_id, ?farewell, "agent ends");
+        match ended {
+            Some(Ok(Err(error))) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        supervisor: Arc<Supervisor>,
+        stop: CancellationToken,
+    ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, AppError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<AgentServiceServer<Executor>>().await;
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(slotmesh_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .build_v1()?;
+        let executor = Executor::new(self.host.clone(), supervisor);
+        let listener = self.listener.take().ok_or_else(|| AppError::Listen {
+            address: self.address,
+            source: io::ErrorKind::NotConnected.into(),
+        })?;
+        let incoming = TcpListenerStream::new(listener);
+        Ok(tonic::transport::Server::builder()
+            .add_service(AgentServiceServer::new(executor))
+            .add_service(health_service)
+            .add_service(reflection)
+            .serve_with_incoming_shutdown(incoming, stop.cancelled_owned()))
+    }
+
+    fn register(&self) -> Register {
+        let bytes: [u8; 8] = rand::random();
+        Register {
+            host_id: self.host.host_id.clone(),
+            agent_address: self.address.to_string(),
+            advertise_ip: self.host.advertise_ip.to_string(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            agent_instance: hex::encode(bytes),
+            engines: self.host.engines.names(),
+            zone: self.settings.zone.clone(),
+            pid: std::process::id(),
+        }
+    }
+}
+
+fn write_whereabouts(root: &Path, address: SocketAddr) -> io::Result<()> {
+    let here = Whereabouts {
+        pid: std::process::id(),
+        address: address.to_string(),
+    };
+    let text = serde_json::to_vec(&here).map_err(io::Error::other)?;
+    write_atomic(&root.join("agent.json"), &text, 0o600)
+}

@@ -1,0 +1,136 @@
+//! AgentService: the door through which a leader's steps come in.
+//!
+//! Invariant: a step of a lower term or epoch than the journal's is refused before anything else is
+//! looked at, and a step that has an outcome gets that outcome again.
+
+use std::sync::Arc;
+
+use slotmesh_proto::agent::v1::{
+    ExecuteStepRequest, ExecuteStepResponse, StepOutcome, agent_service_server::AgentService,
+    execute_step_request::Act,
+};
+use tokio::sync::oneshot;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    handover::driver::chain,
+    host::{Host, is_id},
+    journal::{
+        Journal,
+        record::{Fact, Memory, ShardEpoch, StepKey},
+    },
+    node::worker::StepCall,
+    supervisor::Supervisor,
+};
+
+/// Serves the steps of one host.
+#[derive(Debug)]
+pub struct Executor {
+    host: Arc<Host>,
+    supervisor: Arc<Supervisor>,
+}
+
+impl Executor {
+    pub fn new(host: Arc<Host>, supervisor: Arc<Supervisor>) -> Self {
+        Self { host, supervisor }
+    }
+
+    async fn execute(&self, request: ExecuteStepRequest) -> Result<ExecuteStepResponse, Status> {
+        let node_id = node_of(&request)?.to_owned();
+        self.host.metrics.steps.add(1);
+        if let Some(answer) = settled(&self.host.journal, &request) {
+            self.host.metrics.steps_settled.add(1);
+            return Ok(answer);
+        }
+        let facts = [
+            Fact::Term(request.term),
+            Fact::Epoch(ShardEpoch {
+                instance_id: request.instance_id.clone(),
+                shard_id: request.shard_id.clone(),
+                epoch: request.epoch,
+            }),
+        ];
+        if let Err(error) = self.host.journal.append(facts).await {
+            tracing::error!(error = %chain(&error), "step not journaled, not executed");
+            return Ok(response(StepOutcome::NoEffect, &chain(&error)));
+        }
+        let Some(steps) = self.supervisor.steps_of(&node_id) else {
+            return Ok(response(
+                StepOutcome::NoEffect,
+                "the node is not on this host",
+            ));
+        };
+        let (answer, answered) = oneshot::channel();
+        if steps.try_send(StepCall { request, answer }).is_err() {
+            return Err(Status::resource_exhausted(
+                "too many steps wait for this node",
+            ));
+        }
+        // The worker bounds each step; a step goes on when the caller hangs up, and the outcome is
+        // kept for whoever asks again.
+        answered
+            .await
+            .map_err(|_| Status::unavailable("the agent is shutting down"))
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Executor {
+    async fn execute_step(
+        &self,
+        request: Request<ExecuteStepRequest>,
+    ) -> Result<Response<ExecuteStepResponse>, Status> {
+        self.execute(request.into_inner()).await.map(Response::new)
+    }
+}
+
+/// The answer that the journal gives: an outcome of before, or the refusal of a step from the past.
+pub fn settled(journal: &Journal, request: &ExecuteStepRequest) -> Option<ExecuteStepResponse> {
+    journal.read(|memory| settled_by(memory, request))
+}
+
+/// The pure half of [`settled`].
+pub fn settled_by(memory: &Memory, request: &ExecuteStepRequest) -> Option<ExecuteStepResponse> {
+    let term = memory.term();
+    let epoch = memory.epoch(&request.instance_id, &request.shard_id);
+    let outcome = memory.outcome(&StepKey::of(request)).cloned();
+    // Epochs rise by the very steps whose outcome is asked for again, so only the term counts there.
+    let mut answer = match outcome {
+        Some(outcome) if request.term >= term => outcome,
+        _ if request.term < term || request.epoch < epoch => {
+            response(StepOutcome::Fenced, "a higher term or epoch is known here")
+        }
+        _ => return None,
+    };
+    answer.known_term = term;
+    answer.known_epoch = epoch;
+    Some(answer)
+}
+
+pub fn response(outcome: StepOutcome, message: &str) -> ExecuteStepResponse {
+    ExecuteStepResponse {
+        outcome: outcome.into(),
+        message: message.to_owned(),
+        ..ExecuteStepResponse::default()
+    }
+}
+
+fn node_of(request: &ExecuteStepRequest) -> Result<&str, Status> {
+    let node_id = match &request.act {
+        Some(Act::Probe(it)) => &it.node_id,
+        Some(Act::EnsureUsers(it)) => &it.node_id,
+        Some(Act::HandOver(it)) => &it.node_id,
+        Some(Act::TakeBack(it)) => &it.node_id,
+        None => return Err(Status::invalid_argument("act: one must be set")),
+    };
+    if request.task_id.is_empty() || request.step.is_empty() {
+        return Err(Status::invalid_argument("task_id and step: must be set"));
+    }
+    if request.term == 0 {
+        return Err(Status::invalid_argument("term: must be set"));
+    }
+    if !is_id(node_id) {
+        return Err(Status::invalid_argument("node_id: not an id"));
+    }
+    Ok(node_id)
+}

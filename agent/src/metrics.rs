@@ -1,0 +1,71 @@
+//! What the agent counts.
+//!
+//! Plain integers, so that counting costs nothing; whoever exports them reads them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters since the agent started.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    pub node_starts: Counter,
+    pub node_adoptions: Counter,
+    pub proxy_starts: Counter,
+    pub proxy_adoptions: Counter,
+    pub steps: Counter,
+    /// Answered from the journal: repeated, or from the past.
+    pub steps_settled: Counter,
+    pub hand_overs_done: Counter,
+    pub hand_overs_undone: Counter,
+    pub hand_overs_uncertain: Counter,
+    /// Sum over all hand-overs that were done.
+    pub critical_us: Counter,
+}
+
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Metrics {
+    /// Every counter with its name, for an exporter.
+    pub fn all(&self) -> [(&'static str, u64); 10] {
+        [
+            ("slotmesh_agent_node_starts_total", self.node_starts.get()),
+            (
+                "slotmesh_agent_node_adoptions_total",
+                self.node_adoptions.get(),
+            ),
+            ("slotmesh_agent_proxy_starts_total", self.proxy_starts.get()),
+            (
+                "slotmesh_agent_proxy_adoptions_total",
+                self.proxy_adoptions.get(),
+            ),
+            ("slotmesh_agent_steps_total", self.steps.get()),
+            (
+                "slotmesh_agent_steps_settled_total",
+                self.steps_settled.get(),
+            ),
+            (
+                "slotmesh_agent_hand_overs_done_total",
+                self.hand_overs_done.get(),
+            ),
+            (
+                "slotmesh_agent_hand_overs_undone_total",
+                self.hand_overs_undone.get(),
+            ),
+            (
+                "slotmesh_agent_hand_overs_uncertain_total",
+                self.hand_overs_uncertain.get(),
+            ),
+            ("slotmesh_agent_critical_us_total", self.critical_us.get()),
+        ]
+    }
+}

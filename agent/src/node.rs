@@ -1,0 +1,225 @@
+//! What to do next with a running node: from the assignment and what is observed, to actions.
+//!
+//! Pure and level-triggered: the same input gives the same actions, and when they have taken effect
+//! there are none left. Invariants: no users and no following for a process that the record does not
+//! name; never a promotion; proxy rights only for the primary of the record, of exactly its epoch.
+
+pub mod facts;
+pub mod files;
+pub mod worker;
+
+use slotmesh_proto::{
+    agent::v1::{EpochUser, NodeSpec},
+    store::v1::NodeRole,
+};
+
+use crate::{
+    fence::{KnownUsers, UserKind, parse_user, password_sha256},
+    handover::{Failover, Role},
+    journal::record::{FenceMark, Standing},
+};
+
+/// A node's share of an assignment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Assigned {
+    pub term: u64,
+    /// Of the store, from which the assignment was derived.
+    pub revision: u64,
+    pub spec: NodeSpec,
+}
+
+/// What is known of the process.
+#[derive(Debug, Clone)]
+pub struct Observed<'a> {
+    pub run_id: &'a str,
+    pub role: Role,
+    pub failover: Failover,
+    pub following: &'a str,
+    pub users: &'a KnownUsers,
+    /// Login at its primary, as this agent last set it; `None`: not known.
+    pub login: Option<&'a Login>,
+    pub fence: Option<&'a FenceMark>,
+    /// The target of the hand-over that placed `fence` replicates from this node right now.
+    pub fence_target_online: bool,
+    /// When this process last agreed with the record.
+    pub standing: Option<&'a Standing>,
+    /// Highest epoch of the shard in the journal.
+    pub journaled_epoch: u64,
+}
+
+/// With which a node logs in at its primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    pub user: String,
+    pub password: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Delete users of closed epochs.
+    Delete(Vec<String>),
+    /// Take rights from a proxy user that must not have them here any more.
+    SoftFence(String),
+    SetLogin(Login),
+    Follow {
+        host: String,
+        port: String,
+    },
+    /// Create a user, or give it its rights (back).
+    Grant(EpochUser),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Leave everything as it is, and why.
+    Leave(&'static str),
+    /// In this order; empty: converged.
+    Act(Vec<Action>),
+}
+
+pub const STALE: &str = "the assignment is older than the journal";
+pub const UNNAMED: &str = "the record does not name this process; it stays fenced";
+pub const FROZEN: &str = "a hand-over is under way";
+pub const NOT_PROMOTED: &str =
+    "the record says primary, the process is a replica; only a task promotes";
+pub const NOT_DEMOTED: &str =
+    "the record says replica, the process was promoted; it waits for a newer assignment";
+
+/// Decides for a process that answers.
+pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
+    let spec = &assigned.spec;
+    if spec.epoch == 0 {
+        return Decision::Leave("");
+    }
+    if spec.epoch < seen.journaled_epoch {
+        return Decision::Leave(STALE);
+    }
+    if spec.run_id.is_empty() || spec.run_id != seen.run_id {
+        return Decision::Leave(UNNAMED);
+    }
+    if spec.frozen {
+        return Decision::Leave(FROZEN);
+    }
+    let mut actions = revocations(spec, seen);
+    let primary = spec.role() == NodeRole::Primary;
+    if primary && seen.role == Role::Replica {
+        // Its login belongs to whoever made it a replica.
+        return act_or_leave(actions, NOT_PROMOTED);
+    }
+    if !primary && seen.role == Role::Primary && promoted_since(assigned, seen) {
+        return act_or_leave(actions, NOT_DEMOTED);
+    }
+    let login = Login {
+        user: spec.master_user.clone(),
+        password: spec.master_password.clone(),
+    };
+    if !login.user.is_empty() && seen.login != Some(&login) {
+        actions.push(Action::SetLogin(login));
+    }
+    if !primary
+        && seen.following != spec.primary_address
+        && let Some((host, port)) = spec.primary_address.rsplit_once(':')
+    {
+        actions.push(Action::Follow {
+            host: host.to_owned(),
+            port: port.to_owned(),
+        });
+    }
+    let missing = spec
+        .users
+        .iter()
+        .filter(|user| may_grant(user, assigned, seen))
+        .cloned();
+    actions.extend(missing.map(Action::Grant));
+    Decision::Act(actions)
+}
+
+fn act_or_leave(actions: Vec<Action>, why: &'static str) -> Decision {
+    if actions.is_empty() {
+        Decision::Leave(why)
+    } else {
+        Decision::Act(actions)
+    }
+}
+
+/// Whether a process that is a primary against the assignment was made one by a hand-over of which
+/// the assignment does not know. The target's agent hears of a hand-over through its own session,
+/// perhaps from a controller that lags behind; demoting the target then would undo what the old
+/// primary's agent is about to commit, or has committed.
+fn promoted_since(assigned: &Assigned, seen: &Observed<'_>) -> bool {
+    let Some(standing) = seen.standing else {
+        return false;
+    };
+    if standing.run_id != seen.run_id || assigned.spec.epoch > standing.epoch {
+        return false;
+    }
+    let after_frozen = standing.frozen_revision > 0;
+    !(after_frozen && assigned.revision > standing.frozen_revision)
+}
+
+/// Users to delete, and rights to take, before anything is given.
+fn revocations(spec: &NodeSpec, seen: &Observed<'_>) -> Vec<Action> {
+    let (mut closed, mut fenced) = (vec![], vec![]);
+    for (name, user) in seen.users {
+        let Some((kind, epoch)) = parse_user(name) else {
+            continue;
+        };
+        if epoch <= spec.closed_epoch {
+            closed.push(name.clone());
+        } else if kind == UserKind::Proxy && user.full && !serves(spec, epoch) {
+            fenced.push(Action::SoftFence(name.clone()));
+        }
+    }
+    let mut actions = fenced;
+    if !closed.is_empty() {
+        actions.push(Action::Delete(closed));
+    }
+    actions
+}
+
+/// Whether proxies of `epoch` may write here.
+fn serves(spec: &NodeSpec, epoch: u64) -> bool {
+    spec.role() == NodeRole::Primary && epoch == spec.epoch
+}
+
+fn may_grant(user: &EpochUser, assigned: &Assigned, seen: &Observed<'_>) -> bool {
+    let spec = &assigned.spec;
+    // The name decides what a user can do at the engine, so it must agree with the fields.
+    let kind = if user.replication {
+        UserKind::Replication
+    } else {
+        UserKind::Proxy
+    };
+    if parse_user(&user.name) != Some((kind, user.epoch)) || user.epoch <= spec.closed_epoch {
+        return false;
+    }
+    let known = seen.users.get(&user.name);
+    let same_password = known.is_some_and(|k| k.password_sha256 == password_sha256(&user.password));
+    match kind {
+        UserKind::Replication => !same_password,
+        UserKind::Proxy => {
+            let has_all = same_password && known.is_some_and(|k| k.full);
+            !has_all
+                && serves(spec, user.epoch)
+                && seen.role == Role::Primary
+                && seen.failover == Failover::None
+                && !fence_holds(assigned, seen)
+        }
+    }
+}
+
+/// A hand-over's fence is lifted by convergence only as its undo, which takes one of two proofs that
+/// the assignment is not from before the hand-over: it is newer than a frozen one of the same
+/// epoch, or the hand-over's target still replicates from here and thus was never promoted.
+fn fence_holds(assigned: &Assigned, seen: &Observed<'_>) -> bool {
+    let Some(mark) = seen.fence else { return false };
+    if mark.run_id != seen.run_id || mark.epoch != assigned.spec.epoch {
+        return false;
+    }
+    let after_frozen = mark.frozen_revision > 0 && assigned.revision > mark.frozen_revision;
+    assigned.term < mark.term || !(after_frozen || seen.fence_target_online)
+}
+
+#[cfg(test)]
+#[path = "node_tests.rs"]
+mod tests;

@@ -1,0 +1,264 @@
+//! The owner of one node: starts or adopts its process, probes it, converges it, and executes its
+//! steps, one thing at a time.
+//!
+//! Invariant: a node has one worker and a worker does one thing, so no convergence runs between the
+//! commands of a step, and a second process is never started beside a live one.
+
+use std::{sync::Arc, time::Duration};
+
+use slotmesh_proto::agent::v1::{
+    Desired, ExecuteStepRequest, ExecuteStepResponse, NodeReport, NodeSpec, ProcessState,
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{Assigned, Login, files::NodeDir};
+use crate::{
+    artifact::Version,
+    control::Control,
+    fence::{ADMIN_USER, KnownUsers},
+    host::Host,
+    journal::record::{Begun, Fact},
+    process::{Process, Restarts},
+};
+
+mod converge;
+mod lifecycle;
+mod steps;
+
+/// How old what is known of a node may get.
+const PROBE_EVERY: Duration = Duration::from_millis(100);
+/// Steps of one node that wait for their turn; a leader sends one at a time.
+const STEPS_WAITING_MAX: usize = 16;
+
+/// A step on its way to the worker.
+#[derive(Debug)]
+pub struct StepCall {
+    pub request: ExecuteStepRequest,
+    pub answer: oneshot::Sender<ExecuteStepResponse>,
+}
+
+/// What the agent does with its processes when it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Farewell {
+    LeaveRunning,
+    Stop,
+}
+
+/// The rest of the agent's end of a worker.
+#[derive(Debug)]
+pub struct NodeHandle {
+    pub assigned: watch::Sender<Option<Assigned>>,
+    pub steps: mpsc::Sender<StepCall>,
+    /// A handle that is dropped ends its worker too.
+    stop: DropGuard,
+    farewell: watch::Sender<Farewell>,
+    task: JoinHandle<()>,
+}
+
+impl NodeHandle {
+    /// Starts the worker of a node.
+    pub fn start(host: Arc<Host>, node_id: String) -> Self {
+        let assigned = watch::Sender::new(None);
+        let (steps, step_calls) = mpsc::channel(STEPS_WAITING_MAX);
+        let stop = CancellationToken::new();
+        let farewell = watch::Sender::new(Farewell::LeaveRunning);
+        let worker = Worker::new(host, node_id, assigned.subscribe());
+        let task = tokio::spawn(worker.run(step_calls, stop.clone(), farewell.subscribe()));
+        Self {
+            assigned,
+            steps,
+            stop: stop.drop_guard(),
+            farewell,
+            task,
+        }
+    }
+
+    /// Hands on a new assignment; wakes the worker only when it says something new.
+    pub fn assign(&self, new: Assigned) {
+        self.assigned.send_if_modified(|current| {
+            let news = current.as_ref().map(|c| &c.spec) != Some(&new.spec);
+            *current = Some(new);
+            news
+        });
+    }
+
+    /// Ends the worker after what it is doing, and its process if so told.
+    pub async fn stop(self, farewell: Farewell) {
+        self.farewell.send_replace(farewell);
+        drop(self.stop);
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "worker of a node failed");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Worker {
+    host: Arc<Host>,
+    node_id: String,
+    assigned: watch::Receiver<Option<Assigned>>,
+    dir: Option<NodeDir>,
+    process: Option<Process>,
+    control: Option<Control>,
+    restarts: Restarts,
+    /// What is known of the process that answers; empty when its run id changes.
+    run: Run,
+    report: NodeReport,
+    /// A hand-over that a former life of this agent left unfinished.
+    resume: Option<Begun>,
+    /// What follows from the step that is ending; journaled with its outcome.
+    concluded: Vec<Fact>,
+    removed: bool,
+    /// Why the last start failed; shown until the node answers.
+    trouble: Option<Trouble>,
+}
+
+#[derive(Debug, Clone)]
+struct Trouble {
+    state: ProcessState,
+    why: String,
+}
+
+#[derive(Debug, Default)]
+struct Run {
+    run_id: String,
+    version: Option<Version>,
+    users: KnownUsers,
+    login: Option<Login>,
+    parameters: std::collections::HashMap<String, String>,
+}
+
+impl Run {
+    /// Which generation of ACL rules the engine understands.
+    fn is_modern(&self) -> bool {
+        self.version
+            .is_none_or(|version| version >= Version::REDIS_7_0)
+    }
+}
+
+impl Worker {
+    fn new(host: Arc<Host>, node_id: String, assigned: watch::Receiver<Option<Assigned>>) -> Self {
+        let resume = host
+            .journal
+            .read(|memory| steps::unfinished(memory, &node_id));
+        let report = NodeReport {
+            node_id: node_id.clone(),
+            state: ProcessState::Starting.into(),
+            ..NodeReport::default()
+        };
+        // Told before the first probe, so that no report leaves out a node that is here.
+        host.reports.node(report.clone());
+        Self {
+            host,
+            node_id,
+            assigned,
+            dir: None,
+            process: None,
+            control: None,
+            restarts: Restarts::default(),
+            run: Run::default(),
+            report,
+            resume,
+            concluded: Vec::new(),
+            removed: false,
+            trouble: None,
+        }
+    }
+
+    async fn run(
+        mut self,
+        mut steps: mpsc::Receiver<StepCall>,
+        stop: CancellationToken,
+        farewell: watch::Receiver<Farewell>,
+    ) {
+        let mut tick = interval(PROBE_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let process = self.process;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(call) = steps.recv() => {
+                    let response = Box::pin(self.execute(call.request)).await;
+                    // The caller may have given up; the outcome is in the journal.
+                    let _ = call.answer.send(response);
+                }
+                Ok(()) = self.assigned.changed() => {}
+                () = ended(process) => {}
+                _ = tick.tick() => {}
+            }
+            Box::pin(self.turn()).await;
+        }
+        if *farewell.borrow() == Farewell::Stop {
+            self.shut_down(lifecycle::SaveData::Yes).await;
+        }
+    }
+
+    /// One look, and what follows from it.
+    async fn turn(&mut self) {
+        let assigned = self.assigned.borrow_and_update().clone();
+        let desired = self
+            .spec(assigned.as_ref())
+            .map_or(Desired::Unspecified, |s| s.desired());
+        if desired == Desired::Removed {
+            self.remove().await;
+            return;
+        }
+        self.removed = false;
+        self.ensure_process(assigned.as_ref()).await;
+        if self.process.is_some() && self.probe().await {
+            Box::pin(self.resume_hand_over(assigned.as_ref())).await;
+            if let Some(assigned) = &assigned {
+                self.converge(assigned).await;
+            }
+        }
+        self.publish();
+    }
+
+    /// What to run: as assigned, or else as last time.
+    fn spec(&self, assigned: Option<&Assigned>) -> Option<NodeSpec> {
+        assigned
+            .map(|a| a.spec.clone())
+            .or_else(|| NodeDir::peek_spec(&self.host.nodes_dir, &self.node_id))
+    }
+
+    fn publish(&mut self) {
+        self.report.pid = self.process.map_or(0, |p| p.pid);
+        self.host.reports.node(self.report.clone());
+    }
+
+    /// A connection to the admin's socket, made when there is none.
+    async fn admin(&mut self) -> Option<&mut Control> {
+        if self.control.as_ref().is_none_or(Control::is_closed) {
+            let dir = self.dir.as_ref()?;
+            let secret = dir.admin_secret().ok()?;
+            self.control = Control::unix(dir.socket(), ADMIN_USER, &secret).await.ok();
+        }
+        self.control.as_mut()
+    }
+}
+
+async fn ended(process: Option<Process>) {
+    match process {
+        Some(process) => process.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When a step's time is over.
+fn deadline_of(request: &ExecuteStepRequest) -> Instant {
+    const DEFAULT: Duration = Duration::from_secs(5);
+    const MAX: Duration = Duration::from_secs(60);
+    let asked = Duration::from_millis(request.timeout_ms.into());
+    Instant::now()
+        + if asked.is_zero() {
+            DEFAULT
+        } else {
+            asked.min(MAX)
+        }
+}

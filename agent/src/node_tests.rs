@@ -1,0 +1,320 @@
+//! One row a rule: what is assigned, what is seen, what is done.
+
+use std::fmt::Write;
+
+use super::*;
+use crate::fence::KnownUser;
+
+/// A world in which the node is the converged primary of epoch 3; tests change one thing.
+struct World {
+    assigned: Assigned,
+    role: Role,
+    failover: Failover,
+    following: String,
+    users: KnownUsers,
+    login: Option<Login>,
+    fence: Option<FenceMark>,
+    standing: Option<Standing>,
+    target_online: bool,
+    journaled_epoch: u64,
+}
+
+fn user(name: &str, epoch: u64) -> EpochUser {
+    EpochUser {
+        name: name.to_owned(),
+        password: "p".to_owned(),
+        epoch,
+        replication: name.starts_with("rp"),
+    }
+}
+
+fn known(full: bool) -> KnownUser {
+    KnownUser {
+        password_sha256: password_sha256("p"),
+        full,
+    }
+}
+
+fn login(epoch: u64) -> Login {
+    Login {
+        user: format!("rp-{epoch}-a"),
+        password: "m".to_owned(),
+    }
+}
+
+impl World {
+    fn primary() -> Self {
+        let spec = NodeSpec {
+            epoch: 3,
+            run_id: "run".to_owned(),
+            role: NodeRole::Primary.into(),
+            closed_epoch: 2,
+            users: vec![user("px-3", 3), user("rp-3-b", 3)],
+            master_user: login(3).user,
+            master_password: login(3).password,
+            ..NodeSpec::default()
+        };
+        let users = [("px-3", true), ("rp-3-b", false)];
+        Self {
+            assigned: Assigned {
+                term: 5,
+                revision: 100,
+                spec,
+            },
+            role: Role::Primary,
+            failover: Failover::None,
+            following: String::new(),
+            users: users
+                .map(|(name, full)| (name.to_owned(), known(full)))
+                .into(),
+            login: Some(login(3)),
+            fence: None,
+            standing: None,
+            target_online: false,
+            journaled_epoch: 3,
+        }
+    }
+
+    /// The converged replica of `n:1` at epoch 3.
+    fn replica() -> Self {
+        let mut world = Self::primary();
+        world.assigned.spec.role = NodeRole::Replica.into();
+        world.assigned.spec.primary_address = "n:1".to_owned();
+        world.assigned.spec.users.remove(0);
+        world.users.remove("px-3");
+        world.role = Role::Replica;
+        world.following = "n:1".to_owned();
+        world
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    fn decide(&self) -> String {
+        let seen = Observed {
+            run_id: "run",
+            role: self.role,
+            failover: self.failover,
+            following: &self.following,
+            users: &self.users,
+            login: self.login.as_ref(),
+            fence: self.fence.as_ref(),
+            fence_target_online: self.target_online,
+            standing: self.standing.as_ref(),
+            journaled_epoch: self.journaled_epoch,
+        };
+        let mut text = String::new();
+        match decide(&self.assigned, &seen) {
+            Decision::Leave(why) => write!(text, "leave: {why}").unwrap(),
+            Decision::Act(actions) => {
+                for action in actions {
+                    let word = match action {
+                        Action::Delete(users) => format!("delete {}", users.join(" ")),
+                        Action::SoftFence(user) => format!("fence {user}"),
+                        Action::SetLogin(login) => format!("login {}", login.user),
+                        Action::Follow { host, port } => format!("follow {host}:{port}"),
+                        Action::Grant(user) => format!("grant {}", user.name),
+                    };
+                    write!(text, "{word}; ").unwrap();
+                }
+            }
+        }
+        text.trim_end_matches("; ").to_owned()
+    }
+}
+
+fn check(world: World, expected: &str) {
+    assert_eq!(world.decide(), expected);
+}
+
+#[test]
+fn a_converged_node_is_left_alone() {
+    check(World::primary(), "");
+    check(World::replica(), "");
+}
+
+#[test]
+fn nothing_is_done_without_an_epoch_a_named_process_or_a_fresh_assignment() {
+    let bare = |w: &mut World| w.users.clear();
+    check(
+        World::primary()
+            .with(bare)
+            .with(|w| w.assigned.spec.epoch = 0),
+        "leave: ",
+    );
+    let other = |w: &mut World| w.assigned.spec.run_id = "other".to_owned();
+    check(
+        World::primary().with(bare).with(other),
+        &format!("leave: {UNNAMED}"),
+    );
+    let unnamed = |w: &mut World| w.assigned.spec.run_id.clear();
+    check(
+        World::primary().with(bare).with(unnamed),
+        &format!("leave: {UNNAMED}"),
+    );
+    check(
+        World::primary().with(bare).with(|w| w.journaled_epoch = 4),
+        &format!("leave: {STALE}"),
+    );
+    check(
+        World::primary()
+            .with(bare)
+            .with(|w| w.assigned.spec.frozen = true),
+        &format!("leave: {FROZEN}"),
+    );
+}
+
+#[test]
+fn a_primary_gets_its_users_and_login() {
+    check(
+        World::primary().with(|w| {
+            w.users.clear();
+            w.login = None;
+        }),
+        "login rp-3-a; grant px-3; grant rp-3-b",
+    );
+}
+
+#[test]
+fn a_user_with_another_password_is_made_anew() {
+    check(
+        World::primary().with(|w| w.assigned.spec.users[1].password = "q".to_owned()),
+        "grant rp-3-b",
+    );
+}
+
+#[test]
+fn proxy_rights_are_for_a_primary_of_exactly_this_epoch() {
+    let foreign = |name: &'static str, epoch| {
+        World::primary().with(move |w| w.assigned.spec.users.push(user(name, epoch)))
+    };
+    check(foreign("px-4", 4), "");
+    // A name that does not say what the fields say.
+    check(foreign("px-4", 3), "");
+    check(foreign("default", 3), "");
+    check(
+        World::replica().with(|w| w.assigned.spec.users.push(user("px-3", 3))),
+        "",
+    );
+    check(
+        World::primary().with(|w| {
+            w.users.remove("px-3");
+            w.failover = Failover::WaitingForSync;
+        }),
+        "",
+    );
+}
+
+#[test]
+fn rights_of_other_epochs_are_taken_and_closed_epochs_deleted_first() {
+    check(
+        World::primary().with(|w| {
+            w.users.clear();
+            w.users.insert("px-2".to_owned(), known(true));
+            w.users.insert("rp-1-b".to_owned(), known(false));
+            w.users.insert("px-4".to_owned(), known(true));
+        }),
+        "fence px-4; delete px-2 rp-1-b; grant px-3; grant rp-3-b",
+    );
+}
+
+#[test]
+fn an_old_primary_is_fenced_before_it_follows() {
+    check(
+        World::replica().with(|w| {
+            w.assigned.spec.epoch = 4;
+            w.assigned.spec.master_user = login(4).user;
+            w.role = Role::Primary;
+            w.following.clear();
+            w.users.insert("px-3".to_owned(), known(true));
+            w.standing = Some(standing(3, 0));
+        }),
+        "fence px-3; login rp-4-a; follow n:1",
+    );
+}
+
+#[test]
+fn a_replica_follows_the_primary_of_the_record() {
+    check(
+        World::replica().with(|w| w.following = "o:2".to_owned()),
+        "follow n:1",
+    );
+    check(
+        World::replica().with(|w| {
+            w.role = Role::Primary;
+            w.following.clear();
+        }),
+        "follow n:1",
+    );
+}
+
+#[test]
+fn a_replica_is_never_promoted() {
+    check(
+        World::primary().with(|w| {
+            w.role = Role::Replica;
+            w.login = None;
+        }),
+        &format!("leave: {NOT_PROMOTED}"),
+    );
+}
+
+fn standing(epoch: u64, frozen_revision: u64) -> Standing {
+    Standing {
+        node_id: "a".to_owned(),
+        run_id: "run".to_owned(),
+        epoch,
+        frozen_revision,
+    }
+}
+
+#[test]
+fn a_target_promoted_meanwhile_is_demoted_only_by_an_assignment_newer_than_the_freeze() {
+    let promoted = |stood: Standing| {
+        World::replica().with(|w| {
+            w.role = Role::Primary;
+            w.following.clear();
+            w.standing = Some(stood);
+        })
+    };
+    check(promoted(standing(3, 0)), &format!("leave: {NOT_DEMOTED}"));
+    check(promoted(standing(3, 100)), &format!("leave: {NOT_DEMOTED}"));
+    check(promoted(standing(3, 99)), "follow n:1");
+    check(promoted(standing(2, 0)), "follow n:1");
+    let mut earlier_process = standing(3, 0);
+    earlier_process.run_id = "earlier".to_owned();
+    check(promoted(earlier_process), "follow n:1");
+}
+
+fn fence_mark(frozen_revision: u64) -> FenceMark {
+    FenceMark {
+        node_id: "a".to_owned(),
+        run_id: "run".to_owned(),
+        epoch: 3,
+        term: 5,
+        target_address: "n:1".to_owned(),
+        frozen_revision,
+    }
+}
+
+#[test]
+fn a_hand_overs_fence_is_lifted_only_with_proof_that_it_was_undone() {
+    let fenced = |mark: FenceMark| {
+        World::primary().with(|w| {
+            w.users.insert("px-3".to_owned(), known(false));
+            w.fence = Some(mark);
+        })
+    };
+    check(fenced(fence_mark(0)), "");
+    check(fenced(fence_mark(100)), "");
+    check(fenced(fence_mark(99)), "grant px-3");
+    check(
+        fenced(fence_mark(0)).with(|w| w.target_online = true),
+        "grant px-3",
+    );
+    check(fenced(fence_mark(99)).with(|w| w.assigned.term = 4), "");
+    let of_another_epoch = |w: &mut World| w.fence.as_mut().unwrap().epoch = 2;
+    check(fenced(fence_mark(0)).with(of_another_epoch), "grant px-3");
+}

@@ -1,0 +1,249 @@
+//! From `INFO` to what the agent knows of a node.
+//!
+//! Invariant: an absent or unreadable field is reported as its neutral value, never guessed: engines
+//! of several versions answer here.
+
+use std::collections::HashMap;
+
+use slotmesh_proto::{agent::v1::NodeReport, store::v1::NodeRole};
+
+use crate::{
+    artifact::Version,
+    control::{Control, ControlError},
+    fence::{self, KnownUsers, UserKind},
+    handover::{Failover, Link, Observation, Role},
+};
+
+/// The fields of one `INFO` answer.
+#[derive(Debug, Clone, Default)]
+pub struct Info {
+    fields: HashMap<String, String>,
+}
+
+impl Info {
+    pub fn parse(text: &str) -> Self {
+        let fields = text
+            .lines()
+            .filter_map(|line| line.trim_end().split_once(':'))
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        Self { fields }
+    }
+
+    pub async fn read(control: &mut Control, section: &str) -> Result<Self, ControlError> {
+        let reply = control.call(&["INFO", section]).await?;
+        Ok(Self::parse(&String::from_utf8_lossy(
+            reply.as_bytes().unwrap_or_default(),
+        )))
+    }
+
+    pub fn text(&self, key: &str) -> &str {
+        self.fields.get(key).map_or("", String::as_str)
+    }
+
+    pub fn number(&self, key: &str) -> u64 {
+        self.text(key).parse().unwrap_or(0)
+    }
+
+    pub fn run_id(&self) -> &str {
+        self.text("run_id")
+    }
+
+    /// Of the engine, in its own family's counting.
+    pub fn version(&self) -> Option<Version> {
+        let own = match self.text("valkey_version") {
+            "" => self.text("redis_version"),
+            version => version,
+        };
+        Version::parse_number(own)
+    }
+
+    pub fn role(&self) -> Option<Role> {
+        match self.text("role") {
+            "master" => Some(Role::Primary),
+            "slave" => Some(Role::Replica),
+            _ => None,
+        }
+    }
+
+    pub fn failover(&self) -> Failover {
+        match self.text("master_failover_state") {
+            "waiting-for-sync" => Failover::WaitingForSync,
+            "failover-in-progress" => Failover::InProgress,
+            _ => Failover::None,
+        }
+    }
+
+    /// `host:port` of a replica's master.
+    pub fn following(&self) -> String {
+        match (self.text("master_host"), self.text("master_port")) {
+            ("", _) | (_, "") => String::new(),
+            (host, port) => format!("{host}:{port}"),
+        }
+    }
+
+    fn link(&self) -> Link {
+        match (
+            self.text("master_link_status"),
+            self.text("master_sync_in_progress"),
+        ) {
+            ("up", _) => Link::Up,
+            (_, "1") => Link::Syncing,
+            _ => Link::Down,
+        }
+    }
+
+    /// Online replicas of a primary: address and acknowledged offset.
+    fn online_replicas(&self) -> impl Iterator<Item = (String, u64)> {
+        (0u32..)
+            .map_while(|n| self.fields.get(&format!("slave{n}")))
+            .filter_map(|line| parse_replica(line))
+    }
+
+    /// What the hand-over wants to know; `None` when this is no answer of a node.
+    pub fn observation(&self, target_address: &str) -> Option<Observation> {
+        Some(Observation {
+            role: self.role()?,
+            link: self.link(),
+            failover: self.failover(),
+            follows_target: self.following() == target_address,
+            target_online: self
+                .online_replicas()
+                .any(|(address, _)| address == target_address),
+        })
+    }
+
+    /// Fills in what `INFO` tells; process, address and epochs are the caller's.
+    pub fn fill(&self, report: &mut NodeReport) {
+        report.run_id = self.run_id().to_owned();
+        report.engine_version = match self.text("valkey_version") {
+            "" => self.text("redis_version").to_owned(),
+            version => format!("valkey-{version}"),
+        };
+        report.observed_role = match self.role() {
+            Some(Role::Primary) => NodeRole::Primary.into(),
+            Some(Role::Replica) => NodeRole::Replica.into(),
+            None => NodeRole::Unspecified.into(),
+        };
+        report.replid = self.text("master_replid").to_owned();
+        let primary = self.role() == Some(Role::Primary);
+        report.offset = self.number(if primary {
+            "master_repl_offset"
+        } else {
+            "slave_repl_offset"
+        });
+        report.link_up = !primary && self.link() == Link::Up;
+        report.following = if primary {
+            String::new()
+        } else {
+            self.following()
+        };
+        report.loading = self.text("loading") == "1" || self.text("async_loading") == "1";
+        report.busy = ["rdb_bgsave_in_progress", "aof_rewrite_in_progress"]
+            .iter()
+            .any(|field| self.text(field) == "1");
+        report.failover_state = self.text("master_failover_state").to_owned();
+        report.used_memory = self.number("used_memory");
+        report.max_memory = self.number("maxmemory");
+        report.keys = self.keys();
+        report.sync_full = self.number("sync_full");
+        report.replica_lag_bytes = self
+            .online_replicas()
+            .map(|(_, offset)| report.offset.saturating_sub(offset))
+            .max()
+            .unwrap_or(0);
+    }
+
+    fn keys(&self) -> u64 {
+        let databases = self.fields.iter().filter(|(key, _)| {
+            key.strip_prefix("db")
+                .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
+        });
+        databases
+            .filter_map(|(_, value)| field(value, "keys")?.parse::<u64>().ok())
+            .sum()
+    }
+}
+
+/// `ip=127.0.0.1,port=6380,state=online,offset=42,lag=0`
+fn parse_replica(line: &str) -> Option<(String, u64)> {
+    if field(line, "state")? != "online" {
+        return None;
+    }
+    let address = format!("{}:{}", field(line, "ip")?, field(line, "port")?);
+    Some((address, field(line, "offset")?.parse().ok()?))
+}
+
+fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    line.split(',')
+        .find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
+}
+
+/// The highest epoch whose proxy user has full rights; 0: none.
+pub fn granted_epoch(users: &KnownUsers) -> u64 {
+    users
+        .iter()
+        .filter(|(_, user)| user.full)
+        .filter_map(|(name, _)| fence::parse_user(name))
+        .filter(|(kind, _)| *kind == UserKind::Proxy)
+        .map(|(_, epoch)| epoch)
+        .max()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRIMARY: &str = "# Server\r\nredis_version:7.0.15\r\nrun_id:abc\r\nrole:master\r\n\
+        connected_slaves:2\r\n\
+        slave0:ip=127.0.0.1,port=7001,state=online,offset=90,lag=0\r\n\
+        slave1:ip=127.0.0.1,port=7002,state=wait_bgsave,offset=0,lag=0\r\n\
+        master_failover_state:waiting-for-sync\r\nmaster_replid:r1\r\nmaster_repl_offset:100\r\n\
+        sync_full:1\r\nused_memory:5\r\n\
+        db0:keys=3,expires=0,avg_ttl=0\r\ndb255:keys=4,expires=1,avg_ttl=0\r\n";
+
+    #[test]
+    fn a_primary_is_reported_with_keys_of_all_databases_and_its_worst_online_replica() {
+        let mut report = NodeReport::default();
+        Info::parse(PRIMARY).fill(&mut report);
+        assert_eq!(report.observed_role(), NodeRole::Primary);
+        assert_eq!(
+            (report.keys, report.offset, report.replica_lag_bytes),
+            (7, 100, 10)
+        );
+        assert_eq!((report.following.as_str(), report.link_up), ("", false));
+    }
+
+    #[test]
+    fn only_an_online_replica_counts_as_the_target_being_online() {
+        let info = Info::parse(PRIMARY);
+        let seen = |target| info.observation(target).unwrap();
+        assert!(seen("127.0.0.1:7001").target_online);
+        assert!(!seen("127.0.0.1:7002").target_online);
+        assert_eq!(seen("127.0.0.1:7001").failover, Failover::WaitingForSync);
+    }
+
+    #[test]
+    fn a_replica_is_reported_with_its_link() {
+        let info = Info::parse(
+            "role:slave\r\nmaster_host:127.0.0.1\r\nmaster_port:7000\r\n\
+             master_link_status:down\r\nmaster_sync_in_progress:1\r\nslave_repl_offset:8\r\n\
+             master_repl_offset:9\r\nvalkey_version:8.0.1\r\nredis_version:7.2.4\r\n",
+        );
+        let mut report = NodeReport::default();
+        info.fill(&mut report);
+        assert_eq!(report.following, "127.0.0.1:7000");
+        assert_eq!(
+            (report.offset, report.engine_version.as_str()),
+            (8, "valkey-8.0.1")
+        );
+        let seen = info.observation("127.0.0.1:7000").unwrap();
+        assert!(seen.follows_target && seen.link == Link::Syncing);
+    }
+
+    #[test]
+    fn an_answer_of_something_else_is_no_observation() {
+        assert_eq!(Info::parse("loading\r\n").observation("a:1"), None);
+    }
+}

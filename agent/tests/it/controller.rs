@@ -1,0 +1,329 @@
+//! A controller of one shard with two nodes, `a` on host `h-a` and `b` on host `h-b`: the record,
+//! the assignments derived from it, sessions, and the commit.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use slotmesh_proto::{
+    agent::v1::{
+        Assignment, CommitHandoverRequest, CommitHandoverResponse, Desired, EpochUser, HostReport,
+        NodeReport, NodeSpec, ProcessState, ProxyReport, ProxySpec, Register, SessionRequest,
+        SessionResponse,
+        control_service_server::{ControlService, ControlServiceServer},
+        session_request, session_response,
+    },
+    store::v1::NodeRole,
+};
+use tokio::{net::TcpListener, sync::watch, time::timeout};
+use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream, wrappers::WatchStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+pub(crate) const NODES: [&str; 2] = ["a", "b"];
+pub(crate) const WAIT: Duration = Duration::from_secs(15);
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Record {
+    pub(crate) term: u64,
+    pub(crate) revision: u64,
+    pub(crate) epoch: u64,
+    pub(crate) primary: usize,
+    pub(crate) closed_epoch: u64,
+    pub(crate) run_ids: [String; 2],
+    pub(crate) addresses: [String; 2],
+    /// Task's token while a hand-over to the other node is under way.
+    pub(crate) token: Option<String>,
+    pub(crate) desired: i32,
+    pub(crate) engine: String,
+    pub(crate) parameters: HashMap<String, String>,
+    pub(crate) proxies: Vec<ProxySpec>,
+}
+
+#[derive(Debug)]
+struct State {
+    record: watch::Sender<Record>,
+    reports: watch::Sender<HashMap<String, HostReport>>,
+    registers: Mutex<HashMap<String, Register>>,
+    refuse_commits: Mutex<bool>,
+}
+
+/// The fake; the server ends when the last clone is dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct Controller {
+    state: Arc<State>,
+    pub(crate) address: SocketAddr,
+    _stop: Arc<tokio_util::sync::DropGuard>,
+}
+
+pub(crate) fn password(user: &str) -> String {
+    format!("secret-of-{user}")
+}
+
+pub(crate) fn user(name: String, epoch: u64) -> EpochUser {
+    EpochUser {
+        password: password(&name),
+        replication: name.starts_with("rp-"),
+        name,
+        epoch,
+    }
+}
+
+impl Controller {
+    pub(crate) async fn start() -> Self {
+        let record = Record {
+            term: 1,
+            revision: 1,
+            desired: 1,
+            ..Record::default()
+        };
+        let state = Arc::new(State {
+            record: watch::Sender::new(record),
+            reports: watch::Sender::new(HashMap::new()),
+            registers: Mutex::default(),
+            refuse_commits: Mutex::new(false),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let server = tonic::transport::Server::builder()
+            .add_service(ControlServiceServer::new(Service(state.clone())))
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                stop.clone().cancelled_owned(),
+            );
+        tokio::spawn(server);
+        Self {
+            state,
+            address,
+            _stop: Arc::new(stop.drop_guard()),
+        }
+    }
+
+    pub(crate) fn record(&self) -> Record {
+        self.state.record.borrow().clone()
+    }
+
+    /// Changes the record, which is pushed to every session.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Record)) {
+        self.state.record.send_modify(|record| {
+            record.revision += 1;
+            change(record);
+        });
+    }
+
+    pub(crate) fn refuse_commits(&self) {
+        *self.state.refuse_commits.lock().unwrap() = true;
+    }
+
+    pub(crate) fn register(&self, host: &str) -> Option<Register> {
+        self.state.registers.lock().unwrap().get(host).cloned()
+    }
+
+    pub(crate) fn node(&self, node: usize) -> Option<NodeReport> {
+        node_in(&self.state.reports.borrow(), node)
+    }
+
+    /// Waits until a node is reported as `claim` says.
+    pub(crate) async fn until(
+        &self,
+        what: &str,
+        node: usize,
+        claim: impl Fn(&NodeReport) -> bool,
+    ) -> NodeReport {
+        let mut reports = self.state.reports.subscribe();
+        // Only what the closure is given may be looked at in it: the channel is locked.
+        let wait = reports.wait_for(|all| node_in(all, node).is_some_and(|n| claim(&n)));
+        let found = timeout(WAIT, wait)
+            .await
+            .ok()
+            .and_then(|all| node_in(&all.unwrap(), node));
+        found.unwrap_or_else(|| {
+            panic!(
+                "waited for {what} of {}: {:#?}",
+                NODES[node],
+                self.node(node)
+            )
+        })
+    }
+
+    pub(crate) async fn until_proxy(
+        &self,
+        what: &str,
+        claim: impl Fn(&ProxyReport) -> bool,
+    ) -> ProxyReport {
+        let find = |reports: &HashMap<String, HostReport>| {
+            reports
+                .values()
+                .flat_map(|r| &r.proxies)
+                .find(|p| claim(p))
+                .cloned()
+        };
+        let mut reports = self.state.reports.subscribe();
+        let found = timeout(WAIT, reports.wait_for(|r| find(r).is_some())).await;
+        match found {
+            Ok(reports) => find(&reports.unwrap()).unwrap(),
+            Err(_) => panic!("waited for {what}: {:#?}", self.state.reports.borrow()),
+        }
+    }
+
+    /// Waits until both nodes run, and names their processes at epoch 1 with `a` as the primary.
+    pub(crate) async fn provision(&self) {
+        let mut run_ids = [String::new(), String::new()];
+        let mut addresses = run_ids.clone();
+        for node in 0..2 {
+            let running = self.until("running", node, is_running).await;
+            run_ids[node] = running.run_id;
+            addresses[node] = running.address;
+        }
+        self.change(|record| {
+            record.epoch = 1;
+            record.run_ids = run_ids;
+            record.addresses = addresses;
+        });
+        self.until("grant", 0, |n| {
+            n.granted_epoch == 1 && n.assigned_epoch == 1
+        })
+        .await;
+        self.until("link up", 1, |n| n.link_up && n.assigned_epoch == 1)
+            .await;
+    }
+}
+
+fn node_in(reports: &HashMap<String, HostReport>, node: usize) -> Option<NodeReport> {
+    let mut nodes = reports.values().flat_map(|r| &r.nodes);
+    nodes.find(|n| n.node_id == NODES[node]).cloned()
+}
+
+pub(crate) fn is_running(node: &NodeReport) -> bool {
+    node.state() == ProcessState::Running && !node.run_id.is_empty()
+}
+
+impl Record {
+    fn spec(&self, node: usize) -> NodeSpec {
+        let id = NODES[node];
+        let role = if node == self.primary {
+            NodeRole::Primary
+        } else {
+            NodeRole::Replica
+        };
+        let epoch = self.epoch;
+        let mut users = vec![];
+        if epoch > 0 {
+            users.push(user(format!("rp-{epoch}-{}", NODES[1 - node]), epoch));
+            if node == self.primary {
+                users.push(user(format!("px-{epoch}"), epoch));
+            }
+        }
+        let master_user = format!("rp-{epoch}-{id}");
+        let primary_address = match node == self.primary {
+            true => String::new(),
+            false => self.addresses[self.primary].clone(),
+        };
+        NodeSpec {
+            node_id: id.to_owned(),
+            instance_id: "r-1".to_owned(),
+            shard_id: "s-1".to_owned(),
+            desired: self.desired,
+            engine: self.engine.clone(),
+            databases: 256,
+            parameters: self.parameters.clone(),
+            epoch,
+            run_id: self.run_ids[node].clone(),
+            role: role.into(),
+            frozen: self.token.is_some(),
+            primary_node_id: NODES[self.primary].to_owned(),
+            primary_address,
+            closed_epoch: self.closed_epoch,
+            users,
+            master_password: password(&master_user),
+            master_user,
+        }
+    }
+
+    fn assignment(&self, host: &str) -> Assignment {
+        let nodes = (0..2).filter(|n| host == format!("h-{}", NODES[*n]));
+        Assignment {
+            term: self.term,
+            revision: self.revision,
+            nodes: nodes.map(|n| self.spec(n)).collect(),
+            proxies: self.proxies.clone(),
+            controller_addresses: vec![],
+        }
+    }
+}
+
+struct Service(Arc<State>);
+
+#[tonic::async_trait]
+impl ControlService for Service {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<SessionResponse, Status>> + Send>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut inbound = request.into_inner();
+        let first = inbound.message().await?.and_then(|m| m.message);
+        let Some(session_request::Message::Register(register)) = first else {
+            return Err(Status::invalid_argument("register first"));
+        };
+        let host = register.host_id.clone();
+        self.0
+            .registers
+            .lock()
+            .unwrap()
+            .insert(host.clone(), register);
+        let (state, reporter) = (self.0.clone(), host.clone());
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = inbound.message().await {
+                if let Some(session_request::Message::Report(report)) = message.message {
+                    state.reports.send_modify(|all| {
+                        all.insert(reporter.clone(), report);
+                    });
+                }
+            }
+        });
+        let assignments = WatchStream::new(self.0.record.subscribe()).map(move |record| {
+            let assignment = record.assignment(&host);
+            let message = Some(session_response::Message::Assignment(assignment));
+            Ok(SessionResponse { message })
+        });
+        Ok(Response::new(Box::pin(assignments)))
+    }
+
+    async fn commit_handover(
+        &self,
+        request: Request<CommitHandoverRequest>,
+    ) -> Result<Response<CommitHandoverResponse>, Status> {
+        let request = request.into_inner();
+        if *self.0.refuse_commits.lock().unwrap() {
+            return Err(Status::unavailable("the store is away"));
+        }
+        self.0.record.send_if_modified(|record| {
+            let ours = record.epoch == request.epoch
+                && record.token.as_deref() == Some(request.token.as_str());
+            if ours {
+                record.revision += 1;
+                record.epoch += 1;
+                record.primary = 1 - record.primary;
+                record.token = None;
+            }
+            ours
+        });
+        let record = self.0.record.borrow();
+        Ok(Response::new(CommitHandoverResponse {
+            epoch: record.epoch,
+            primary_node_id: NODES[record.primary].to_owned(),
+        }))
+    }
+}
+
+/// What an assignment wants of its processes.
+pub(crate) fn removed() -> i32 {
+    Desired::Removed.into()
+}

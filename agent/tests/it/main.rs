@@ -1,0 +1,13 @@
+//! The agent against real engine processes and a controller of a few lines.
+
+// Helpers of tests are tests.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod binary;
+mod controller;
+mod hand_over;
+mod hosts;
+mod nodes;
+mod processes;
+mod resume;
+mod sessions;
