@@ -180,8 +180,11 @@ async fn lead(context: Context, shutdown: CancellationToken) {
                 if ended.is_none() {
                     join("driver", run).await;
                 } else {
-                    // Deposed, as a write has shown, before the election worker knew.
-                    left(&mut leadership, term).await;
+                    // Deposed, as a write has shown, before the election worker knew; or stopped.
+                    tokio::select! {
+                        () = left(&mut leadership, term) => {}
+                        () = shutdown.cancelled() => {}
+                    }
                 }
             }
             None => tokio::select! {

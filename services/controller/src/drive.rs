@@ -4,6 +4,7 @@
 //! would need: what a phase has begun is in the records, what the world looks like is reported
 //! anew. Steps run beside the loop; their answers wake it.
 
+mod housekeeping;
 mod switchover;
 pub(crate) mod write;
 
@@ -73,6 +74,7 @@ pub struct Driver {
     /// Length of the critical section, for the task's record.
     critical_us: HashMap<(TaskId, ShardId), u64>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    forget_at_ms: u64,
 }
 
 impl Driver {
@@ -95,6 +97,7 @@ impl Driver {
             steps: HashMap::new(),
             critical_us: HashMap::new(),
             answers,
+            forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
         }
     }
 
@@ -175,6 +178,10 @@ impl Driver {
         self.critical_us.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;
+        }
+        if clock::now_ms() >= self.forget_at_ms {
+            self.forget_the_old().await?;
+            self.forget_at_ms = clock::now_ms() + housekeeping::INTERVAL_MS;
         }
         Ok(wake_ms)
     }

@@ -195,6 +195,14 @@ impl ControlService for Control {
                     if self.is_behind(&shard).await? {
                         continue;
                     }
+                    // Committed already, and the answer was lost: say so again. The caller looks
+                    // whether the primary is the one that it switched to.
+                    if shard.value.epoch == Epoch(request.epoch).next() {
+                        return Ok(Response::new(pb::CommitHandoverResponse {
+                            epoch: shard.value.epoch.0,
+                            primary_node_id: shard.value.primary.to_string(),
+                        }));
+                    }
                     return Err(refuse(
                         RefusalKind::Precondition,
                         "HANDOVER_OVER",

@@ -1,0 +1,138 @@
+//! Forgets what nobody asks for any more, so that the store does not grow with time: ended tasks
+//! with their events, and idempotency records.
+
+use slotmesh_proto::store::v1 as records;
+use slotmesh_topology::TaskId;
+use tracing::info;
+
+use super::{DriveError, Driver};
+use crate::{
+    clock,
+    leader::LeaderOutcome,
+    store::keys::{self, Key},
+};
+
+/// How often it looks.
+pub(super) const INTERVAL_MS: u64 = 10 * 60 * 1_000;
+/// Ended tasks that are kept, whatever their age.
+const TASKS_KEPT: usize = 1_000;
+/// A token can be repeated for this long.
+const TOKEN_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
+/// Deletions in one transaction; below the store's bound on operations, with room for compares.
+const DELETIONS_MAX: usize = 100;
+/// Tasks forgotten in one go; the rest follows the next time.
+const TASKS_PER_RUN_MAX: usize = 200;
+
+impl Driver {
+    pub(super) async fn forget_the_old(&self) -> Result<(), DriveError> {
+        let ended: Vec<(TaskId, u64)> = self.mirror.read(|state| {
+            let ended = state
+                .tasks
+                .values()
+                .rev()
+                .filter(|t| t.value.state.is_ended());
+            let old = ended.skip(TASKS_KEPT).take(TASKS_PER_RUN_MAX);
+            old.map(|t| (t.value.id.clone(), t.value.event_count))
+                .collect()
+        });
+        let mut doomed: Vec<String> = Vec::new();
+        for (task, events) in &ended {
+            let task = task.as_str();
+            doomed.extend((1..=*events).map(|number| Key::TaskEvent { task, number }.to_string()));
+            // The task goes last: until then its events can be found by their numbers.
+            doomed.push(Key::Task { task }.to_string());
+        }
+        let limit_ms = clock::now_ms().saturating_sub(TOKEN_MS_MAX);
+        for item in self.store.list(keys::IDEMPOTENCY).await?.items {
+            let record: records::IdempotencyRecord = keys::decode(&item)?;
+            if record.created_unix_ms < limit_ms {
+                doomed.push(item.key);
+            }
+        }
+        for some in doomed.chunks(DELETIONS_MAX) {
+            let txn = some
+                .iter()
+                .fold(self.term.txn(), |txn, key| txn.delete(key.clone()));
+            if txn.commit(&*self.store).await? == LeaderOutcome::Deposed {
+                return Err(DriveError::Deposed);
+            }
+        }
+        if !doomed.is_empty() {
+            info!(
+                tasks = ended.len(),
+                keys = doomed.len(),
+                "old records forgotten"
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{
+        agents::Agents,
+        hub::Hub,
+        leader::{Candidate, Election, LEADER_TTL},
+        mirror::Mirror,
+        store::{EmbeddedStore, Store, Txn, TxnOutcome},
+    };
+
+    #[tokio::test]
+    async fn a_token_is_forgotten_after_a_day_and_not_before() {
+        let store: Arc<dyn Store> = Arc::new(EmbeddedStore::in_memory());
+        let token = |created_unix_ms| {
+            keys::encode(records::IdempotencyRecord {
+                created_unix_ms,
+                ..records::IdempotencyRecord::default()
+            })
+        };
+        let hour_ms = 60 * 60 * 1_000;
+        let txn = Txn::new()
+            .put(
+                Key::Idempotency { token: "old" },
+                token(clock::now_ms() - 25 * hour_ms),
+            )
+            .put(
+                Key::Idempotency { token: "new" },
+                token(clock::now_ms() - 23 * hour_ms),
+            );
+        assert!(matches!(
+            store.txn(txn).await,
+            Ok(TxnOutcome::Committed { .. })
+        ));
+        let stop = CancellationToken::new();
+        let (mirror, _worker) = Mirror::start(store.clone(), stop.clone()).await.unwrap();
+        let candidate = Candidate {
+            controller_id: "c".into(),
+            address: "a:1".into(),
+            ttl: LEADER_TTL,
+        };
+        let election = Election::start(store.clone(), candidate, stop.clone());
+        let mut leadership = election.leadership();
+        let term = leadership
+            .wait_for(|l| l.term().is_some())
+            .await
+            .unwrap()
+            .term()
+            .unwrap();
+        let driver = Driver::new(
+            store.clone(),
+            mirror,
+            Hub::default(),
+            Agents::default(),
+            term,
+        );
+        driver.forget_the_old().await.unwrap();
+        let left = store.list(keys::IDEMPOTENCY).await.unwrap().items;
+        assert_eq!(left.len(), 1);
+        assert!(left[0].key.ends_with("/new"), "{left:?}");
+        stop.cancel();
+        election.join().await;
+    }
+}
