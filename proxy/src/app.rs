@@ -1,0 +1,235 @@
+//! Puts the process together: the only file that knows all components.
+//!
+//! [`App::bind`] binds all sockets, so that addresses are known and errors end the process before
+//! anything runs; [`App::run`] serves until it is told to stop.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::mpsc::Receiver;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Observed};
+use crate::core::Identity;
+use crate::listener::Listener;
+use crate::progress::Progress;
+use crate::routing::Routing;
+use crate::saved::{self, SavedError};
+use crate::settings::Settings;
+use crate::topology::Topology;
+use crate::watch::{Freshness, Watch, Who, keep_saved};
+use crate::worker::{self, Notice, Shared, WorkerHandle};
+
+/// For a scrape that is under way, or a stream that is being opened, when the process stops.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// Why the process cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("listen on {address}")]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("use the data directory {}", path.display())]
+    Data {
+        path: std::path::PathBuf,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    #[error(transparent)]
+    Worker(#[from] worker::StartError),
+}
+
+/// Everything, bound.
+#[derive(Debug)]
+pub struct App {
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    admin_socket: TcpListener,
+    listener: Listener,
+    watch: Watch,
+    observed: Observed,
+    progress: Arc<Progress>,
+    notices: Receiver<Notice>,
+    stop_workers: Arc<AtomicBool>,
+    workers: Arc<Vec<WorkerHandle>>,
+}
+
+impl App {
+    /// Binds sockets, starts workers, and puts the saved topology in force if there is one.
+    ///
+    /// # Errors
+    /// A port is in use, the data directory cannot be used, or holds a newer release's data.
+    pub async fn bind(settings: Settings) -> Result<Self, StartError> {
+        let data_error = |source| StartError::Data {
+            path: settings.data.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&settings.data).map_err(data_error)?;
+        let (socket, address) = listen(settings.listen).await?;
+        let (admin_socket, admin_address) = listen(settings.admin_listen).await?;
+        let (notices_in, notices) = Shared::notices();
+        let shared = Shared {
+            routing: Arc::new(Routing::default()),
+            identity: Arc::new(Identity {
+                run_id: format!(
+                    "{:032x}{:08x}",
+                    rand::random::<u128>(),
+                    rand::random::<u32>()
+                ),
+                port: address.port(),
+                pid: std::process::id(),
+            }),
+            held_sum: Arc::new(AtomicU64::new(0)),
+            clients: Arc::new(AtomicUsize::new(0)),
+            stop: Arc::new(AtomicBool::new(false)),
+            notices: notices_in,
+        };
+        let mut workers = Vec::new();
+        for index in 0..settings.workers {
+            workers.push(worker::start(index, shared.clone())?);
+        }
+        let workers = Arc::new(workers);
+        let published: Vec<_> = workers.iter().map(|w| Arc::clone(&w.published)).collect();
+        let routing = Arc::clone(&shared.routing);
+        let progress = Arc::new(Progress::new(published.clone(), Arc::clone(&routing)));
+        let freshness = Arc::new(Freshness::default());
+        let rejected = Arc::new(AtomicU64::new(0));
+        let mut watch = Watch {
+            who: Who {
+                proxy_id: settings.proxy_id,
+                instance: settings.instance,
+                host_id: settings.host_id,
+                address: settings.advertise.unwrap_or_else(|| address.to_string()),
+                admin_address: admin_address.to_string(),
+            },
+            controllers: settings.controllers,
+            data: settings.data.clone(),
+            routing: Arc::clone(&routing),
+            workers: Arc::clone(&workers),
+            progress: Arc::clone(&progress),
+            freshness: Arc::clone(&freshness),
+            topology: Topology::default(),
+            to_save: tokio::sync::watch::Sender::new(None),
+        };
+        watch.start_from_disk().await?;
+        let addresses = serde_json::json!({
+            "pid": std::process::id(),
+            "address": watch.who.address,
+            "admin_address": watch.who.admin_address,
+        });
+        let text = format!("{addresses}\n");
+        saved::write_private(&settings.data.join("proxy.json"), text.as_bytes())?;
+        Ok(Self {
+            address,
+            admin_address,
+            admin_socket,
+            listener: Listener {
+                socket,
+                workers: Arc::clone(&workers),
+                clients: Arc::clone(&shared.clients),
+                max_clients: settings.max_clients,
+                rejected: Arc::clone(&rejected),
+            },
+            watch,
+            observed: Observed {
+                workers: published,
+                routing,
+                freshness,
+                rejected,
+                held_bytes: Arc::clone(&shared.held_sum),
+            },
+            progress,
+            notices,
+            stop_workers: shared.stop,
+            workers,
+        })
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Metrics and readiness.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Serves until `stop`: then nothing is accepted, what clients have asked is answered, within a
+    /// bound, and all threads end.
+    pub async fn run(self, stop: CancellationToken) {
+        tracing::info!(address = %self.address, admin = %self.admin_address, "serving");
+        let Self {
+            mut notices,
+            progress,
+            stop_workers,
+            workers,
+            ..
+        } = self;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(self.listener.run(stop.child_token()));
+        let watching = stop.child_token();
+        let saver = keep_saved(self.watch.data.clone(), self.watch.to_save.subscribe());
+        tasks.spawn(saver);
+        tasks.spawn(self.watch.run(watching));
+        let admin = admin::serve(self.admin_socket, self.observed, stop.child_token());
+        tasks.spawn(async move {
+            if let Err(error) = admin.await {
+                tracing::error!(%error, "the admin port is not served");
+            }
+        });
+        let told = stop.child_token();
+        tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = told.cancelled() => return,
+                    notice = notices.recv() => match notice {
+                        Some(notice) => progress.note(notice),
+                        None => return,
+                    },
+                }
+            }
+        });
+        stop.cancelled().await;
+        stop_workers.store(true, Ordering::Relaxed);
+        workers.iter().for_each(WorkerHandle::wake);
+        let ends = async {
+            while let Some(ended) = tasks.join_next().await {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a part of the process ended by a panic");
+                }
+            }
+        };
+        if timeout(STOP_LIMIT, ends).await.is_err() {
+            tasks.shutdown().await;
+        }
+        // The tasks had the other references, so this is the last one.
+        if let Some(mut workers) = Arc::into_inner(workers) {
+            let joined = tokio::task::spawn_blocking(move || {
+                workers.iter_mut().for_each(WorkerHandle::join);
+            });
+            let _ = joined.await;
+        }
+        tracing::info!("stopped");
+    }
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |source| StartError::Listen { address, source };
+    // Sets SO_REUSEADDR, so that a restart gets its port back at once.
+    let socket = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = socket.local_addr().map_err(failed)?;
+    Ok((socket, bound))
+}

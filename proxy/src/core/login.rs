@@ -1,0 +1,147 @@
+//! AUTH, HELLO and RESET: who a client is and which protocol it speaks.
+//!
+//! Invariant: a client changes its protocol only while nothing of it is in flight, because the
+//! versions use different lanes and its order must hold.
+
+use sha2::{Digest as _, Sha256};
+use slotmesh_resp::{Protocol, write};
+use subtle::ConstantTimeEq as _;
+
+use super::Core;
+use super::dispatch::Flow;
+use super::spec::Request;
+
+/// What clients are told they talk to; the newest commands of the table are those of this version.
+pub(super) const SERVER_VERSION: &str = "7.4.0";
+const WRONG_PASS: &[u8] = b"WRONGPASS invalid username-password pair or user is disabled.";
+const NO_PASSWORD_SET: &[u8] = b"ERR AUTH <password> called without any password configured for \
+    the default user. Are you sure your configuration is correct?";
+const HELLO_NO_AUTH: &[u8] = b"NOAUTH HELLO must be called with the client already authenticated, \
+    otherwise the HELLO <proto> AUTH <user> <pass> option can be used to authenticate the client \
+    and select the RESP protocol version at the same time";
+
+impl Core {
+    pub(super) fn auth(&mut self, slot: u32, request: Request<'_>) -> Flow {
+        let (user, password): (&[u8], &[u8]) = match request.len() {
+            2 if self.table.settings.password_sha256.is_none() => {
+                return self.reply_error(slot, NO_PASSWORD_SET);
+            }
+            2 => (b"default", request.arg(1)),
+            3 => (request.arg(1), request.arg(2)),
+            _ => return self.reply_error(slot, b"ERR syntax error"),
+        };
+        if !self.is_valid(user, password) {
+            return self.reply_error(slot, WRONG_PASS);
+        }
+        self.set_authenticated(slot);
+        self.reply_simple(slot, "OK")
+    }
+
+    /// Compares in constant time, so that the answer's time tells nothing of the password.
+    fn is_valid(&self, user: &[u8], password: &[u8]) -> bool {
+        let Some(wanted) = &self.table.settings.password_sha256 else {
+            return user == b"default"; // open: any password will do, as in Redis
+        };
+        let given: [u8; 32] = Sha256::digest(password).into();
+        bool::from(given.ct_eq(wanted)) && user == b"default"
+    }
+
+    fn set_authenticated(&mut self, slot: u32) {
+        if let Some(client) = self.sessions.get_mut(slot) {
+            client.state.authenticated = true;
+        }
+    }
+
+    pub(super) fn hello(&mut self, slot: u32, request: Request<'_>) -> Flow {
+        let Some(client) = self.sessions.get(slot) else {
+            return Flow::Taken;
+        };
+        let (current, authenticated) = (client.state.protocol, client.state.authenticated);
+        let in_flight = client.in_flight();
+        let protocol = match (request.len(), request.arg(1)) {
+            (1, _) => current,
+            (_, b"2") => Protocol::Resp2,
+            (_, b"3") => Protocol::Resp3,
+            (_, version) if slotmesh_resp::parse_i64(version).is_none() => {
+                let text = b"ERR Protocol version is not an integer or out of range";
+                return self.reply_error(slot, text);
+            }
+            _ => return self.reply_error(slot, b"NOPROTO unsupported protocol version"),
+        };
+        if protocol != current && in_flight > 0 {
+            return Flow::NotYet;
+        }
+        let (mut at, mut login, mut name) = (2, None, None);
+        while at < request.len() {
+            if request.is(at, "auth") && at + 2 < request.len() {
+                login = Some((request.arg(at + 1), request.arg(at + 2)));
+                at += 3;
+            } else if request.is(at, "setname") && at + 1 < request.len() {
+                name = Some(request.arg(at + 1));
+                at += 2;
+            } else {
+                let option = String::from_utf8_lossy(request.arg(at));
+                let text = format!("ERR Syntax error in HELLO option '{option}'");
+                return self.reply_error(slot, text.as_bytes());
+            }
+        }
+        match login {
+            Some((user, password)) if !self.is_valid(user, password) => {
+                return self.reply_error(slot, WRONG_PASS);
+            }
+            Some(_) => self.set_authenticated(slot),
+            None if !authenticated => return self.reply_error(slot, HELLO_NO_AUTH),
+            None => {}
+        }
+        if let Some(name) = name
+            && let Err(text) = self.set_name(slot, name)
+        {
+            return self.reply_error(slot, text);
+        }
+        self.greet(slot, protocol)
+    }
+
+    fn greet(&mut self, slot: u32, protocol: Protocol) -> Flow {
+        let Some(client) = self.sessions.get_mut(slot) else {
+            return Flow::Taken;
+        };
+        client.state.protocol = protocol;
+        let id = client.state.id;
+        self.reply_with(slot, |out| {
+            let text = |out: &mut Vec<u8>, key: &str, value: &str| {
+                write::write_bulk(out, key.as_bytes());
+                write::write_bulk(out, value.as_bytes());
+            };
+            write::write_map_header(out, protocol, 7);
+            text(out, "server", "redis");
+            text(out, "version", SERVER_VERSION);
+            write::write_bulk(out, b"proto");
+            write::write_int(out, if protocol == Protocol::Resp3 { 3 } else { 2 });
+            write::write_bulk(out, b"id");
+            write::write_int(out, id as i64);
+            text(out, "mode", "standalone");
+            text(out, "role", "master");
+            write::write_bulk(out, b"modules");
+            write::write_array_header(out, 0);
+        })
+    }
+
+    /// RESET: as if the client had just connected, but for its id.
+    pub(super) fn reset(&mut self, slot: u32) -> Flow {
+        let open = self.table.settings.password_sha256.is_none();
+        let Some(client) = self.sessions.get_mut(slot) else {
+            return Flow::Taken;
+        };
+        if client.state.protocol == Protocol::Resp3 && client.in_flight() > 0 {
+            return Flow::NotYet;
+        }
+        client.state.transaction = None;
+        client.state.db = 0;
+        client.state.protocol = Protocol::Resp2;
+        client.state.authenticated = open;
+        if let Some(names) = &mut client.state.names {
+            names.name.clear();
+        }
+        self.reply_simple(slot, "RESET")
+    }
+}

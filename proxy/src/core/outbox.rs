@@ -1,0 +1,43 @@
+//! What lanes leave for others: orders for the worker, which owns the sockets, and news for the watch.
+
+use std::net::SocketAddr;
+
+use super::hold::Level;
+use super::lane::LaneNo;
+use crate::routing::ShardNo;
+
+/// What the worker must do with sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Connect, or take the connection that was prepared to the same address.
+    Dial { lane: LaneNo, address: SocketAddr },
+    /// Open a connection beforehand; say nothing on it.
+    Prepare { lane: LaneNo, address: SocketAddr },
+    /// Close the connection.
+    Hangup { lane: LaneNo },
+}
+
+/// One finished hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HoldSample {
+    pub shard: ShardNo,
+    pub epoch: u64,
+    pub longest_us: u64,
+    pub requests: u64,
+}
+
+/// What lanes leave for others.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    pub orders: Vec<Order>,
+    pub levels: Vec<(LaneNo, Level)>,
+    pub samples: Vec<HoldSample>,
+    /// Lanes with something to send.
+    pub touched: Vec<LaneNo>,
+    /// Lanes whose connection must be given up.
+    pub abandoned: Vec<LaneNo>,
+    /// Some lane has a deadline.
+    pub unsteady: bool,
+    /// A full queue has room again.
+    pub freed: bool,
+}

@@ -1,0 +1,92 @@
+//! Accepts clients and gives each to the worker with the fewest.
+//!
+//! One acceptor spreads better than one listening socket per worker, whose share is left to chance.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::core::client::ClientState;
+use crate::worker::{Accepted, WorkerHandle};
+
+/// Out of descriptors, or no worker takes a client: accepting again at once would only spin.
+const PAUSE: Duration = Duration::from_millis(10);
+/// For the farewell to a client that is one too many.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
+const TOO_MANY: &[u8] = b"-ERR max number of clients reached\r\n";
+
+/// See the module.
+#[derive(Debug)]
+pub struct Listener {
+    pub socket: TcpListener,
+    pub workers: Arc<Vec<WorkerHandle>>,
+    /// Clients of the process.
+    pub clients: Arc<AtomicUsize>,
+    pub max_clients: usize,
+    pub rejected: Arc<AtomicU64>,
+}
+
+impl Listener {
+    /// Accepts until told to stop; then the socket is closed.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut next_id = 1;
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                accepted = self.socket.accept() => accepted,
+            };
+            match accepted {
+                Ok((socket, _)) => {
+                    if let Err(error) = self.place(socket, next_id).await {
+                        tracing::debug!(%error, "a client left before it was placed");
+                    }
+                    next_id += 1;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept failed");
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn place(&self, mut socket: TcpStream, id: u64) -> io::Result<()> {
+        if self.clients.load(Ordering::Relaxed) >= self.max_clients {
+            self.rejected.fetch_add(1, Ordering::Relaxed);
+            let _ = timeout(FAREWELL_LIMIT, socket.write_all(TOO_MANY)).await;
+            return Ok(());
+        }
+        socket.set_nodelay(true)?;
+        let peer = socket.peer_addr().ok();
+        let since_epoch = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let state = ClientState::new(id, peer, since_epoch.as_millis() as u64);
+        let mut client = Accepted {
+            socket: socket.into_std()?,
+            state,
+        };
+        self.clients.fetch_add(1, Ordering::Relaxed);
+        loop {
+            let Some(worker) = self.least_loaded() else {
+                return Ok(());
+            };
+            match worker.give(client) {
+                None => return Ok(()),
+                Some(back) => client = back,
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    fn least_loaded(&self) -> Option<&WorkerHandle> {
+        self.workers.iter().min_by_key(|worker| worker.load())
+    }
+}

@@ -1,0 +1,233 @@
+//! How far the workers are with each shard, put together for the controller.
+//!
+//! Invariant: a shard's state is reported only when every worker has reached it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use slotmesh_proto::topology::v1 as pb;
+use tokio::sync::Notify;
+
+use crate::core::hold::Level;
+use crate::core::outbox::HoldSample;
+use crate::metrics::Published;
+use crate::routing::{Routing, ShardNo};
+use crate::worker::Notice;
+
+/// Finished holds that wait for a controller to hear of them; the oldest are forgotten.
+const HOLDS_MAX: usize = 1024;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Progress {
+    workers: Vec<Arc<Published>>,
+    routing: Arc<Routing>,
+    state: Mutex<State>,
+    /// Something changed that the controller waits for.
+    pub changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Per shard, what each worker said last.
+    levels: BTreeMap<ShardNo, Vec<Option<Level>>>,
+    dirty: BTreeSet<ShardNo>,
+    holds: BTreeMap<(ShardNo, u64), HoldSample>,
+}
+
+impl Progress {
+    /// Of a process with these workers.
+    #[must_use]
+    pub fn new(workers: Vec<Arc<Published>>, routing: Arc<Routing>) -> Self {
+        Self {
+            workers,
+            routing,
+            state: Mutex::default(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Takes what a worker said.
+    pub fn note(&self, notice: Notice) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match notice {
+            Notice::Level {
+                worker,
+                shard,
+                level,
+            } => {
+                let count = self.workers.len();
+                let levels = state
+                    .levels
+                    .entry(shard)
+                    .or_insert_with(|| vec![None; count]);
+                levels[worker] = Some(level);
+                if agreed(levels).is_some() {
+                    state.dirty.insert(shard);
+                    self.changed.notify_one();
+                }
+            }
+            Notice::Hold { shard, sample } => {
+                if state.holds.len() >= HOLDS_MAX {
+                    state.holds.pop_first();
+                }
+                let sum = state
+                    .holds
+                    .entry((shard, sample.epoch))
+                    .or_insert(HoldSample {
+                        requests: 0,
+                        longest_us: 0,
+                        ..sample
+                    });
+                sum.requests += sample.requests;
+                sum.longest_us = sum.longest_us.max(sample.longest_us);
+                // The controller closes the change soon; it wants to know what it cost.
+                self.changed.notify_one();
+            }
+        }
+    }
+
+    /// States of all shards, for the first message of a stream. What was to be reported is in it.
+    pub fn all_shards(&self) -> Vec<pb::ShardState> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.dirty.clear();
+        let all: Vec<ShardNo> = state.levels.keys().copied().collect();
+        all.into_iter()
+            .filter_map(|shard| self.shard_state(&state, shard))
+            .collect()
+    }
+
+    /// What is new since the last report.
+    pub fn report(&self) -> pb::Report {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let dirty = std::mem::take(&mut state.dirty);
+        let holds = std::mem::take(&mut state.holds);
+        let table = self.routing.load();
+        let id = |shard: ShardNo| {
+            let route = table
+                .shards
+                .get(usize::from(shard))
+                .and_then(Option::as_ref);
+            route.map(|route| route.shard_id.clone())
+        };
+        let mut report = pb::Report {
+            shards: dirty
+                .into_iter()
+                .filter_map(|s| self.shard_state(&state, s))
+                .collect(),
+            holds: holds
+                .into_values()
+                .filter_map(|sample| {
+                    Some(pb::HoldSample {
+                        shard_id: id(sample.shard)?,
+                        epoch: sample.epoch,
+                        longest_us: sample.longest_us,
+                        requests: sample.requests,
+                    })
+                })
+                .collect(),
+            ..pb::Report::default()
+        };
+        for worker in &self.workers {
+            let counters = worker.load();
+            report.clients += worker.clients() as u32;
+            report.commands += counters.commands;
+            report.errors += counters.errors;
+            report.held_max_us = report.held_max_us.max(counters.held_max_us);
+            report.held_requests += counters.held_requests;
+        }
+        report
+    }
+
+    fn shard_state(&self, state: &State, shard: ShardNo) -> Option<pb::ShardState> {
+        let level = agreed(state.levels.get(&shard)?)?;
+        let table = self.routing.load();
+        let route = table
+            .shards
+            .get(usize::from(shard))
+            .and_then(Option::as_ref)?;
+        let (epoch, kind, task_id) = match level {
+            Level::Held { epoch, task_id } => (*epoch, pb::HoldLevel::Held, task_id.clone()),
+            Level::Applied { epoch } => (*epoch, pb::HoldLevel::Applied, String::new()),
+        };
+        Some(pb::ShardState {
+            shard_id: route.shard_id.clone(),
+            epoch,
+            level: kind.into(),
+            task_id,
+        })
+    }
+}
+
+/// What all workers say, if it is the same.
+fn agreed(levels: &[Option<Level>]) -> Option<&Level> {
+    let first = levels.first()?.as_ref()?;
+    levels
+        .iter()
+        .all(|level| level.as_ref() == Some(first))
+        .then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::{InstanceSettings, RoutingTable, ShardRoute};
+
+    #[test]
+    fn a_shard_is_held_only_when_every_worker_holds_it() {
+        let routing = Arc::new(Routing::default());
+        let route = ShardRoute {
+            shard_id: "s".to_owned(),
+            index: 0,
+            epoch: 1,
+            address: ([127, 0, 0, 1], 1).into(),
+            username: String::new(),
+            password: String::new(),
+            hold: None,
+            target: None,
+        };
+        let shards = vec![Some(Arc::new(route))];
+        routing.publish(RoutingTable::new(
+            1,
+            InstanceSettings::default(),
+            shards,
+            &[],
+        ));
+        let progress = Progress::new(vec![Arc::default(), Arc::default()], routing);
+        let held = Level::Held {
+            epoch: 1,
+            task_id: "t".to_owned(),
+        };
+        progress.note(Notice::Level {
+            worker: 0,
+            shard: 0,
+            level: held.clone(),
+        });
+        assert!(progress.report().shards.is_empty());
+        progress.note(Notice::Level {
+            worker: 1,
+            shard: 0,
+            level: held,
+        });
+        let report = progress.report();
+        assert_eq!(report.shards.len(), 1);
+        assert_eq!(report.shards[0].level(), pb::HoldLevel::Held);
+        assert!(progress.report().shards.is_empty());
+        let sample = |longest_us, requests| {
+            let sample = HoldSample {
+                shard: 0,
+                epoch: 2,
+                longest_us,
+                requests,
+            };
+            Notice::Hold { shard: 0, sample }
+        };
+        progress.note(sample(10, 3));
+        progress.note(sample(7, 4));
+        let holds = progress.report().holds;
+        assert_eq!(
+            (holds.len(), holds[0].longest_us, holds[0].requests),
+            (1, 10, 7)
+        );
+    }
+}

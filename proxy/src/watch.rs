@@ -1,0 +1,314 @@
+//! The topology stream: keeps one to any controller, hands what it says to the workers, tells it
+//! what they have reached.
+//!
+//! Invariants: a message that was refused is answered by a Nack and changes nothing; what is acked
+//! is in force for the next turn of every worker, and will be on disk (by a thread of its own: a
+//! disk must not delay a hold). Without a controller the last topology stays in force.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use slotmesh_proto::topology::v1 as pb;
+use slotmesh_proto::topology::v1::topology_service_client::TopologyServiceClient;
+use slotmesh_proto::topology::v1::watch_request::Message as Said;
+use slotmesh_proto::topology::v1::watch_response::Message as Heard;
+use slotmesh_runtime::backoff::Backoff;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+
+use crate::progress::Progress;
+use crate::routing::Routing;
+use crate::saved;
+use crate::topology::{Refused, Topology};
+use crate::worker::WorkerHandle;
+
+/// A controller that is there accepts a connection at once.
+const CONNECT_LIMIT: Duration = Duration::from_secs(1);
+/// Heartbeats come every 500 ms; after so many missed ones the stream is dead.
+const SILENCE_LIMIT: Duration = Duration::from_secs(3);
+/// Reports are sent on change and this often.
+const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+/// First and longest wait between attempts to reach a controller.
+const BACKOFF_FIRST: Duration = Duration::from_millis(50);
+const BACKOFF_CAP: Duration = Duration::from_secs(2);
+/// A name that is not resolved by then fails the message.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(2);
+/// Messages to the controller that may wait to be sent.
+const OUTGOING: usize = 64;
+
+/// Who this proxy is, for the first message of a stream.
+#[derive(Clone, Debug)]
+pub struct Who {
+    pub proxy_id: String,
+    pub instance: String,
+    pub host_id: String,
+    pub address: String,
+    pub admin_address: String,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Watch {
+    pub who: Who,
+    pub controllers: Vec<String>,
+    pub data: PathBuf,
+    pub routing: Arc<Routing>,
+    pub workers: Arc<Vec<WorkerHandle>>,
+    pub progress: Arc<Progress>,
+    pub freshness: Arc<Freshness>,
+    pub topology: Topology,
+    /// The newest topology, for [`keep_saved`].
+    pub to_save: watch::Sender<Option<pb::Snapshot>>,
+}
+
+/// How old the topology may be: when a controller was last heard.
+#[derive(Debug)]
+pub struct Freshness {
+    started: Instant,
+    heard_ms: AtomicU64,
+}
+
+impl Default for Freshness {
+    fn default() -> Self {
+        Self {
+            started: Instant::now(),
+            heard_ms: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Freshness {
+    fn note(&self) {
+        self.heard_ms
+            .store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Time since a controller was last heard (or since the start).
+    #[must_use]
+    pub fn staleness(&self) -> Duration {
+        let heard = Duration::from_millis(self.heard_ms.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(heard)
+    }
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamEnd {
+    #[error("connect to the controller")]
+    Connect(#[from] tonic::transport::Error),
+    #[error("the controller ended the stream: {0}")]
+    Status(#[from] tonic::Status),
+    #[error("the controller was silent for too long")]
+    Silent,
+    #[error("the stream was closed")]
+    Closed,
+    #[error("the topology has a gap")]
+    Gap,
+}
+
+impl Watch {
+    /// Puts a topology in force that was saved by an earlier process. False if there is none.
+    pub async fn start_from_disk(&mut self) -> Result<bool, saved::SavedError> {
+        let Some(snapshot) = saved::load(&self.data)? else {
+            return Ok(false);
+        };
+        let revision = snapshot.revision;
+        match Topology::default().with_snapshot(snapshot) {
+            Ok(topology) => match self.publish(topology).await {
+                Ok(()) => tracing::info!(revision, "serves from the saved topology"),
+                Err(error) => tracing::warn!(%error, "the saved topology cannot be served"),
+            },
+            Err(error) => tracing::warn!(%error, "the saved topology is not valid"),
+        }
+        Ok(true)
+    }
+
+    /// Keeps a stream until told to stop.
+    ///
+    /// # Cancel safety
+    /// Not needed: ends by the token.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_CAP);
+        let mut turn = 0;
+        while !self.controllers.is_empty() {
+            let controller = self.controllers[turn % self.controllers.len()].clone();
+            turn += 1;
+            let began = Instant::now();
+            let end = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                end = self.stream(&controller) => end,
+            };
+            tracing::info!(controller, error = %end, "topology stream ended");
+            if began.elapsed() > SILENCE_LIMIT {
+                backoff.reset();
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = sleep(backoff.next_delay()) => {}
+            }
+        }
+        stop.cancelled().await;
+    }
+
+    /// One stream, until it ends.
+    async fn stream(&mut self, controller: &str) -> StreamEnd {
+        match self.try_stream(controller).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn try_stream(
+        &mut self,
+        controller: &str,
+    ) -> Result<std::convert::Infallible, StreamEnd> {
+        let endpoint = Endpoint::from_shared(format!("http://{controller}"))?
+            .connect_timeout(CONNECT_LIMIT)
+            .tcp_nodelay(true);
+        let mut client = TopologyServiceClient::new(endpoint.connect().await?);
+        let (say, outgoing) = mpsc::channel(OUTGOING);
+        send(&say, Said::Hello(self.hello())).await?;
+        let started = client.watch(ReceiverStream::new(outgoing));
+        let started = timeout(SILENCE_LIMIT, started)
+            .await
+            .map_err(|_| StreamEnd::Silent)?;
+        let mut heard = started?.into_inner();
+        let mut reports = interval(REPORT_INTERVAL);
+        reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let progress = Arc::clone(&self.progress);
+        let mut last = tokio::time::Instant::now();
+        loop {
+            tokio::select! {
+                message = heard.message() => {
+                    let message = message?.ok_or(StreamEnd::Closed)?;
+                    last = tokio::time::Instant::now();
+                    self.freshness.note();
+                    if let Some(answer) = self.hear(message).await {
+                        let gap = matches!(&answer, (_, Some(Refused::Gap { .. })));
+                        send(&say, answer.0).await?;
+                        if gap {
+                            return Err(StreamEnd::Gap);
+                        }
+                    }
+                }
+                () = progress.changed.notified() => {
+                    send(&say, Said::Report(progress.report())).await?;
+                }
+                _ = reports.tick() => {
+                    if last.elapsed() > SILENCE_LIMIT {
+                        return Err(StreamEnd::Silent);
+                    }
+                    send(&say, Said::Report(progress.report())).await?;
+                }
+            }
+        }
+    }
+
+    fn hello(&self) -> pb::Hello {
+        pb::Hello {
+            proxy_id: self.who.proxy_id.clone(),
+            instance_id: self.who.instance.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            address: self.who.address.clone(),
+            admin_address: self.who.admin_address.clone(),
+            host_id: self.who.host_id.clone(),
+            pid: std::process::id(),
+            shards: self.progress.all_shards(),
+        }
+    }
+
+    /// Acts on a message; gives the answer to it.
+    async fn hear(&mut self, message: pb::WatchResponse) -> Option<(Said, Option<Refused>)> {
+        let nonce = message.nonce;
+        let next = match message.message? {
+            Heard::Heartbeat(_) => return None,
+            Heard::Snapshot(snapshot) => self.topology.with_snapshot(snapshot),
+            Heard::Delta(delta) => self.topology.with_delta(delta),
+        };
+        let published = match next {
+            Ok(topology) => self.publish(topology).await,
+            Err(refused) => Err(refused),
+        };
+        let revision = self.topology.revision();
+        match published {
+            Ok(()) => {
+                self.save();
+                tracing::debug!(revision, "topology applied");
+                Some((Said::Ack(pb::Ack { nonce, revision }), None))
+            }
+            Err(refused) => {
+                tracing::warn!(%refused, still_on = revision, "topology refused");
+                let reason = refused.to_string();
+                let nack = pb::Nack {
+                    nonce,
+                    reason,
+                    still_on_revision: revision,
+                };
+                Some((Said::Nack(nack), Some(refused)))
+            }
+        }
+    }
+
+    /// Puts a topology in force in all workers.
+    async fn publish(&mut self, topology: Topology) -> Result<(), Refused> {
+        let mut resolved = BTreeMap::new();
+        for address in topology.addresses() {
+            if let Some(socket_address) = resolve(address).await {
+                resolved.insert(address.to_owned(), socket_address);
+            }
+        }
+        let table = topology.table(|address| resolved.get(address).copied())?;
+        self.routing.publish(table);
+        self.workers.iter().for_each(WorkerHandle::wake);
+        self.topology = topology;
+        Ok(())
+    }
+
+    fn save(&self) {
+        self.to_save.send_replace(Some(self.topology.to_snapshot()));
+    }
+}
+
+/// Saves the newest topology whenever there is a newer one, until the sender is gone.
+pub async fn keep_saved(data: PathBuf, mut newest: watch::Receiver<Option<pb::Snapshot>>) {
+    while newest.changed().await.is_ok() {
+        let Some(snapshot) = newest.borrow_and_update().clone() else {
+            continue;
+        };
+        let data = data.clone();
+        let saved = tokio::task::spawn_blocking(move || saved::save(&data, &snapshot)).await;
+        match saved {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(%error, source = ?std::error::Error::source(&error), "topology not saved");
+            }
+            Err(error) => tracing::error!(%error, "topology not saved"),
+        }
+    }
+}
+
+async fn resolve(address: &str) -> Option<SocketAddr> {
+    if let Ok(address) = address.parse() {
+        return Some(address);
+    }
+    let found = timeout(RESOLVE_LIMIT, tokio::net::lookup_host(address)).await;
+    found.ok()?.ok()?.next()
+}
+
+async fn send(say: &mpsc::Sender<pb::WatchRequest>, message: Said) -> Result<(), StreamEnd> {
+    let request = pb::WatchRequest {
+        message: Some(message),
+    };
+    let sent = timeout(SILENCE_LIMIT, say.send(request)).await;
+    sent.map_err(|_| StreamEnd::Silent)?
+        .map_err(|_| StreamEnd::Closed)
+}

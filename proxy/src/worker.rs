@@ -1,0 +1,388 @@
+//! The turn of a worker: one thread, one poller, one owner of its clients and connections.
+//!
+//! A turn has fixed phases: wait; take in new sockets and a new route; read each ready client once;
+//! send once to each touched node; read each ready node once; send once to each touched client;
+//! act on what is due. Sending after every read instead costs half as much again.
+//!
+//! Events are edge-triggered: a socket stays on its ready list until a read came back short, and a
+//! half-closed one is read to its end. A socket is deregistered before it is closed, or the number's
+//! next owner loses its events.
+
+mod clients;
+mod nodes;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use mio::{Events, Poll, Registry, Token, Waker};
+
+use crate::core::client::ClientState;
+use crate::core::hold::Level;
+use crate::core::outbox::HoldSample;
+use crate::core::{Core, Counters, Identity};
+use crate::metrics::Published;
+use crate::routing::{Routing, ShardNo};
+
+use self::clients::Clients;
+use self::nodes::Nodes;
+
+/// Read buffer of a worker. Larger ones gain nothing (measured); it bounds the work of one read.
+const READ_BYTES: usize = 256 * 1024;
+/// Events per wait. No effect on cost from 16 up (measured).
+const EVENTS: usize = 1024;
+/// New sockets that may wait for a worker; over it the acceptor waits, and then the kernel.
+const INBOX: usize = 1024;
+/// What a worker has to tell that was not taken yet; a slow watch makes it keep it.
+const REPORTS: usize = 4096;
+/// How long a worker that was told to stop goes on serving what is in flight.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
+const WAKE: Token = Token(usize::MAX);
+/// Tokens from here on are lanes; below, clients.
+const LANES: usize = 1 << 40;
+
+/// A client that was accepted.
+#[derive(Debug)]
+pub struct Accepted {
+    pub socket: std::net::TcpStream,
+    pub state: ClientState,
+}
+
+/// What a worker tells the watch.
+#[derive(Debug)]
+pub enum Notice {
+    /// Both lanes of the shard have reached this level in this worker.
+    Level {
+        worker: usize,
+        shard: ShardNo,
+        level: Level,
+    },
+    /// A hold has ended in one lane.
+    Hold { shard: ShardNo, sample: HoldSample },
+}
+
+/// What others see of a worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    inbox: SyncSender<Accepted>,
+    waker: Arc<Waker>,
+    /// Given and not yet taken.
+    waiting: Arc<AtomicU64>,
+    pub published: Arc<Published>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// What all workers of a process share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    pub routing: Arc<Routing>,
+    pub identity: Arc<Identity>,
+    pub held_sum: Arc<AtomicU64>,
+    /// Clients of the process.
+    pub clients: Arc<AtomicUsize>,
+    pub stop: Arc<AtomicBool>,
+    pub notices: tokio::sync::mpsc::Sender<Notice>,
+}
+
+impl Shared {
+    /// The sending half of the channel that the watch reads, with its bound.
+    #[must_use]
+    pub fn notices() -> (
+        tokio::sync::mpsc::Sender<Notice>,
+        tokio::sync::mpsc::Receiver<Notice>,
+    ) {
+        tokio::sync::mpsc::channel(REPORTS)
+    }
+}
+
+/// Why there is no worker.
+#[derive(Debug, thiserror::Error)]
+#[error("start worker {index}")]
+pub struct StartError {
+    index: usize,
+    source: io::Error,
+}
+
+/// Starts a worker on its thread.
+///
+/// # Errors
+/// The system has no descriptors or threads left.
+pub fn start(index: usize, shared: Shared) -> Result<WorkerHandle, StartError> {
+    let failed = |source| StartError { index, source };
+    let poll = Poll::new().map_err(failed)?;
+    let waker = Arc::new(Waker::new(poll.registry(), WAKE).map_err(failed)?);
+    let (inbox, accepted) = sync_channel(INBOX);
+    let published = Arc::new(Published::default());
+    let waiting = Arc::new(AtomicU64::new(0));
+    let core = Core::new(Arc::clone(&shared.identity), Arc::clone(&shared.held_sum));
+    let worker = Worker {
+        index,
+        poll,
+        accepted,
+        core,
+        clients: Clients::default(),
+        nodes: Nodes::default(),
+        buffer: vec![0; READ_BYTES].into_boxed_slice(),
+        generation: 0,
+        started: Instant::now(),
+        next_due_us: None,
+        unsent_notices: Vec::new(),
+        published: Arc::clone(&published),
+        waiting: Arc::clone(&waiting),
+        shared,
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(move || {
+            let _guard = EndTogether { index };
+            worker.run();
+        })
+        .map_err(failed)?;
+    Ok(WorkerHandle {
+        inbox,
+        waker,
+        waiting,
+        published,
+        thread: Some(thread),
+    })
+}
+
+impl WorkerHandle {
+    /// Gives a client to the worker. It comes back if the worker takes none at the moment.
+    #[must_use]
+    pub fn give(&self, client: Accepted) -> Option<Accepted> {
+        use std::sync::mpsc::TrySendError;
+        // Before the send: the worker takes off what it takes out.
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        match self.inbox.try_send(client) {
+            Ok(()) => {
+                self.wake();
+                None
+            }
+            Err(TrySendError::Full(client) | TrySendError::Disconnected(client)) => {
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                Some(client)
+            }
+        }
+    }
+
+    /// Its clients, with those that wait in its inbox.
+    #[must_use]
+    pub fn load(&self) -> u64 {
+        self.published.clients() + self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Makes it look at its inbox, the routing table and the stop flag.
+    pub fn wake(&self) {
+        if let Err(error) = self.waker.wake() {
+            tracing::error!(%error, "a worker cannot be woken");
+        }
+    }
+
+    /// Waits for its end, once it was told to stop.
+    pub fn join(&mut self) {
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a worker ended by a panic");
+        }
+    }
+}
+
+struct Worker {
+    index: usize,
+    poll: Poll,
+    accepted: Receiver<Accepted>,
+    core: Core,
+    clients: Clients,
+    nodes: Nodes,
+    /// The one read buffer: what is not a whole frame moves to its owner after each read.
+    buffer: Box<[u8]>,
+    generation: u64,
+    started: Instant,
+    next_due_us: Option<u64>,
+    unsent_notices: Vec<Notice>,
+    published: Arc<Published>,
+    waiting: Arc<AtomicU64>,
+    shared: Shared,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut events = Events::with_capacity(EVENTS);
+        let mut stop_at = None;
+        loop {
+            let wait = self.wait_time(stop_at);
+            match self.poll.poll(&mut events, wait) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    tracing::error!(worker = self.index, %error, "a worker cannot wait for events");
+                    return;
+                }
+                _ => {}
+            }
+            self.read_clock();
+            for event in &events {
+                match event.token() {
+                    WAKE => {}
+                    Token(lane) if lane >= LANES => {
+                        self.nodes
+                            .note((lane - LANES) as u32, event, &mut self.core);
+                    }
+                    Token(client) => self.clients.note(client as u32, event, &mut self.core),
+                }
+            }
+            self.take_control();
+            self.turn();
+            if self.shared.stop.load(Ordering::Relaxed) {
+                let at = *stop_at.get_or_insert_with(|| Instant::now() + DRAIN_LIMIT);
+                self.clients.stop_reading(&mut self.core);
+                if Instant::now() >= at || self.core.sessions.is_empty() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The phases after the wait.
+    fn turn(&mut self) {
+        let registry = self.poll.registry();
+        self.clients.read(&mut self.core, &mut self.buffer);
+        self.nodes.obey(&mut self.core, registry);
+        self.nodes.send(&mut self.core);
+        self.nodes
+            .read(&mut self.core, &mut self.buffer, &mut self.clients);
+        self.settle();
+    }
+
+    /// What follows from replies and time, until nothing more follows.
+    fn settle(&mut self) {
+        let now_us = self.now_us();
+        let due = self.next_due_us.is_some_and(|at| at <= now_us);
+        if self.core.out.unsteady || due {
+            self.next_due_us = self.core.on_time();
+        }
+        self.core.resume_stalled();
+        self.clients.resume(&mut self.core);
+        self.nodes.obey(&mut self.core, self.poll.registry());
+        self.nodes.send(&mut self.core);
+        self.clients.send(&mut self.core);
+        let closed = self
+            .clients
+            .close_doomed(&mut self.core, self.poll.registry());
+        self.shared.clients.fetch_sub(closed, Ordering::Relaxed);
+        self.publish();
+    }
+
+    fn wait_time(&self, stop_at: Option<Instant>) -> Option<Duration> {
+        /// Notices that found no room are tried again.
+        const RETRY: Duration = Duration::from_millis(1);
+        if self.clients.has_ready(&self.core) || self.nodes.has_ready() || self.core.out.unsteady {
+            return Some(Duration::ZERO);
+        }
+        let due = self
+            .next_due_us
+            .map(|at| Duration::from_micros(at.saturating_sub(self.now_us())));
+        let stop = stop_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let notices = (!self.unsent_notices.is_empty()).then_some(RETRY);
+        [due, stop, notices].into_iter().flatten().min()
+    }
+
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// The one reading of the clocks in a turn.
+    fn read_clock(&mut self) {
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        self.core.set_now(self.now_us(), unix.as_micros() as u64);
+    }
+
+    /// New clients, and a new routing table.
+    fn take_control(&mut self) {
+        let generation = self.shared.routing.generation();
+        if generation != self.generation {
+            self.generation = generation;
+            self.core.apply(self.shared.routing.load());
+        }
+        while let Ok(accepted) = self.accepted.try_recv() {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            if !self
+                .clients
+                .open(accepted, &mut self.core, self.poll.registry())
+            {
+                self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Oldest first: of two levels of a shard the later one must be heard last.
+    fn send_notices(&mut self) {
+        use tokio::sync::mpsc::error::TrySendError;
+        let mut unsent = std::mem::take(&mut self.unsent_notices).into_iter();
+        while let Some(notice) = unsent.next() {
+            if let Err(TrySendError::Full(notice)) = self.shared.notices.try_send(notice) {
+                self.unsent_notices.push(notice);
+                self.unsent_notices.extend(unsent);
+                return;
+            }
+        }
+    }
+
+    /// Counters for observers, levels and samples for the watch.
+    fn publish(&mut self) {
+        let mut shards: smallvec::SmallVec<[ShardNo; 8]> = smallvec::SmallVec::new();
+        for (lane, _) in self.core.out.levels.drain(..) {
+            let shard = (lane / 2) as ShardNo;
+            if !shards.contains(&shard) {
+                shards.push(shard);
+            }
+        }
+        for shard in shards {
+            if let Some(level) = self.core.level_of(shard).cloned() {
+                self.unsent_notices.push(Notice::Level {
+                    worker: self.index,
+                    shard,
+                    level,
+                });
+            }
+        }
+        for sample in self.core.out.samples.drain(..) {
+            self.core.counters.held_requests += sample.requests;
+            let max = self.core.counters.held_max_us.max(sample.longest_us);
+            self.core.counters.held_max_us = max;
+            self.unsent_notices.push(Notice::Hold {
+                shard: sample.shard,
+                sample,
+            });
+        }
+        self.send_notices();
+        let counters: &Counters = &self.core.counters;
+        self.published.store(counters, self.core.sessions.len());
+    }
+}
+
+/// A worker that panics takes the process with it: its clients would hang otherwise, and the agent
+/// starts a proxy that died.
+struct EndTogether {
+    index: usize,
+}
+
+impl Drop for EndTogether {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!(worker = self.index, "a worker panicked; the process ends");
+            std::process::abort();
+        }
+    }
+}
+
+/// Takes a socket from the poller before it is closed.
+fn deregister(registry: &Registry, socket: &mut mio::net::TcpStream) {
+    // An error means that it was not registered; it is closed next.
+    let _ = registry.deregister(socket);
+}

@@ -1,0 +1,223 @@
+//! A real redis-server whose default user is off, as agents start them.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use slotmesh_proto::topology::v1 as pb;
+
+use super::LIMIT;
+
+pub(crate) const ADMIN: &str = "admin-of-the-test";
+pub(crate) const SECRET: &str = "secret-of-the-epoch";
+
+pub(crate) struct Node {
+    process: Child,
+    pub(crate) address: SocketAddr,
+    _dir: tempfile::TempDir,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Node {
+    pub(crate) fn start() -> Self {
+        // The listener is gone before the node starts, or the port would be taken.
+        let free = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        Self::start_at(free)
+    }
+
+    pub(crate) fn start_at(address: SocketAddr) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = address.port().to_string();
+        let process = Command::new("redis-server")
+            .args([
+                "--port",
+                &port,
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--databases",
+                "256",
+            ])
+            .args(["--repl-diskless-sync-delay", "0", "--appendonly", "no"])
+            .args(["--user", "default", "off"])
+            .args([
+                "--user",
+                "admin",
+                "on",
+                &format!(">{ADMIN}"),
+                "~*",
+                "&*",
+                "+@all",
+            ])
+            .args(["--masteruser", "admin", "--masterauth", ADMIN])
+            .args(["--dir", dir.path().to_str().unwrap()])
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed");
+        let node = Self {
+            process,
+            address,
+            _dir: dir,
+        };
+        wait(&format!("redis-server at {address}"), || is_redis(address));
+        node
+    }
+
+    /// With the user of an epoch, as after a grant.
+    pub(crate) fn start_with_epoch(epoch: u64) -> Self {
+        let node = Self::start();
+        node.grant(epoch);
+        node
+    }
+
+    pub(crate) fn grant(&self, epoch: u64) {
+        let (user, secret) = (format!("px-{epoch}"), format!(">{SECRET}"));
+        let rights = [
+            "+@all",
+            "-@admin",
+            "-@dangerous",
+            "+keys",
+            "+flushall",
+            "+flushdb",
+        ];
+        let fixed = ["ACL", "SETUSER", &user, "reset", "on", &secret, "~*", "&*"];
+        let words: Vec<&str> = fixed.into_iter().chain(rights).collect();
+        assert_eq!(self.admin(&words), "+OK\r\n");
+    }
+
+    /// As agents fence: what is refused was not executed.
+    pub(crate) fn fence(&self, epoch: u64) {
+        let user = format!("px-{epoch}");
+        let words = ["ACL", "SETUSER", &user, "-@all", "+@read", "+@connection"];
+        assert_eq!(self.admin(&words), "+OK\r\n");
+    }
+
+    pub(crate) fn unfence(&self, epoch: u64) {
+        let user = format!("px-{epoch}");
+        let words = ["ACL", "SETUSER", &user, "+@all", "-@admin", "-@dangerous"];
+        assert_eq!(self.admin(&words), "+OK\r\n");
+    }
+
+    /// One command as the administrator; its raw reply, if it is not longer than one read.
+    pub(crate) fn admin(&self, words: &[&str]) -> String {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .unwrap();
+        for words in [&["AUTH", "admin", ADMIN][..], words] {
+            let words: Vec<&[u8]> = words.iter().map(|w| w.as_bytes()).collect();
+            let mut frame = Vec::new();
+            slotmesh_resp::write::encode_command(&mut frame, &words);
+            stream.write_all(&frame).unwrap();
+            let mut reply = vec![0; 64 * 1024];
+            let count = stream.read(&mut reply).unwrap();
+            reply.truncate(count);
+            if words[0] != b"AUTH" {
+                return String::from_utf8_lossy(&reply).into_owned();
+            }
+            assert_eq!(reply, b"+OK\r\n");
+        }
+        unreachable!("the second command returns")
+    }
+
+    pub(crate) fn replicate(&self, primary: &Self) {
+        let port = primary.address.port().to_string();
+        assert_eq!(self.admin(&["REPLICAOF", "127.0.0.1", &port]), "+OK\r\n");
+        self.wait_info("master_link_status:up");
+    }
+
+    /// Makes this replica acknowledge at once what it has received, until it is a primary. By itself
+    /// it does so once a second, and a `FAILOVER` waits for it.
+    pub(crate) fn acknowledge_until_primary(&self) {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream
+            .write_all(format!("AUTH admin {ADMIN}\r\n").as_bytes())
+            .unwrap();
+        wait("the replica to become primary", || {
+            stream.write_all(b"REPLCONF GETACK *\r\n").unwrap();
+            self.admin(&["INFO", "replication"]).contains("role:master")
+        });
+    }
+
+    /// Waits until this replica follows its primary.
+    pub(crate) async fn wait_link(&self) {
+        super::wait_for("the replica's link", || {
+            let info = self.admin(&["INFO", "replication"]);
+            info.contains("master_link_status:up").then_some(())
+        })
+        .await;
+    }
+
+    pub(crate) fn wait_info(&self, text: &str) {
+        wait(text, || self.admin(&["INFO", "replication"]).contains(text));
+    }
+
+    /// Its route as the primary of one of `shards` equal shards.
+    pub(crate) fn route(&self, index: u32, shards: u32, epoch: u64) -> pb::ShardRoute {
+        let range = pb::SlotRange {
+            first: 16384 * index / shards,
+            last: 16384 * (index + 1) / shards - 1,
+        };
+        pb::ShardRoute {
+            shard_id: format!("s{index}"),
+            index,
+            slots: vec![range],
+            epoch,
+            primary_node_id: format!("n{index}"),
+            primary_address: self.address.to_string(),
+            username: format!("px-{epoch}"),
+            password: SECRET.to_owned(),
+            hold: None,
+        }
+    }
+}
+
+fn wait(what: &str, mut ready: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !ready() {
+        assert!(Instant::now() < deadline, "waited for {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+/// A connection alone proves nothing: on loopback a port may be connected to itself.
+fn is_redis(address: SocketAddr) -> bool {
+    let Ok(mut stream) = TcpStream::connect(address) else {
+        return false;
+    };
+    if stream.local_addr().ok() == stream.peer_addr().ok() {
+        return false;
+    }
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let mut reply = [0; 7];
+    let answered = stream.write_all(b"PING\r\n").is_ok() && stream.read_exact(&mut reply).is_ok();
+    answered && &reply == b"-NOAUTH"
+}
+
+/// A snapshot of these routes, as the proxy saves it.
+pub(crate) fn snapshot(revision: u64, shards: Vec<pb::ShardRoute>) -> pb::Snapshot {
+    let settings = pb::InstanceSettings {
+        instance_id: "i1".to_owned(),
+        architecture: pb::Architecture::Cluster.into(),
+        databases: 256,
+        ..Default::default()
+    };
+    pb::Snapshot {
+        revision,
+        settings: Some(settings),
+        shards,
+    }
+}
