@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -196,7 +196,7 @@ impl App {
         let bytes: [u8; 8] = rand::random();
         Register {
             host_id: self.host.host_id.clone(),
-            agent_address: self.address.to_string(),
+            agent_address: reachable(self.address, self.host.advertise_ip).to_string(),
             advertise_ip: self.host.advertise_ip.to_string(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_instance: hex::encode(bytes),
@@ -204,6 +204,15 @@ impl App {
             zone: self.settings.zone.clone(),
             pid: std::process::id(),
         }
+    }
+}
+
+/// Where others reach what listens at `bound`.
+fn reachable(bound: SocketAddr, advertise_ip: IpAddr) -> SocketAddr {
+    if bound.ip().is_unspecified() {
+        SocketAddr::new(advertise_ip, bound.port())
+    } else {
+        bound
     }
 }
 

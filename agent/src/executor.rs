@@ -52,13 +52,11 @@ impl Executor {
         ];
         if let Err(error) = self.host.journal.append(facts).await {
             tracing::error!(error = %chain(&error), "step not journaled, not executed");
-            return Ok(response(StepOutcome::NoEffect, &chain(&error)));
+            return Ok(not_executed(&self.host.journal, &request, &chain(&error)));
         }
         let Some(steps) = self.supervisor.steps_of(&node_id) else {
-            return Ok(response(
-                StepOutcome::NoEffect,
-                "the node is not on this host",
-            ));
+            let why = "the node is not on this host";
+            return Ok(not_executed(&self.host.journal, &request, why));
         };
         let (answer, answered) = oneshot::channel();
         if steps.try_send(StepCall { request, answer }).is_err() {
@@ -107,6 +105,21 @@ pub fn settled_by(memory: &Memory, request: &ExecuteStepRequest) -> Option<Execu
     Some(answer)
 }
 
+/// The answer to a step that can't be executed now. It has no effect only if it had not begun
+/// before: the leader gives the shard back on that word.
+pub fn not_executed(
+    journal: &Journal,
+    request: &ExecuteStepRequest,
+    why: &str,
+) -> ExecuteStepResponse {
+    let has_begun = journal.read(|memory| memory.begun(&StepKey::of(request)).is_some());
+    let outcome = match has_begun {
+        true => StepOutcome::Uncertain,
+        false => StepOutcome::NoEffect,
+    };
+    response(outcome, why)
+}
+
 pub fn response(outcome: StepOutcome, message: &str) -> ExecuteStepResponse {
     ExecuteStepResponse {
         outcome: outcome.into(),
@@ -133,4 +146,37 @@ fn node_of(request: &ExecuteStepRequest) -> Result<&str, Status> {
         return Err(Status::invalid_argument("node_id: not an id"));
     }
     Ok(node_id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::record::Begun;
+
+    #[tokio::test]
+    async fn a_step_that_has_begun_is_never_said_to_be_without_effect() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::open(dir.path()).unwrap();
+        let request = ExecuteStepRequest {
+            task_id: "t".into(),
+            step: "0/hand-over".into(),
+            attempt: 7,
+            ..ExecuteStepRequest::default()
+        };
+        let answer = |attempt| {
+            let request = ExecuteStepRequest {
+                attempt,
+                ..request.clone()
+            };
+            not_executed(&journal, &request, "why").outcome()
+        };
+        assert_eq!(answer(7), StepOutcome::NoEffect);
+        let begun = Begun {
+            request: request.clone(),
+            deadline_unix_ms: 1,
+        };
+        journal.append([Fact::Begun(begun)]).await.unwrap();
+        assert_eq!(answer(7), StepOutcome::Uncertain);
+        assert_eq!(answer(8), StepOutcome::NoEffect);
+    }
 }

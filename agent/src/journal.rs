@@ -9,6 +9,7 @@ pub mod record;
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -79,6 +80,7 @@ impl Journal {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(&path)
             .map_err(io)?;
         match file.try_lock() {
@@ -206,6 +208,7 @@ impl Inner {
             .write(true)
             .create(true)
             .truncate(true)
+            .mode(0o600)
             .open(&next)?;
         file.try_lock().map_err(io::Error::other)?;
         file.write_all(&bytes)?;

@@ -17,7 +17,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     host::Host,
-    node::{files::make_private_dir, worker::Farewell},
+    node::{
+        files::{free_port, make_private_dir},
+        worker::Farewell,
+    },
     process::{Output, Process, Restarts, last_line, write_atomic},
 };
 
@@ -165,7 +168,8 @@ impl Worker {
             );
         }
         if self.process.is_none() {
-            self.process = Process::load(&self.dir.join("process"));
+            let recorded = Process::load(&self.dir.join("process"));
+            self.process = recorded.or_else(|| self.unrecorded());
             if let Some(process) = self.process {
                 tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy adopted");
                 self.host.metrics.proxy_adoptions.add(1);
@@ -223,7 +227,7 @@ impl Worker {
         let _ = fs::remove_file(self.dir.join("proxy.json"));
         let ip = self.host.advertise_ip;
         let listen = match wanted.address.as_str() {
-            "" => SocketAddr::new(ip, 0).to_string(),
+            "" => SocketAddr::new(ip, free_port(ip)?).to_string(),
             address => address.to_owned(),
         };
         let dir = self.dir.canonicalize()?;
@@ -254,12 +258,26 @@ impl Worker {
         Ok(process)
     }
 
+    fn bound(&self) -> Option<Bound> {
+        serde_json::from_slice(&fs::read(self.dir.join("proxy.json")).ok()?).ok()
+    }
+
+    /// A proxy that was started by an agent that died before it recorded it.
+    fn unrecorded(&self) -> Option<Process> {
+        let process = Process::find(self.bound()?.pid)?;
+        if !process.runs_in(&self.dir) {
+            return None;
+        }
+        if let Err(error) = process.save(&self.dir.join("process")) {
+            tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
+        }
+        Some(process)
+    }
+
     /// Reads where it listens.
     fn look(&mut self, process: Process) {
         self.report.pid = process.pid;
-        let bound = fs::read(self.dir.join("proxy.json")).ok();
-        let bound: Option<Bound> = bound.and_then(|text| serde_json::from_slice(&text).ok());
-        let Some(bound) = bound.filter(|bound| bound.pid == process.pid) else {
+        let Some(bound) = self.bound().filter(|bound| bound.pid == process.pid) else {
             self.report.state = ProcessState::Starting.into();
             return;
         };

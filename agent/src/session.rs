@@ -25,6 +25,8 @@ const REPORT_EVERY: Duration = Duration::from_millis(500);
 const REPORT_SPACING: Duration = Duration::from_millis(3);
 /// Reports that a controller has not taken yet. More than two mean that it is stuck.
 const UNSENT_MAX: usize = 2;
+/// Of hundreds of nodes with all the parameters that a request may carry.
+const ASSIGNMENT_BYTES_MAX: usize = 128 << 20;
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -88,7 +90,8 @@ async fn one_session(
     register: &Register,
     assignments: &Assignments,
 ) -> Result<std::convert::Infallible, SessionError> {
-    let mut client = ControlServiceClient::new(host.controllers.channel(address)?);
+    let mut client = ControlServiceClient::new(host.controllers.channel(address)?)
+        .max_decoding_message_size(ASSIGNMENT_BYTES_MAX);
     let (sender, receiver) = mpsc::channel(UNSENT_MAX);
     let mut changed = host.reports.subscribe();
     // Before the call: some servers answer a stream only after its first message.

@@ -110,6 +110,13 @@ impl Settings {
             .advertise_ip
             .or(file.advertise_ip)
             .unwrap_or(listen.ip());
+        if advertise_ip.is_ipv6() {
+            let why = "nodes are reached over IPv4; name an IPv4 address of this host".to_owned();
+            return Err(UsageError::Invalid {
+                flag: "--advertise-ip",
+                why,
+            });
+        }
         if advertise_ip.is_unspecified() {
             let why = "others can't connect to it; name an address of this host".to_owned();
             return Err(UsageError::Invalid {

@@ -20,10 +20,34 @@ macro_rules! package {
     };
 }
 
-package!(agent, "slotmesh.agent.v1", "Controller and agent: assignments, reports, steps.");
-package!(fleet, "slotmesh.fleet.v1", "What runs where: hosts and proxies.");
-package!(handover, "slotmesh.handover.v1", "What one proxy process tells another about a client.");
-package!(instance, "slotmesh.instance.v1", "Instances: create, delete, describe, switch over.");
-package!(store, "slotmesh.store.v1", "Formats of the records in the store.");
+package!(
+    agent,
+    "slotmesh.agent.v1",
+    "Controller and agent: assignments, reports, steps."
+);
+package!(
+    fleet,
+    "slotmesh.fleet.v1",
+    "What runs where: hosts and proxies."
+);
+package!(
+    handover,
+    "slotmesh.handover.v1",
+    "What one proxy process tells another about a client."
+);
+package!(
+    instance,
+    "slotmesh.instance.v1",
+    "Instances: create, delete, describe, switch over."
+);
+package!(
+    store,
+    "slotmesh.store.v1",
+    "Formats of the records in the store."
+);
 package!(task, "slotmesh.task.v1", "Tasks: list, watch, cancel.");
-package!(topology, "slotmesh.topology.v1", "The topology stream from controller to proxy.");
+package!(
+    topology,
+    "slotmesh.topology.v1",
+    "The topology stream from controller to proxy."
+);

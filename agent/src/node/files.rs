@@ -284,7 +284,8 @@ fn socket_path(dir: &Path) -> io::Result<PathBuf> {
     Ok(private.join(format!("{name}.sock")))
 }
 
-fn free_port(ip: IpAddr) -> io::Result<u16> {
+/// A port that nobody has, and that no outgoing connection takes while its owner restarts.
+pub fn free_port(ip: IpAddr) -> io::Result<u16> {
     for _ in 0..PORT_TRIES {
         let port = rand::rng().random_range(PORTS);
         if TcpListener::bind(SocketAddr::new(ip, port)).is_ok() {

@@ -15,6 +15,8 @@ use tonic::transport::{Channel, Endpoint};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// What an answer may take beyond the time that the step itself may take.
 const ANSWER_MARGIN: Duration = Duration::from_millis(500);
+/// Kept ones; beyond, all are opened anew.
+const CHANNELS_MAX: usize = 1_024;
 /// A dead connection is noticed within two of these.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
@@ -59,6 +61,10 @@ impl Agents {
             .keep_alive_timeout(KEEP_ALIVE)
             .tcp_nodelay(true)
             .connect_lazy();
+        // An agent on a port of the system's choice has another address after each restart.
+        if channels.len() >= CHANNELS_MAX {
+            channels.clear();
+        }
         channels.insert(address.to_owned(), channel.clone());
         Ok(channel)
     }

@@ -69,6 +69,9 @@ impl App {
             .advertise
             .clone()
             .unwrap_or_else(|| bound.to_string());
+        if settings.advertise.is_none() && bound.ip().is_unspecified() {
+            warn!(%address, "other hosts can't reach this address: give --advertise HOST:PORT");
+        }
         let (store, embedded): (Arc<dyn Store>, _) = match &settings.store {
             StoreChoice::Embedded => {
                 let store = EmbeddedStore::open(&settings.data)
@@ -163,6 +166,7 @@ async fn lead(context: Context, shutdown: CancellationToken) {
         match term {
             Some(term) => {
                 let stop = shutdown.child_token();
+                context.hub.begin_term();
                 let driver = Driver::new(
                     context.store.clone(),
                     context.mirror.clone(),

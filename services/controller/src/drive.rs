@@ -14,7 +14,7 @@ use slotmesh_task::{Spec, State as TaskState, Task, provision, switchover::StepS
 use slotmesh_topology::{InstanceState, NodeId, ShardId, TaskId};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     agents::Agents,
@@ -33,6 +33,11 @@ const GRACE: Duration = Duration::from_secs(1);
 const ACTS_MAX: usize = 16;
 /// Answers of steps waiting for the loop; there are never more steps than shards in tasks.
 const ANSWERS_MAX: usize = 1_024;
+/// A leader that begins after a task's deadline gives its hosts this long to come back, so that a
+/// machine that was off does not end its tasks by its clock alone.
+const RETURN_MS: u64 = 15_000;
+/// Between two looks before reports are in.
+const GRACE_LOOK_MS: u64 = 50;
 /// Between two tries when the store does not answer.
 const STORE_PAUSE: Duration = Duration::from_millis(200);
 
@@ -74,6 +79,7 @@ pub struct Driver {
     /// Length of the critical section, for the task's record.
     critical_us: HashMap<(TaskId, ShardId), u64>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    since_ms: u64,
     forget_at_ms: u64,
 }
 
@@ -97,6 +103,7 @@ impl Driver {
             steps: HashMap::new(),
             critical_us: HashMap::new(),
             answers,
+            since_ms: clock::now_ms(),
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
         }
     }
@@ -161,12 +168,20 @@ impl Driver {
                 if task.value.state.is_ended() {
                     break;
                 }
-                match self.act(&task, reports_are_in).await? {
-                    Next::Again => {}
-                    Next::At(at_ms) => {
+                match self.act(&task, reports_are_in).await {
+                    Ok(Next::Again) => {}
+                    Ok(Next::At(at_ms)) => {
                         wake_ms = wake_ms.min(at_ms);
                         break;
                     }
+                    // This write can't succeed; it must not keep others from theirs.
+                    Err(DriveError::Store(
+                        error @ (StoreError::TooLarge { .. } | StoreError::Invalid { .. }),
+                    )) => {
+                        error!(task = %id, %error, "the store refuses the task's next record");
+                        break;
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -180,8 +195,9 @@ impl Driver {
             self.keep_records_true().await?;
         }
         if clock::now_ms() >= self.forget_at_ms {
-            self.forget_the_old().await?;
+            // Before it is tried: what fails is not tried again at every turn.
             self.forget_at_ms = clock::now_ms() + housekeeping::INTERVAL_MS;
+            self.forget_the_old().await?;
         }
         Ok(wake_ms)
     }
@@ -208,7 +224,7 @@ impl Driver {
         }
         match &task.value.spec {
             Spec::Provision | Spec::Decommission => self.act_on_instance(task).await,
-            Spec::Switchover(_) if !reports_are_in => Ok(Next::At(0)),
+            Spec::Switchover(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
         }
     }
@@ -234,19 +250,15 @@ impl Driver {
         } else {
             provision::decommission
         };
+        let deadline_ms = task.value.deadline_ms.max(self.since_ms + RETURN_MS);
         let decision = self.hub.read(|fleet| {
-            decide(
-                &instance.value,
-                &plain,
-                fleet,
-                task.value.deadline_ms,
-                clock::now_ms(),
-            )
+            let now_ms = clock::now_ms();
+            decide(&instance.value, &plain, fleet, deadline_ms, now_ms)
         });
         match decision {
             provision::Decision::Wait(what) => {
                 if task.value.message == what {
-                    return Ok(Next::At(task.value.deadline_ms));
+                    return Ok(Next::At(deadline_ms));
                 }
                 let next = Task {
                     message: what.clone(),
@@ -264,7 +276,10 @@ impl Driver {
             provision::Decision::Serve => self.end_provision(task, &instance).await,
             provision::Decision::Forget => self.end_decommission(task, &instance, &shards).await,
             provision::Decision::GiveUp(what) => {
-                let message = format!("not done in time; still waiting for {what}");
+                let message = format!(
+                    "not done in time; still waiting for {what}; when that is mended, delete the \
+                     instance (again)"
+                );
                 let next = Task {
                     state: TaskState::NeedsOperator,
                     message: message.clone(),

@@ -10,7 +10,7 @@ use std::{
 
 use slotmesh_proto::{agent::v1 as agent, topology::v1 as topology};
 use slotmesh_task::{Fleet, HoldLevel, ProxyView, wire};
-use slotmesh_topology::{Epoch, HostId, InstanceId, ProxyId, ShardId};
+use slotmesh_topology::{Epoch, HostId, InstanceId, NodeId, ProxyId, ShardId};
 use tokio::sync::watch;
 
 use crate::clock;
@@ -80,6 +80,17 @@ impl Hub {
         act(&mut self.peers.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Address of another agent that has a session as the same host. Two that both run its nodes
+    /// would give the record two processes for one name.
+    #[must_use]
+    pub fn other_agent(&self, register: &agent::Register) -> Option<String> {
+        let host: HostId = register.host_id.as_str().into();
+        self.peers(|peers| {
+            let known = &peers.hosts.get(&host)?.register;
+            (known.agent_instance != register.agent_instance).then(|| known.agent_address.clone())
+        })
+    }
+
     /// A host's agent has opened a session; the number ends it.
     pub fn host_opened(&self, register: agent::Register) -> u64 {
         let host: HostId = register.host_id.as_str().into();
@@ -113,8 +124,31 @@ impl Hub {
         }
     }
 
-    /// A host's report.
-    pub fn host_reported(&self, report: &agent::HostReport) {
+    /// A new term begins: what was reported to an earlier one may be long over. Peers report all
+    /// that is so again before the leader decides from it.
+    pub fn begin_term(&self) {
+        self.fleet.send_modify(|fleet| {
+            fleet.nodes.clear();
+            fleet.proxy_processes.clear();
+        });
+    }
+
+    /// Keeps only what the records still name, so that it does not grow with time.
+    pub fn forget_others(&self, nodes: &BTreeSet<NodeId>, proxies: &BTreeSet<ProxyId>) {
+        self.fleet.send_modify(|fleet| {
+            fleet.nodes.retain(|node, _| nodes.contains(node));
+            fleet.proxy_processes.retain(|id, _| proxies.contains(id));
+        });
+    }
+
+    /// A host's report. One that an older session of the host delivers late is left out: it could
+    /// name a process that has ended since.
+    pub fn host_reported(&self, host: &HostId, session: u64, report: &agent::HostReport) {
+        let is_current =
+            self.peers(|peers| peers.hosts.get(host).is_some_and(|h| h.session == session));
+        if !is_current {
+            return;
+        }
         let now_ms = clock::now_ms();
         self.fleet.send_modify(|fleet| {
             for node in &report.nodes {
@@ -302,6 +336,46 @@ mod tests {
         assert_eq!(hub.read(|f| f.proxies.len()), 1);
         hub.proxy_closed(&"p".into(), new);
         assert_eq!(hub.read(|f| f.proxies.len()), 0);
+    }
+
+    #[test]
+    fn a_report_of_an_old_session_and_of_an_old_term_is_forgotten() {
+        let hub = Hub::default();
+        let register = || agent::Register {
+            host_id: "h".into(),
+            ..agent::Register::default()
+        };
+        let report = |run_id: &str| agent::HostReport {
+            nodes: vec![agent::NodeReport {
+                node_id: "n".into(),
+                run_id: run_id.into(),
+                ..agent::NodeReport::default()
+            }],
+            ..agent::HostReport::default()
+        };
+        let old = hub.host_opened(register());
+        let new = hub.host_opened(register());
+        hub.host_reported(&"h".into(), new, &report("now"));
+        hub.host_reported(&"h".into(), old, &report("before"));
+        assert_eq!(hub.read(|f| f.nodes[&"n".into()].run_id.clone()), "now");
+        hub.begin_term();
+        assert!(hub.read(|f| f.nodes.is_empty() && f.hosts.len() == 1));
+    }
+
+    #[test]
+    fn a_host_has_one_agent_at_a_time() {
+        let hub = Hub::default();
+        let register = |instance: &str| agent::Register {
+            host_id: "h".into(),
+            agent_instance: instance.into(),
+            agent_address: "a:1".into(),
+            ..agent::Register::default()
+        };
+        let session = hub.host_opened(register("x"));
+        assert_eq!(hub.other_agent(&register("x")), None, "it comes back");
+        assert_eq!(hub.other_agent(&register("y")), Some("a:1".into()));
+        hub.host_closed(&"h".into(), session);
+        assert_eq!(hub.other_agent(&register("y")), None);
     }
 
     #[test]

@@ -105,6 +105,33 @@ impl State {
         Ok(())
     }
 
+    /// Takes over what another copy shows at `key`.
+    fn keep(&mut self, key: &str, from: &Self) {
+        match Key::parse(key) {
+            Some(Key::Instance { instance }) => {
+                let id = InstanceId::from(instance);
+                self.instances
+                    .extend(from.instances.get(&id).map(|found| (id, found.clone())));
+            }
+            Some(Key::Shard { instance, shard }) => {
+                let id = (instance.into(), shard.into());
+                self.shards
+                    .extend(from.shards.get(&id).map(|found| (id, found.clone())));
+            }
+            Some(Key::Task { task }) => {
+                let id = TaskId::from(task);
+                self.tasks
+                    .extend(from.tasks.get(&id).map(|found| (id, found.clone())));
+            }
+            Some(Key::Lock { instance, shard }) => {
+                let id = (instance.into(), shard.into());
+                self.locks
+                    .extend(from.locks.get(&id).map(|found| (id, found.clone())));
+            }
+            _ => {}
+        }
+    }
+
     fn delete(&mut self, key: &str) {
         match Key::parse(key) {
             Some(Key::Instance { instance }) => {
@@ -205,9 +232,26 @@ async fn follow(store: Arc<dyn Store>, sender: watch::Sender<State>, shutdown: C
 }
 
 async fn relist(store: &dyn Store, sender: &watch::Sender<State>) -> Result<(), StoreError> {
-    let state = load(&store.list(keys::ROOT).await?)?;
+    let listing = store.list(keys::ROOT).await?;
+    let state = load_beside(&listing, &sender.borrow());
     sender.send_replace(state);
     Ok(())
+}
+
+/// Like a watch, it stays with the old version of a record that can't be read, and shows the
+/// others: one record must not end the news of all.
+fn load_beside(listing: &Listing, old: &State) -> State {
+    let mut state = State {
+        revision: listing.revision,
+        ..State::default()
+    };
+    for item in &listing.items {
+        if let Err(error) = state.put(item) {
+            error!(%error, "a record can't be read; its old version stays");
+            state.keep(&item.key, old);
+        }
+    }
+    state
 }
 
 async fn follow_once(store: &dyn Store, sender: &watch::Sender<State>) -> Result<(), StoreError> {
@@ -239,6 +283,33 @@ async fn follow_once(store: &dyn Store, sender: &watch::Sender<State>) -> Result
 mod tests {
     use super::*;
     use crate::store::{EmbeddedStore, Txn};
+
+    #[test]
+    fn a_record_that_cannot_be_read_keeps_its_old_version_and_hides_no_other() {
+        let lock = |shard, value| KeyValue {
+            key: Key::Lock {
+                instance: "i",
+                shard,
+            }
+            .to_string(),
+            value,
+            mod_revision: 1,
+            create_revision: 1,
+        };
+        let of = |task: &str| {
+            keys::encode(records::LockRecord {
+                schema: 0,
+                task_id: task.to_owned(),
+            })
+        };
+        let listing = |revision, items| Listing { revision, items };
+        let old = load(&listing(1, vec![lock("0", of("t"))])).unwrap();
+        let items = vec![lock("0", vec![0xff]), lock("1", of("u"))];
+        assert!(load(&listing(2, items.clone())).is_err(), "at start");
+        let new = load_beside(&listing(2, items), &old);
+        let locks: Vec<_> = new.locks.into_values().collect();
+        assert_eq!((new.revision, locks), (2, vec!["t".into(), "u".into()]));
+    }
 
     #[tokio::test]
     async fn shows_what_was_there_and_what_comes() {

@@ -291,14 +291,16 @@ pub fn create(request: &api::CreateInstanceRequest) -> Result<NewInstance, Refus
     }
     for (key, value) in &request.parameters {
         // They end up in a configuration file: nothing may start a line of its own there.
-        let key_ok = !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        let key_ok = (1..=64).contains(&key.len())
+            && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         if !key_ok || value.len() > 1024 || value.bytes().any(|b| b.is_ascii_control()) {
             return invalid(
                 "PARAMETERS_INVALID",
                 "a parameter's name or value is malformed".into(),
             );
         }
-        if RESERVED_PARAMETERS.contains(&key.as_str()) {
+        // Engines take names in any case.
+        if RESERVED_PARAMETERS.contains(&key.to_ascii_lowercase().as_str()) {
             return invalid(
                 "PARAMETERS_INVALID",
                 format!("parameter {key} is set by slotmesh"),
@@ -323,6 +325,9 @@ pub fn create(request: &api::CreateInstanceRequest) -> Result<NewInstance, Refus
 /// Parameters on which the mesh depends: fencing, addresses, files.
 const RESERVED_PARAMETERS: &[&str] = &[
     "aclfile",
+    "appenddirname",
+    "appendfilename",
+    "appendonly",
     "bind",
     "cluster-enabled",
     "daemonize",
@@ -335,12 +340,16 @@ const RESERVED_PARAMETERS: &[&str] = &[
     "masteruser",
     "pidfile",
     "port",
+    "primaryauth",
+    "primaryuser",
     "protected-mode",
     "rename-command",
     "replica-announce-ip",
     "replica-announce-port",
     "replicaof",
     "requirepass",
+    "slave-announce-ip",
+    "slave-announce-port",
     "slaveof",
     "supervised",
     "tls-port",
@@ -461,6 +470,7 @@ mod tests {
         );
         let mut parameters = std::collections::HashMap::new();
         parameters.insert("maxmemory".to_owned(), "1gb\nuser x on".to_owned());
+        let reserved = [("AppendOnly".to_owned(), "no".to_owned())].into();
         let bad = [
             api::CreateInstanceRequest {
                 name: "a b".into(),
@@ -485,6 +495,10 @@ mod tests {
             },
             api::CreateInstanceRequest {
                 parameters,
+                ..Default::default()
+            },
+            api::CreateInstanceRequest {
+                parameters: reserved,
                 ..Default::default()
             },
         ];

@@ -154,14 +154,8 @@ fn preflight(view: &View<'_>) -> Decision {
     if view.cancel_requested {
         return Decision::Advance(Phase::RolledBack, "cancelled".into());
     }
-    if view.shard.primary != view.switch.from || view.shard.epoch != view.switch.from_epoch {
-        return Decision::Advance(
-            Phase::RolledBack,
-            format!(
-                "the shard's primary changed to {} meanwhile",
-                view.shard.primary
-            ),
-        );
+    if let Some(why) = overtaken(view) {
+        return Decision::Advance(Phase::RolledBack, why);
     }
     let give_up_ms = view.switch.phase_since_ms + PREFLIGHT_MS_MAX;
     match unfit(view) {
@@ -172,6 +166,21 @@ fn preflight(view: &View<'_>) -> Decision {
             what,
         },
     }
+}
+
+/// Why the switch that was admitted can't happen any more. Every later step names users of the
+/// admitted epoch: in another one they would fence nobody.
+fn overtaken(view: &View<'_>) -> Option<String> {
+    if view.shard.primary != view.switch.from {
+        let primary = &view.shard.primary;
+        return Some(format!(
+            "the shard's primary changed to {primary} meanwhile"
+        ));
+    }
+    (view.shard.epoch != view.switch.from_epoch).then(|| {
+        let (epoch, from) = (view.shard.epoch, &view.switch.from);
+        format!("{from} was restarted meanwhile and serves epoch {epoch}")
+    })
 }
 
 /// Why the shard can't be switched now.
@@ -233,6 +242,10 @@ fn is_stale(view: &View<'_>, seen: &NodeView) -> bool {
 fn prewarm(view: &View<'_>) -> Decision {
     if view.cancel_requested {
         return Decision::Advance(Phase::RolledBack, "cancelled".into());
+    }
+    // Waiting for its turn may take long.
+    if let Some(why) = overtaken(view) {
+        return Decision::Advance(Phase::RolledBack, why);
     }
     if view.other_in_hold {
         return Decision::Wait {
@@ -343,9 +356,19 @@ fn resolve(view: &View<'_>) -> Decision {
         .shard
         .member(&view.switch.to)
         .map(|m| m.address.as_str());
+    // An old primary that follows the target, with no failover under way, has been told by it that
+    // it took over. If that process is gone since, nobody else has the shard's next epoch either:
+    // name it all the same, and its end is that of any primary.
+    let target_is_gone = new.seen_ms > view.switch.phase_since_ms
+        && new.run_id != run_id(&view.switch.to)
+        && matches!(
+            new.state,
+            ProcessState::Running | ProcessState::Stopped | ProcessState::Failed
+        );
     if old.role == Some(NodeRole::Replica)
+        && old.run_id == run_id(&view.switch.from)
         && Some(old.following.as_str()) == target_address
-        && target_is_primary
+        && (target_is_primary || (target_is_gone && old.failover_idle))
     {
         return Decision::Commit;
     }

@@ -161,6 +161,25 @@ fn the_happy_path_visits_every_step_in_order() {
 }
 
 #[test]
+fn a_shard_whose_primary_was_readmitted_while_it_waited_for_its_turn_is_never_declared() {
+    let readmitted = shard().readmit("run-a2").unwrap();
+    let mut fleet = fleet();
+    let old = fleet.nodes.get_mut(&"a".into()).unwrap();
+    (old.run_id, old.granted_epoch) = ("run-a2".into(), Epoch(5));
+    for step in [
+        StepStatus::NotStarted,
+        StepStatus::Done { committed: false },
+    ] {
+        for phase in [Phase::Preflight, Phase::Prewarm] {
+            match next(phase, &readmitted, &fleet, step.clone()) {
+                Decision::Advance(Phase::RolledBack, why) => assert!(why.contains("epoch 5")),
+                other => panic!("{phase:?} {step:?}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
 fn laggard_proxies_are_not_waited_for_beyond_the_bound() {
     let late = NOW - 10 + HOLD_WAIT_MS;
     assert_eq!(
@@ -257,6 +276,37 @@ fn a_switch_found_finished_is_committed_forward() {
         next(Phase::Resolve, &declared(), &fleet, StepStatus::NotStarted),
         Decision::Commit
     );
+}
+
+#[test]
+fn a_target_that_died_after_its_promotion_is_committed_so_that_the_shard_is_never_stuck() {
+    let mut fleet = fleet();
+    let old = fleet.nodes.get_mut(&"a".into()).unwrap();
+    (old.role, old.following) = (Some(NodeRole::Replica), "127.0.0.1:2".into());
+    let start = StepStatus::NotStarted;
+    for (state, run_id, is_committed) in [
+        (ProcessState::Running, "another", true),
+        (ProcessState::Stopped, "", true),
+        (ProcessState::Starting, "", false), // alive, perhaps, and just not answering
+        (ProcessState::Running, "run-b", false),
+    ] {
+        let new = fleet.nodes.get_mut(&"b".into()).unwrap();
+        (new.state, new.run_id) = (state, run_id.into());
+        let decision = next(Phase::Resolve, &declared(), &fleet, start.clone());
+        assert_eq!(
+            decision == Decision::Commit,
+            is_committed,
+            "{state:?}: {decision:?}"
+        );
+    }
+    // As long as the failover goes on the target may never have been asked.
+    fleet.nodes.get_mut(&"a".into()).unwrap().failover_idle = false;
+    let new = fleet.nodes.get_mut(&"b".into()).unwrap();
+    (new.state, new.run_id) = (ProcessState::Stopped, String::new());
+    assert!(matches!(
+        next(Phase::Resolve, &declared(), &fleet, start),
+        Decision::Wait { .. }
+    ));
 }
 
 #[test]

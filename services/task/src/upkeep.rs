@@ -2,20 +2,24 @@
 //! who is in sync.
 //!
 //! **Invariant:** the process of the primary is exchanged only together with the epoch, and never
-//! for an empty one while a replica holds data.
+//! for an empty one while a replica holds data, or may hold some.
 
-use slotmesh_topology::{Mode, NodeRole, Shard};
+use slotmesh_topology::{Mode, NodeId, NodeRole, Shard};
 
 use crate::observe::{Fleet, NodeView, ProcessState};
 
 /// The record that should be written instead of `shard`, and why; `None` when it is true as it is.
 #[must_use]
 pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
-    if shard.mode != Mode::Serving {
+    // A fenced shard is looked at again: an operator may have restored the primary's data.
+    if !matches!(shard.mode, Mode::Serving | Mode::Fenced(_)) {
         return None;
     }
     if let Some(change) = restarted_primary(shard, fleet) {
         return Some(change);
+    }
+    if shard.mode != Mode::Serving {
+        return None;
     }
     let primary_address = shard.primary_member()?.address.clone();
     let mut next = shard.clone();
@@ -57,6 +61,8 @@ pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
 
 /// The primary's process is another one than the record names: admit it as a new epoch, or, when
 /// it has come up empty while a replica holds data, fence the shard for an operator to decide.
+/// As long as it is not known whether a replica holds data, an empty process is not admitted:
+/// following it would empty the replica.
 fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
     let member = shard.primary_member()?;
     let seen = fleet.node(&shard.primary)?;
@@ -67,11 +73,13 @@ fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
     if !is_ready || seen.run_id == member.run_id {
         return None;
     }
-    let richest = richest_other(shard, fleet);
-    if seen.keys == 0 && richest.is_some_and(|other| other.keys > 0) {
+    if seen.keys == 0 && others(shard).any(|m| fleet.node(m).is_some_and(|n| n.keys > 0)) {
+        if shard.mode != Mode::Serving {
+            return None;
+        }
         let reason = format!(
-            "{} was restarted without its data while a replica has some: promote the replica \
-             or restore the data",
+            "{} was restarted without its data while a replica has some: copy the replica's data \
+             into the node's directory and restart its process; the shard serves when it has keys",
             shard.primary
         );
         return Some((
@@ -81,6 +89,9 @@ fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
             },
             reason,
         ));
+    }
+    if seen.keys == 0 && !others(shard).all(|m| fleet.node(m).is_some_and(has_loaded)) {
+        return None;
     }
     let mut next = shard.readmit(&seen.run_id).ok()?;
     for member in &mut next.members {
@@ -94,13 +105,14 @@ fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
     ))
 }
 
-fn richest_other<'a>(shard: &Shard, fleet: &'a Fleet) -> Option<&'a NodeView> {
-    shard
-        .members
-        .iter()
-        .filter(|m| m.node != shard.primary)
-        .filter_map(|m| fleet.node(&m.node))
-        .max_by_key(|n| n.keys)
+fn others(shard: &Shard) -> impl Iterator<Item = &NodeId> {
+    let nodes = shard.members.iter().map(|m| &m.node);
+    nodes.filter(|node| **node != shard.primary)
+}
+
+/// Its number of keys is that of its data: a process that is starting or loading shows fewer.
+fn has_loaded(seen: &NodeView) -> bool {
+    seen.state == ProcessState::Running && !seen.loading && !seen.run_id.is_empty()
 }
 
 #[cfg(test)]
@@ -183,6 +195,48 @@ mod tests {
         let (next, _) = decide(&shard(), &fleet).unwrap();
         assert!(matches!(next.mode, Mode::Fenced(_)));
         assert_eq!(next.epoch, Epoch(4));
+    }
+
+    #[test]
+    fn an_empty_restarted_primary_waits_until_every_replica_has_shown_its_data() {
+        let mut fleet = fleet(0);
+        fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
+        let replica = fleet.nodes.remove(&"b".into()).unwrap();
+        assert_eq!(decide(&shard(), &fleet), None, "not reported yet");
+        for unknown in [
+            NodeView {
+                state: ProcessState::Starting,
+                ..replica.clone()
+            },
+            NodeView {
+                loading: true,
+                ..replica.clone()
+            },
+        ] {
+            fleet.nodes.insert("b".into(), unknown);
+            let record = decide(&shard(), &fleet).map_or(shard(), |(next, _)| next);
+            assert_eq!(
+                (record.epoch, &*record.members[0].run_id),
+                (Epoch(4), "run-a")
+            );
+        }
+        fleet.nodes.insert("b".into(), replica);
+        let (next, _) = decide(&shard(), &fleet).unwrap();
+        assert_eq!((next.epoch, next.mode), (Epoch(5), Mode::Serving));
+    }
+
+    #[test]
+    fn a_fenced_shard_serves_again_once_its_primary_has_data() {
+        let mut fleet = fleet(1);
+        let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
+        (primary.run_id, primary.keys) = ("new".into(), 0);
+        let (fenced, _) = decide(&shard(), &fleet).unwrap();
+        assert_eq!(decide(&fenced, &fleet), None, "written once");
+        let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
+        (primary.run_id, primary.keys) = ("restored".into(), 7);
+        let (next, _) = decide(&fenced, &fleet).unwrap();
+        assert_eq!((next.epoch, &next.mode), (Epoch(5), &Mode::Serving));
+        assert_eq!(next.members[0].run_id, "restored");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 use super::{Worker, deadline_of};
 use crate::{
     controllers::Commit,
-    executor::{response, settled},
+    executor::{not_executed, response, settled},
     fence,
     handover::{
         Event, Failover, HandOver, Observation, Outcome, Record, Role, Verdict,
@@ -65,7 +65,8 @@ impl Worker {
         };
         if !self.reach(&request).await {
             self.publish();
-            let mut answer = response(StepOutcome::NoEffect, "the node does not answer");
+            let why = "the node does not answer";
+            let mut answer = not_executed(&self.host.journal, &request, why);
             answer.node = Some(self.report.clone());
             return answer;
         }
@@ -166,13 +167,15 @@ impl Worker {
         request: &ExecuteStepRequest,
         order: &Order,
     ) -> ExecuteStepResponse {
-        if self
-            .resume
-            .as_ref()
-            .is_some_and(|b| StepKey::of(&b.request) == StepKey::of(request))
-        {
+        // Begun in a former life, or in this one when its outcome could not be journaled.
+        let key = StepKey::of(request);
+        let has_begun = self
+            .host
+            .journal
+            .read(|memory| memory.begun(&key).is_some());
+        if has_begun {
             // The leader that repeats it has just read the record: it is unchanged.
-            self.resume = None;
+            self.resume.take_if(|b| StepKey::of(&b.request) == key);
             return self
                 .resume_with(request, order, Record::Unchanged, deadline_of(request))
                 .await;

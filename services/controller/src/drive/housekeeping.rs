@@ -1,9 +1,9 @@
-//! Forgets what nobody asks for any more, so that the store does not grow with time: ended tasks
-//! with their events, and idempotency records.
+//! Forgets what nobody asks for any more, so that neither the store nor the hub grows with time:
+//! ended tasks with their events, idempotency records, and reports of what no record names.
 
 use slotmesh_proto::store::v1 as records;
 use slotmesh_topology::TaskId;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{DriveError, Driver};
 use crate::{
@@ -25,6 +25,15 @@ const TASKS_PER_RUN_MAX: usize = 200;
 
 impl Driver {
     pub(super) async fn forget_the_old(&self) -> Result<(), DriveError> {
+        let (nodes, proxies) = self.mirror.read(|state| {
+            let members = state.shards.values().flat_map(|s| &s.value.members);
+            let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
+            (
+                members.map(|m| m.node.clone()).collect(),
+                proxies.map(|(proxy, _)| proxy.clone()).collect(),
+            )
+        });
+        self.hub.forget_others(&nodes, &proxies);
         let ended: Vec<(TaskId, u64)> = self.mirror.read(|state| {
             let ended = state
                 .tasks
@@ -44,9 +53,10 @@ impl Driver {
         }
         let limit_ms = clock::now_ms().saturating_sub(TOKEN_MS_MAX);
         for item in self.store.list(keys::IDEMPOTENCY).await?.items {
-            let record: records::IdempotencyRecord = keys::decode(&item)?;
-            if record.created_unix_ms < limit_ms {
-                doomed.push(item.key);
+            match keys::decode::<records::IdempotencyRecord>(&item) {
+                Ok(record) if record.created_unix_ms < limit_ms => doomed.push(item.key),
+                Ok(_) => {}
+                Err(error) => warn!(%error, "record left where it is"),
             }
         }
         for some in doomed.chunks(DELETIONS_MAX) {

@@ -16,6 +16,9 @@ use crate::{
     },
 };
 
+/// How soon a lost race is looked at again if the mirror does not show who won.
+const CONFLICT_PAUSE_MS: u64 = 50;
+
 /// Adds the task's next state and its event to a transaction.
 pub(crate) fn put_task(
     txn: LeaderTxn,
@@ -79,8 +82,9 @@ impl Driver {
                     .into())
                 }
             }
-            // Someone wrote it since: the mirror will show it, then it is decided anew.
-            LeaderOutcome::Conflict => Ok(Next::At(clock::now_ms() + 5)),
+            // Someone wrote it since: the mirror will show it, which wakes the loop, then it is
+            // decided anew.
+            LeaderOutcome::Conflict => Ok(Next::At(clock::now_ms() + CONFLICT_PAUSE_MS)),
             LeaderOutcome::Deposed => Err(DriveError::Deposed),
         }
     }

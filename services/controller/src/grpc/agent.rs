@@ -134,6 +134,16 @@ impl ControlService for Control {
             ));
         }
         let host: HostId = register.host_id.as_str().into();
+        if let Some(address) = self.context.hub.other_agent(&register) {
+            return Err(refuse(
+                RefusalKind::AlreadyExists,
+                "HOST_ID_IN_USE",
+                format!(
+                    "the agent at {address} has a session as host {host}: give each agent its own \
+                     --host-id; one that was just restarted gets in within seconds"
+                ),
+            ));
+        }
         info!(%host, agent = register.agent_address, "agent session opened");
         let session = self.context.hub.host_opened(register);
         let (sender, receiver) = mpsc::channel(ASSIGNMENTS_BUFFERED);
@@ -149,7 +159,7 @@ impl ControlService for Control {
                 match message {
                     Ok(Some(pb::SessionRequest {
                         message: Some(session_request::Message::Report(report)),
-                    })) => hub.host_reported(&report),
+                    })) => hub.host_reported(&host, session, &report),
                     Ok(Some(_)) => {}
                     Ok(None) => break,
                     Err(status) => {

@@ -22,6 +22,7 @@ use crate::{
     clock,
     drive::write::{encode_instance, encode_shard, put_task, shard_key},
     leader::{LeaderOutcome, LeaderTxn},
+    mirror::State,
     store::keys::{self, Key},
 };
 
@@ -204,7 +205,10 @@ impl InstanceService for Instances {
                 return Ok(Response::new(api::DeleteInstanceResponse { task_id }));
             }
             let (instance, revision) = self.instance(&request.instance_id)?;
-            if instance.state == InstanceState::Deleting {
+            // A removal that has ended with something left is begun again.
+            let is_open = |t: &Task| t.instance == instance.id && !t.state.is_ended();
+            let tasks_open = |s: &State| s.tasks.values().any(|t| is_open(&t.value));
+            if instance.state == InstanceState::Deleting && self.context.mirror.read(tasks_open) {
                 return Err(refuse(
                     RefusalKind::Conflict,
                     "INSTANCE_DELETING",
@@ -287,8 +291,8 @@ impl InstanceService for Instances {
                 let task_id = earlier.task.to_string();
                 return Ok(Response::new(api::SwitchOverResponse { task_id }));
             }
-            let (instance, _) = self.instance(&request.instance_id)?;
-            let (txn, task) = self.switchover_txn(term, &instance, &targets)?;
+            let (instance, revision) = self.instance(&request.instance_id)?;
+            let (txn, task) = self.switchover_txn(term, (&instance, revision), &targets)?;
             let token = &request.client_token;
             if let Some(done) = self.admit(txn, &task, token, &fingerprint, "").await? {
                 let task_id = done.task.to_string();

@@ -45,6 +45,7 @@ impl Topology {
         let mut state = self.context.mirror.subscribe();
         let mut leadership = self.context.leadership.clone();
         let mut sent: Option<View> = None;
+        let mut refused_at = None;
         let mut nonce = 0;
         loop {
             if let Err(status) = self.context.leading() {
@@ -55,6 +56,8 @@ impl Topology {
             let message = match (&view, &sent) {
                 // Not created yet, or deleted: the proxy keeps what it has.
                 (None, _) => None,
+                // What was refused would be refused again.
+                (Some(view), None) if refused_at == Some(view.revision) => None,
                 (Some(view), None) => Some(watch_response::Message::Snapshot(view.snapshot())),
                 (Some(view), Some(base)) => view.since(base).map(watch_response::Message::Delta),
             };
@@ -74,9 +77,7 @@ impl Topology {
                 changed = leadership.changed() => if changed.is_err() { return },
                 changed = refused.changed() => {
                     if changed.is_err() { return }
-                    sent = None;
-                    // Not at once: what was refused would be refused again.
-                    if state.changed().await.is_err() { return }
+                    refused_at = sent.take().map(|view| view.revision);
                 }
                 () = tokio::time::sleep(HEARTBEAT) => {
                     let revision = state.borrow().revision;

@@ -132,7 +132,7 @@ impl Instances {
     pub(super) fn switchover_txn(
         &self,
         term: Term,
-        instance: &Instance,
+        (instance, revision): (&Instance, u64),
         targets: &[&str],
     ) -> Result<(LeaderTxn, Task), Status> {
         let (shards, locks) = self
@@ -167,7 +167,11 @@ impl Instances {
         }
         let limit_ms = SWITCHOVER_MS_MAX * u64::try_from(switches.len()).unwrap_or(1);
         let task = new_task(&instance.id, Spec::Switchover(switches.clone()), limit_ms);
-        let mut txn = term.txn();
+        // A deletion that is admitted at the same time must not miss this task.
+        let key = Key::Instance {
+            instance: instance.id.as_str(),
+        };
+        let mut txn = term.txn().unchanged(key, revision);
         for switch in &switches {
             let revision = shards
                 .iter()
