@@ -1,0 +1,84 @@
+# What one does with slotmesh, by name. `make demo` and `make test` are all that a newcomer needs.
+
+# Everything from the distribution: compiler and protoc (with the well-known protos, which
+# etcd-client's build needs), engines, etcd, and what the tests compare us with. Nothing of it has
+# to run as a service: tests and demo start their own, on free ports.
+APT_PACKAGES := build-essential git protobuf-compiler libprotobuf-dev \
+	redis-server redis-tools etcd-server etcd-client nutcracker \
+	python3 python3-pip python3-venv
+# Foreign clients: others than we must find that the proxy speaks Redis.
+PIP_PACKAGES := redis==8.1.0
+RUST_VERSION := 1.95
+
+# CI sets --locked.
+CARGO_FLAGS ?=
+CLIENTS := target/clients
+PROGRAMS := --package slotmesh-ctl --package slotmesh-controller --package slotmesh-agent \
+	--package slotmesh-proxy
+SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check sim bench-switchover engines clients install-deps rust
+
+help:
+	@echo 'make demo              a mesh on this machine, load on it, and a switchover under the load'
+	@echo 'make test              all tests'
+	@echo 'make check             formatting, lints, docs'
+	@echo 'make sim               the simulation, with many seeds (SLOTMESH_SIM_SEEDS=n)'
+	@echo 'make bench-switchover  what clients see of many switchovers, measured'
+	@echo 'make engines           the engine versions that the tests run with, into .engines'
+	@echo 'make install-deps      packages of the distribution, those that are missing'
+
+demo: install-deps rust
+	cargo build $(CARGO_FLAGS) --release $(PROGRAMS)
+	target/release/slotmesh demo
+
+# The programs first: end-to-end tests start them.
+test: install-deps rust clients
+	@deploy/engines/fetch || echo 'make: some engines are missing; tests that need them will say so'
+	cargo build $(CARGO_FLAGS) $(PROGRAMS)
+	SLOTMESH_CLIENTS="$(CURDIR)/$(CLIENTS)" cargo test $(CARGO_FLAGS) --workspace
+
+check: install-deps rust
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc $(CARGO_FLAGS) --workspace --no-deps
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny check bans licenses sources; \
+	else echo 'make: cargo-deny is not installed; dependencies are not checked against deny.toml'; fi
+
+sim: install-deps rust
+	SLOTMESH_SIM_SEEDS=$${SLOTMESH_SIM_SEEDS:-2000} \
+		cargo test $(CARGO_FLAGS) --release --package slotmesh-sim
+
+bench-switchover: install-deps rust
+	cargo build $(CARGO_FLAGS) --release $(PROGRAMS)
+	cargo run $(CARGO_FLAGS) --release --package slotmesh-bench -- switchover
+
+engines: install-deps
+	deploy/engines/fetch
+
+clients: install-deps
+	@test -x $(CLIENTS)/bin/pip || python3 -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(PIP_PACKAGES)
+
+install-deps:
+	@missing=''; \
+	for package in $(APT_PACKAGES); do \
+		dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' \
+			|| missing="$$missing $$package"; \
+	done; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { \
+		echo "make: not Debian or Ubuntu; install what corresponds to:$$missing" >&2; exit 1; }; \
+	echo "make: installing$$missing"; \
+	$(SUDO) apt-get update -q -o=Dpkg::Use-Pty=0 >/dev/null && \
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -q --no-install-recommends -o=Dpkg::Use-Pty=0 $$missing >/dev/null
+
+rust:
+	@command -v cargo >/dev/null || { \
+		echo 'make: Rust $(RUST_VERSION) or newer is needed; install it with rustup' >&2; exit 1; }
+	@found=$$(rustc --version | cut -d' ' -f2); \
+	printf '%s\n%s\n' $(RUST_VERSION) "$$found" | sort -CV || { \
+		echo "make: Rust $(RUST_VERSION) or newer is needed, this is $$found; run: rustup update" >&2; \
+		exit 1; }
