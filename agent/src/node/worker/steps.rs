@@ -68,6 +68,11 @@ impl Worker {
             let why = "the node does not answer";
             let mut answer = not_executed(&self.host.journal, &request, why);
             answer.node = Some(self.report.clone());
+            // On this word the leader gives the shard back: a late copy of the same hand-over must
+            // find it ended and not run.
+            if matches!(act, Act::HandOver(_)) && answer.outcome() == StepOutcome::NoEffect {
+                self.end(&request, &answer).await;
+            }
             return answer;
         }
         let mut answer = match &act {

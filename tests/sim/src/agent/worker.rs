@@ -1,0 +1,340 @@
+//! The owner of one node, as in the real worker: ensure, probe, resume, converge; one thing at a
+//! time.
+//!
+//! Invariant: the decisions are `node::decide` and `HandOver::step`; here is only their carrying out.
+
+use std::rc::Rc;
+
+use slotmesh_agent::{
+    fence::{KnownUsers, password_sha256},
+    handover::Role,
+    journal::record::{Begun, Fact},
+    node::{Action, Assigned, Decision, Login, Observed, decide, facts},
+    probe::{Info, granted_epoch},
+};
+use slotmesh_proto::agent::v1::{Desired, NodeReport, ProcessState};
+
+use super::{Got, Host, Seat, steps};
+use crate::{
+    fiber::{sleep, wait_until},
+    msg::{Party, Rpc},
+    plan::{Point, Script},
+    redis::{Admin, Answer},
+    sched::{MS, Micros},
+};
+
+/// How old what is known of a node may get.
+const PROBE_EVERY: Micros = 100 * MS;
+/// As the real control connection has it.
+const COMMAND_TIMEOUT: Micros = 500 * MS;
+const ROUNDS_MAX: u32 = 3;
+/// Between starts of a node that ends at once.
+const RESTART_PAUSE: Micros = 100 * MS;
+
+/// One worker.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) host: Rc<Host>,
+    pub(crate) seat: Seat,
+    pub(crate) run_id: String,
+    pub(crate) users: KnownUsers,
+    pub(crate) login: Option<Login>,
+    pub(crate) report: NodeReport,
+    pub(crate) resume: Option<Begun>,
+    /// What follows from the step that is ending; journaled with its outcome.
+    pub(crate) concluded: Vec<Fact>,
+    started: Option<Micros>,
+}
+
+/// Runs until the agent dies.
+pub(crate) async fn run(host: Rc<Host>, seat: Seat) {
+    let resume = steps::unfinished(&host.memory.borrow(), &seat.name);
+    let report = host
+        .reports
+        .borrow()
+        .get(&seat.node)
+        .cloned()
+        .unwrap_or_default();
+    let mut worker = Worker {
+        host,
+        seat,
+        run_id: String::new(),
+        users: KnownUsers::new(),
+        login: None,
+        report,
+        resume,
+        concluded: Vec::new(),
+        started: None,
+    };
+    let mut seen = None;
+    loop {
+        let call = {
+            let mut steps = worker.host.steps.borrow_mut();
+            steps.entry(worker.seat.node).or_default().pop_front()
+        };
+        if let Some(call) = call {
+            let response = Box::new(worker.execute(call.request).await);
+            let mut ctx = worker.host.world.borrow_mut();
+            ctx.point(Point::StepAnswered);
+            let reply = Rpc::StepReply {
+                call: call.call,
+                response,
+            };
+            ctx.rpc(worker.host.me, call.from, reply);
+        }
+        worker.turn().await;
+        let (host, seat) = (Rc::clone(&worker.host), worker.seat.clone());
+        let before = seen;
+        let me = host.me;
+        wait_until(&host.world, me, PROBE_EVERY, || {
+            let waiting = host
+                .steps
+                .borrow()
+                .get(&seat.node)
+                .is_some_and(|s| !s.is_empty());
+            let revision = host.assigned.borrow().get(&seat.name).map(|a| a.revision);
+            let died = worker.report.state() == ProcessState::Running
+                && host.world.borrow().life(Party::Node(seat.node)).is_none();
+            waiting || revision != before || died
+        })
+        .await;
+        seen = host.assigned.borrow().get(&seat.name).map(|a| a.revision);
+    }
+}
+
+impl Worker {
+    pub(crate) fn assigned(&self) -> Option<Assigned> {
+        self.host.assigned.borrow().get(&self.seat.name).cloned()
+    }
+
+    async fn turn(&mut self) {
+        let assigned = self.assigned();
+        self.ensure_process(assigned.as_ref()).await;
+        if self.is_running() && self.probe().await {
+            self.resume_hand_over(assigned.as_ref()).await;
+            if let Some(assigned) = &assigned {
+                self.converge(assigned).await;
+            }
+        }
+        self.publish();
+    }
+
+    pub(crate) fn publish(&self) {
+        self.host
+            .reports
+            .borrow_mut()
+            .insert(self.seat.node, self.report.clone());
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.host
+            .world
+            .borrow()
+            .life(Party::Node(self.seat.node))
+            .is_some()
+    }
+
+    /// Starts the node's process if there is none and it may be started.
+    pub(crate) async fn ensure_process(&mut self, assigned: Option<&Assigned>) {
+        if self.is_running() {
+            return;
+        }
+        self.forget();
+        self.set_state(ProcessState::Stopped);
+        // Without an assignment it is started as it was last time, if there was one.
+        let desired = assigned.map(|a| a.spec.desired());
+        let known = self.host.memory.borrow().term() > 0;
+        let wanted = desired == Some(Desired::Running) || (desired.is_none() && known);
+        let now = self.host.now();
+        let due = self.started.is_none_or(|at| now >= at + RESTART_PAUSE);
+        if !wanted || !due {
+            return;
+        }
+        self.started = Some(now);
+        self.host.world.borrow_mut().queue.at(
+            now + 2 * MS,
+            crate::ctx::Event::Script(Script::Start(self.seat.node)),
+        );
+        sleep(&self.host.world, self.host.me, 4 * MS).await;
+        self.set_state(ProcessState::Starting);
+    }
+
+    fn forget(&mut self) {
+        self.run_id.clear();
+        self.users.clear();
+        self.login = None;
+    }
+
+    fn set_state(&mut self, state: ProcessState) {
+        self.report = NodeReport {
+            node_id: self.seat.name.clone(),
+            state: state.into(),
+            address: crate::node::address(self.seat.node),
+            ..NodeReport::default()
+        };
+    }
+
+    /// One command on the local socket.
+    pub(crate) async fn admin(&self, command: Admin) -> Option<Answer> {
+        let call = {
+            let mut ctx = self.host.world.borrow_mut();
+            let call = ctx.call();
+            let message = Rpc::Admin { call, command };
+            ctx.local(self.host.me, Party::Node(self.seat.node), message);
+            call
+        };
+        let got = self
+            .host
+            .answers
+            .get(&self.host.world, self.host.me, call, COMMAND_TIMEOUT);
+        match got.await {
+            Some(Got::Admin(answer)) => answer,
+            _ => None,
+        }
+    }
+
+    pub(crate) async fn info(&self) -> Option<Info> {
+        match self.admin(Admin::Info).await {
+            Some(Answer::Info(text)) => Some(Info::parse(&text)),
+            _ => None,
+        }
+    }
+
+    /// Asks the process for everything; false when it does not answer.
+    pub(crate) async fn probe(&mut self) -> bool {
+        let Some(info) = self.info().await else {
+            return self.lost();
+        };
+        let Some(Answer::Users(users)) = self.admin(Admin::Users).await else {
+            return self.lost();
+        };
+        if info.run_id() != self.run_id {
+            self.forget();
+            info.run_id().clone_into(&mut self.run_id);
+        }
+        self.users = users;
+        let assigned_epoch = self.report.assigned_epoch;
+        self.set_state(ProcessState::Running);
+        info.fill(&mut self.report);
+        self.report.granted_epoch = granted_epoch(&self.users);
+        self.report.assigned_epoch = assigned_epoch;
+        true
+    }
+
+    fn lost(&mut self) -> bool {
+        let state = if self.is_running() {
+            ProcessState::Starting
+        } else {
+            ProcessState::Stopped
+        };
+        self.set_state(state);
+        false
+    }
+
+    async fn converge(&mut self, assigned: &Assigned) {
+        if self.report.loading {
+            return;
+        }
+        self.remember(assigned).await;
+        for _ in 0..ROUNDS_MAX {
+            let actions = match self.decide(assigned).await {
+                Decision::Leave(_) => return,
+                Decision::Act(actions) if actions.is_empty() => {
+                    self.stand(assigned.spec.epoch).await;
+                    self.report.assigned_epoch = assigned.spec.epoch;
+                    return;
+                }
+                Decision::Act(actions) => actions,
+            };
+            for action in actions {
+                if !self.apply(action).await {
+                    return;
+                }
+            }
+            if !self.probe().await {
+                return;
+            }
+        }
+    }
+
+    /// Journals what must be known before the assignment may have effects.
+    async fn remember(&self, assigned: &Assigned) {
+        let facts = {
+            let memory = self.host.memory.borrow();
+            facts::before_convergence(&memory, &self.seat.name, assigned)
+        };
+        self.host.append(facts).await;
+    }
+
+    /// Journals that the process agrees with the record.
+    async fn stand(&self, epoch: u64) {
+        let fact = {
+            let memory = self.host.memory.borrow();
+            facts::when_converged(&memory, &self.seat.name, &self.run_id, epoch)
+        };
+        self.host.append(fact).await;
+    }
+
+    async fn decide(&self, assigned: &Assigned) -> Decision {
+        let spec = &assigned.spec;
+        let (fence, standing, journaled_epoch) = {
+            let memory = self.host.memory.borrow();
+            let fence = memory.fence(&self.seat.name).cloned();
+            let standing = memory.standing(&self.seat.name).cloned();
+            (
+                fence,
+                standing,
+                memory.epoch(&spec.instance_id, &spec.shard_id),
+            )
+        };
+        let Some(info) = self.info().await else {
+            return Decision::Leave("the node does not answer");
+        };
+        let following = info.following();
+        let target = fence
+            .as_ref()
+            .map_or("", |mark| mark.target_address.as_str());
+        let seen = Observed {
+            run_id: &self.run_id,
+            role: info.role().unwrap_or(Role::Replica),
+            failover: info.failover(),
+            following: &following,
+            users: &self.users,
+            login: self.login.as_ref(),
+            fence: fence.as_ref(),
+            fence_target_online: info.observation(target).is_some_and(|o| o.target_online),
+            standing: standing.as_ref(),
+            journaled_epoch,
+        };
+        decide(assigned, &seen)
+    }
+
+    async fn apply(&mut self, action: Action) -> bool {
+        let ok = match action {
+            Action::Delete(users) => self.admin(Admin::Delete(users)).await,
+            Action::SoftFence(user) => self.admin(Admin::SoftFence(user)).await,
+            Action::Grant(user) => {
+                let sha = password_sha256(&user.password);
+                let (user, replication) = (user.name, user.replication);
+                self.admin(Admin::Grant {
+                    user,
+                    sha,
+                    replication,
+                })
+                .await
+            }
+            Action::SetLogin(login) => {
+                let (user, password) = (login.user.clone(), login.password.clone());
+                let answer = self.admin(Admin::SetLogin { user, password }).await;
+                if answer.is_some() {
+                    self.login = Some(login);
+                }
+                answer
+            }
+            Action::Follow { host, port } => {
+                self.admin(Admin::Follow(format!("{host}:{port}"))).await
+            }
+        };
+        matches!(ok, Some(Answer::Ok))
+    }
+}

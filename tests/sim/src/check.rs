@@ -1,0 +1,358 @@
+//! What must hold, checked where it could break.
+//!
+//! Numbers are those of the architecture's invariants (A1 to A9) and of the protocol's (I1 to I10).
+//! Invariant: a check looks only at what has happened, never at what a party believes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use slotmesh_topology::{Mode, Shard, wire};
+
+use crate::{
+    redis::{Kind, Op, Process, Rights},
+    sched::Micros,
+    store::{Compare, Key, Stored, Txn, Value},
+};
+
+/// A rule that was broken, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Which rule.
+    pub rule: &'static str,
+    /// How.
+    pub how: String,
+}
+
+/// What is known of a shard's past.
+#[derive(Debug, Default)]
+struct Past {
+    epoch: u64,
+    /// Primary and its process, by epoch.
+    primaries: BTreeMap<u64, (String, String)>,
+    /// Every process that a record has named.
+    named: BTreeSet<String>,
+    /// Processes that became primaries.
+    promoted: BTreeSet<String>,
+    written: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Checks {
+    /// The first rule that was broken.
+    pub violation: Option<Violation>,
+    /// Operations that died with a process's data.
+    pub lost: BTreeSet<u64>,
+    /// A process has lost data, so losses are not the mesh's.
+    pub data_was_lost: bool,
+    shards: BTreeMap<usize, Past>,
+    routed: BTreeMap<(usize, String), u64>,
+    terms: BTreeMap<usize, u64>,
+    steps: BTreeSet<(usize, String)>,
+}
+
+impl Checks {
+    /// A rule is broken. Only the first one counts: what follows may be its consequence.
+    pub fn fail(&mut self, rule: &'static str, how: impl FnOnce() -> String) {
+        if self.violation.is_none() {
+            self.violation = Some(Violation { rule, how: how() });
+        }
+    }
+
+    /// The epoch of a shard's record.
+    #[must_use]
+    pub fn epoch(&self, shard: usize) -> u64 {
+        self.shards.get(&shard).map_or(0, |p| p.epoch)
+    }
+
+    /// A process executed a client's write.
+    pub fn wrote(&mut self, shard: usize, node: &str, run_id: &str, user: &str, op: u64) {
+        let epoch = epoch_of(user);
+        let past = self.shards.entry(shard).or_default();
+        let (current, written) = (past.epoch, past.written);
+        let rightful = past
+            .primaries
+            .get(&epoch)
+            .is_some_and(|(n, r)| n == node && r == run_id);
+        past.written = written.max(epoch);
+        if !rightful || epoch != current {
+            self.fail(
+                "A2/A4/I2: only the primary of the record's epoch takes writes",
+                || format!("{node} ({run_id}) executed write {op} as {user} in epoch {current}"),
+            );
+        }
+        if epoch < written {
+            self.fail("I1: writes of an older epoch after a newer one", || {
+                format!("{node} executed write {op} as {user} after a write of epoch {written}")
+            });
+        }
+    }
+
+    /// A user got rights.
+    pub fn granted(&mut self, shard: usize, node: &str, run_id: &str, user: &str) {
+        if !user.starts_with("px-") {
+            return;
+        }
+        let past = self.shards.entry(shard).or_default();
+        let rightful =
+            (past.primaries.get(&epoch_of(user))).is_some_and(|(n, r)| n == node && r == run_id);
+        if !rightful {
+            self.fail(
+                "I2: rights only for the process that the record names",
+                || format!("{node} ({run_id}) was granted {user}"),
+            );
+        }
+    }
+
+    /// A process is told to hand over.
+    pub fn hands_over(&mut self, node: &str, process: &Process) {
+        let full = process.users.iter().find(|(_, u)| u.rights == Rights::Full);
+        if let Some((user, _)) = full {
+            self.fail("A4: fence before promote", || {
+                format!("{node} hands over, {user} may write")
+            });
+        }
+    }
+
+    /// A replica became a primary.
+    pub fn promoted(&mut self, shard: usize, run_id: &str) {
+        self.shards
+            .entry(shard)
+            .or_default()
+            .promoted
+            .insert(run_id.to_owned());
+    }
+
+    /// A process began to feed a replica.
+    pub fn feeds(&mut self, shard: usize, node: &str, run_id: &str) {
+        if !self.shards.entry(shard).or_default().named.contains(run_id) {
+            self.fail(
+                "A5/I3: a process feeds nobody before a record names it",
+                || format!("{node} ({run_id}) feeds a replica"),
+            );
+        }
+    }
+
+    /// A replica got a piece of the stream.
+    pub fn fed(&mut self, node: &str, offset: i64, process: &Process) {
+        if offset != process.offset() {
+            let at = process.offset();
+            self.fail("model: the stream has no gap", || {
+                format!("{node} is at {at}, got {offset}")
+            });
+        }
+    }
+
+    /// A replica's data were replaced by its primary's.
+    pub fn replaced(&mut self, node: &str, process: &Process, log: &[Op]) {
+        let is_write = |op: &Op| op.kind != Kind::Noop;
+        if process.log.iter().any(is_write) && !log.iter().any(is_write) {
+            self.fail("A5/I3: an empty primary never wipes a replica", || {
+                format!("{node} had {} operations", process.log.len())
+            });
+        }
+    }
+
+    /// A process's data died with it.
+    pub fn data_lost(&mut self, ops: &[Op]) {
+        self.data_was_lost |= !ops.is_empty();
+        self.lost.extend(ops.iter().map(|op| op.id));
+    }
+
+    /// A transaction is about to be applied.
+    pub fn txn(&mut self, items: &BTreeMap<Key, Stored>, txn: &Txn, term: Option<u64>) {
+        if let Some(leader) = txn.leader
+            && term != Some(leader)
+        {
+            self.fail("A1: a deposed leader's write fails", || {
+                format!("term {leader} wrote {:?} in term {term:?}", keys(txn))
+            });
+        }
+        for (key, value) in &txn.puts {
+            match (key, value) {
+                (Key::Shard(index), Value::Shard(record)) => {
+                    let old = match items.get(key).map(|s| &s.value) {
+                        Some(Value::Shard(old)) => wire::shard_from(old).ok(),
+                        _ => None,
+                    };
+                    match wire::shard_from(record) {
+                        Ok(new) => {
+                            self.record(*index, old.as_ref(), &new, txn);
+                            self.lock(items, txn, *index, &new);
+                        }
+                        Err(error) => self.fail("A2: records are valid", || error.to_string()),
+                    }
+                }
+                (Key::Lock(shard), Value::Lock(task)) if items.contains_key(key) => {
+                    self.fail("I7: one operation per shard", || {
+                        format!("task {task} took shard {shard}, which is locked")
+                    });
+                }
+                _ => {}
+            }
+        }
+        for key in &txn.deletes {
+            if let (Key::Lock(_), Some(Value::Lock(task))) = (key, items.get(key).map(|s| &s.value))
+            {
+                self.unlock(txn, task);
+            }
+        }
+    }
+
+    fn record(&mut self, index: usize, old: Option<&Shard>, new: &Shard, txn: &Txn) {
+        let compared = txn
+            .compares
+            .iter()
+            .any(|c| matches!(c, Compare::Unchanged(Key::Shard(i), _) if *i == index));
+        if let Some(old) = old {
+            if !compared || new.epoch < old.epoch || new.epoch.0 > old.epoch.0 + 1 {
+                self.fail("A2/I2: the epoch rises by one, by compare-and-swap", || {
+                    format!("shard {index}: {} to {}", old.epoch, new.epoch)
+                });
+            }
+            let run_id = |s: &Shard| s.primary_member().map(|m| m.run_id.clone());
+            let same = old.primary == new.primary && run_id(old) == run_id(new);
+            if old.epoch == new.epoch && old.epoch.0 > 0 && !same {
+                self.fail("A2: one primary, and one process of it, per epoch", || {
+                    format!(
+                        "shard {index}: {} to {} in epoch {}",
+                        old.primary, new.primary, new.epoch
+                    )
+                });
+            }
+            if old.primary != new.primary {
+                let target = old.handover().map(|h| &h.target);
+                if target != Some(&new.primary) {
+                    self.fail("I4: only the declared target is promoted", || {
+                        format!("shard {index}: {} to {}", old.primary, new.primary)
+                    });
+                }
+            }
+            let token = txn.token.as_deref();
+            let promoted = run_id(new).is_some_and(|run_id| {
+                self.shards
+                    .entry(index)
+                    .or_default()
+                    .promoted
+                    .contains(&run_id)
+            });
+            if old.primary != new.primary && !promoted {
+                self.fail(
+                    "I4/I5: an epoch is committed after its primary was promoted",
+                    || format!("shard {index}: {} in epoch {}", new.primary, new.epoch),
+                );
+            }
+            if txn.leader.is_none() && token != old.handover().map(|h| h.token.as_str()) {
+                self.fail("A1: a delegated commit presents the record's token", || {
+                    format!("shard {index}: token {token:?}")
+                });
+            }
+            if new.closed_epoch < old.closed_epoch || new.closed_epoch >= new.epoch {
+                self.fail(
+                    "I2: closed epochs rise and stay below the current one",
+                    || format!("shard {index}: {} of {}", new.closed_epoch, new.epoch),
+                );
+            }
+        }
+        let past = self.shards.entry(index).or_default();
+        past.epoch = new.epoch.0;
+        past.named
+            .extend(new.members.iter().map(|m| m.run_id.clone()));
+        if let Some(primary) = new.primary_member()
+            && new.mode != Mode::Provisioning
+        {
+            let named = (primary.node.to_string(), primary.run_id.clone());
+            past.primaries.insert(new.epoch.0, named);
+        }
+    }
+
+    /// A hand-over belongs to the task that has the shard's lock.
+    fn lock(&mut self, items: &BTreeMap<Key, Stored>, txn: &Txn, index: usize, new: &Shard) {
+        let Some(handover) = new.handover() else {
+            return;
+        };
+        let owner = items.get(&Key::Lock(index)).map(|s| s.value.clone());
+        if owner != Some(Value::Lock(handover.task.to_string())) || txn.leader.is_none() {
+            self.fail("I7: one operation per shard", || {
+                format!(
+                    "shard {index}: {} hands over, {owner:?} has the lock",
+                    handover.task
+                )
+            });
+        }
+    }
+
+    /// A lock goes only together with the end of its task.
+    fn unlock(&mut self, txn: &Txn, task: &str) {
+        let ends = txn.puts.iter().any(|(key, value)| match (key, value) {
+            (Key::Task(id), Value::Task(record)) => {
+                id == task
+                    && slotmesh_task::wire::state_from(record.state())
+                        .is_some_and(slotmesh_task::State::is_ended)
+            }
+            _ => false,
+        });
+        if !ends {
+            self.fail(
+                "I7: a lock is freed only in the transaction that ends its task",
+                || format!("task {task}"),
+            );
+        }
+    }
+
+    /// A proxy's connection for requests was logged in with this epoch's credential.
+    pub fn routed(&mut self, proxy: usize, life: u64, shard: &str, epoch: u64) {
+        let highest = self
+            .routed
+            .entry((proxy, format!("{shard}/{life}")))
+            .or_default();
+        let before = *highest;
+        *highest = before.max(epoch);
+        if epoch < before {
+            self.fail(
+                "A6/I6: a proxy never routes below the highest epoch it has applied",
+                || format!("proxy {proxy} routes shard {shard} at {epoch} after {before}"),
+            );
+        }
+    }
+
+    /// A request waited in a proxy.
+    pub fn answered(&mut self, what: &'static str, waited: Micros, limit: Micros) {
+        if waited > limit {
+            self.fail("A7/I9: every hold is bounded", || {
+                format!("{what} took {waited} us")
+            });
+        }
+    }
+
+    /// An agent begins to execute a step.
+    pub fn step_begun(&mut self, host: usize, key: String, term: u64) {
+        let highest = self.terms.entry(host).or_default();
+        let before = *highest;
+        *highest = before.max(term);
+        if term < before {
+            self.fail("A3: an agent refuses steps of a lower term", || {
+                format!("agent {host} executes {key} of term {term} after one of {before}")
+            });
+        }
+        if self.steps.contains(&(host, key.clone())) {
+            self.fail("A3: a repeated step returns its outcome", || {
+                format!("agent {host} executes {key} again")
+            });
+        }
+    }
+
+    /// The outcome of a step is in the agent's journal.
+    pub fn step_ended(&mut self, host: usize, key: String) {
+        self.steps.insert((host, key));
+    }
+}
+
+fn epoch_of(user: &str) -> u64 {
+    user.strip_prefix("px-")
+        .and_then(|e| e.parse().ok())
+        .unwrap_or(0)
+}
+
+fn keys(txn: &Txn) -> Vec<&Key> {
+    txn.puts.iter().map(|(key, _)| key).collect()
+}

@@ -1,0 +1,514 @@
+//! The leader's loop, as the real driver has it: records and reports in, the real machines decide,
+//! one act at a time.
+//!
+//! Invariant: it holds nothing that a successor would need.
+
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+
+use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
+use slotmesh_task::{
+    Phase, ShardSwitch, Spec, State as TaskState, Task, provision,
+    switchover::{
+        self, Decision, FAILOVER_TIMEOUT_MS, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View,
+    },
+    upkeep,
+};
+use slotmesh_topology::{
+    Handover, Instance, Shard, assignment,
+    credential::{self, Credential},
+};
+
+use super::{
+    Desk, Versioned,
+    write::{Next, Writer, Wrote},
+};
+use crate::{
+    fiber::{Fiber, sleep, wait_until},
+    msg::{Party, Rpc},
+    sched::{MS, Micros, SEC},
+    variant::Variant,
+};
+
+const TICK: Micros = 250 * MS;
+/// A new leader gives agents and proxies this long to report.
+const GRACE: Micros = SEC;
+const ACTS_MAX: usize = 16;
+const STORE_PAUSE: Micros = 200 * MS;
+const STEP_TIMEOUT_MS: u32 = 1_000;
+const HAND_OVER_TIMEOUT_MS: u32 = 2_000;
+const ANSWER_MARGIN: Micros = 500 * MS;
+const RETRY_PAUSE: Micros = 300 * MS;
+
+/// Which step an answer belongs to.
+type StepKey = (String, usize, u64);
+
+struct Driver {
+    desk: Rc<Desk>,
+    write: Writer,
+    term: u64,
+    steps: Rc<RefCell<BTreeMap<StepKey, (StepStatus, u64)>>>,
+    calls: Vec<Fiber>,
+}
+
+/// Acts until deposed.
+pub(super) async fn run(desk: Rc<Desk>, term: u64) {
+    let write = Writer {
+        desk: Rc::clone(&desk),
+        term,
+    };
+    let mut driver = Driver {
+        desk: Rc::clone(&desk),
+        write,
+        term,
+        steps: Rc::default(),
+        calls: Vec::new(),
+    };
+    let begun = desk.world.borrow().now();
+    loop {
+        let now = desk.world.borrow().now();
+        let news = *desk.news.borrow();
+        let wake_ms = match driver.turn(now >= begun + GRACE).await {
+            Ok(wake_ms) => wake_ms,
+            Err(Wrote::Deposed) => return,
+            Err(_) => desk.now_ms() + STORE_PAUSE / MS,
+        };
+        let pause = wake_ms
+            .saturating_sub(desk.now_ms())
+            .saturating_mul(MS)
+            .min(TICK);
+        let mut calls = std::mem::take(&mut driver.calls);
+        // Steps run beside the loop; their answers wake it.
+        let calls_cell = RefCell::new(&mut calls);
+        wait_until(&desk.world, desk.me, pause.max(MS), || {
+            let mut ended = false;
+            calls_cell.borrow_mut().retain_mut(|call| {
+                let done = call.poll();
+                ended |= done;
+                !done
+            });
+            ended || *desk.news.borrow() != news
+        })
+        .await;
+        driver.calls.append(&mut calls);
+    }
+}
+
+impl Driver {
+    async fn turn(&mut self, reports_are_in: bool) -> Result<u64, Wrote> {
+        let mut wake_ms = u64::MAX;
+        let open: Vec<String> = (self.desk.mirror.borrow().tasks.iter())
+            .filter(|(_, t)| !t.value.state.is_ended())
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in open {
+            for _ in 0..ACTS_MAX {
+                let Some(task) = self.desk.mirror.borrow().tasks.get(&id).cloned() else {
+                    break;
+                };
+                if task.value.state.is_ended() {
+                    break;
+                }
+                match self.act(&task, reports_are_in).await? {
+                    Next::Again => {}
+                    Next::At(at_ms) => {
+                        wake_ms = wake_ms.min(at_ms);
+                        break;
+                    }
+                }
+            }
+        }
+        if reports_are_in {
+            self.keep_records_true().await?;
+        }
+        Ok(wake_ms)
+    }
+
+    async fn act(&mut self, task: &Versioned<Task>, reports_are_in: bool) -> Result<Next, Wrote> {
+        if task.value.state == TaskState::Pending {
+            let next = Task {
+                state: TaskState::Running,
+                ..task.value.clone()
+            };
+            return self.write.task(task, next).await;
+        }
+        match &task.value.spec {
+            Spec::Provision | Spec::Decommission => self.provision(task).await,
+            Spec::Switchover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
+            Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
+        }
+    }
+
+    async fn provision(&mut self, task: &Versioned<Task>) -> Result<Next, Wrote> {
+        let shards: Vec<_> = self.desk.mirror.borrow().shards.values().cloned().collect();
+        let plain: Vec<Shard> = shards.iter().map(|s| s.value.clone()).collect();
+        let decision = provision::provision(
+            &self.desk.instance,
+            &plain,
+            &self.desk.fleet.borrow(),
+            task.value.deadline_ms,
+            self.desk.now_ms(),
+        );
+        match decision {
+            provision::Decision::Begin(shard) => {
+                let old = shards.iter().find(|s| s.value.id == shard.id);
+                match old {
+                    Some(old) => self.write.shard(old, &shard).await,
+                    None => Ok(Next::Again),
+                }
+            }
+            provision::Decision::Serve => {
+                let next = Task {
+                    state: TaskState::Done,
+                    ..task.value.clone()
+                };
+                self.write.task(task, next).await
+            }
+            provision::Decision::Wait(_)
+            | provision::Decision::Forget
+            | provision::Decision::GiveUp(_) => Ok(Next::At(task.value.deadline_ms)),
+        }
+    }
+
+    async fn keep_records_true(&mut self) -> Result<(), Wrote> {
+        let shards: Vec<_> = self.desk.mirror.borrow().shards.values().cloned().collect();
+        for shard in shards {
+            let change = upkeep::decide(&shard.value, &self.desk.fleet.borrow());
+            if let Some((next, reason)) = change {
+                self.desk
+                    .world
+                    .borrow_mut()
+                    .say(|| format!("upkeep: {reason}"));
+                self.write.shard(&shard, &next).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn act_on_switches(
+        &mut self,
+        task: &Versioned<Task>,
+        switches: &[ShardSwitch],
+    ) -> Result<Next, Wrote> {
+        let mut wake_ms = u64::MAX;
+        for (index, switch) in switches.iter().enumerate() {
+            if switch.phase.is_ended() {
+                continue;
+            }
+            let other_in_hold = switches.iter().any(|other| {
+                other.shard != switch.shard && matches!(other.phase, Phase::Hold | Phase::Resolve)
+            });
+            let other_before = switches[..index].iter().any(|o| o.phase == Phase::Prewarm);
+            match self
+                .act_on_switch(task, switch, other_in_hold || other_before)
+                .await?
+            {
+                Next::Again => return Ok(Next::Again),
+                Next::At(at_ms) => wake_ms = wake_ms.min(at_ms),
+            }
+        }
+        if switches.iter().all(|s| s.phase.is_ended()) {
+            return self.write.end(task, switches).await;
+        }
+        Ok(Next::At(wake_ms))
+    }
+
+    async fn act_on_switch(
+        &mut self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        other_in_hold: bool,
+    ) -> Result<Next, Wrote> {
+        let index = switch.shard.as_str().parse().unwrap_or(0);
+        let Some(shard) = self.desk.mirror.borrow().shards.get(&index).cloned() else {
+            return Ok(Next::At(u64::MAX));
+        };
+        let key = step_key(task, index, switch);
+        let (step, critical_us) = self.steps.borrow().get(&key).cloned().unwrap_or_default();
+        let decision = switchover::decide(View {
+            task: &task.value.id,
+            switch,
+            shard: &shard.value,
+            fleet: &self.desk.fleet.borrow(),
+            step: &step,
+            cancel_requested: task.value.cancel_requested,
+            other_in_hold,
+            now_ms: self.desk.now_ms(),
+        });
+        if !matches!(decision, Decision::Wait { .. }) {
+            let mut ctx = self.desk.world.borrow_mut();
+            ctx.say(|| {
+                format!(
+                    "{:?}: shard {index} {}: {decision:?}",
+                    self.desk.me,
+                    switch.phase.name()
+                )
+            });
+        }
+        if let Decision::Run(step) = decision {
+            self.start_step(key, task, switch, &shard.value, step);
+            return Ok(Next::At(u64::MAX));
+        }
+        self.carry_out(decision, task, switch, &shard, critical_us)
+            .await
+    }
+
+    /// Turns a decision into a write.
+    async fn carry_out(
+        &self,
+        decision: Decision,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        shard: &Versioned<Shard>,
+        critical_us: u64,
+    ) -> Result<Next, Wrote> {
+        let phase = |phase, why: &str| self.with_phase(task, switch, phase, why, critical_us);
+        match decision {
+            Decision::Wait { until_ms, .. } => Ok(Next::At(until_ms)),
+            Decision::Stop => Err(Wrote::Deposed),
+            Decision::Run(_) => Ok(Next::Again),
+            Decision::Advance(next, why) => self.write.task(task, phase(next, &why)).await,
+            Decision::Declare => match shard.value.declare(self.handover(task, switch)) {
+                Ok(next) => {
+                    self.write
+                        .both(task, phase(Phase::Hold, ""), shard, &next)
+                        .await
+                }
+                Err(why) => {
+                    self.write
+                        .task(task, phase(Phase::RolledBack, &why.to_string()))
+                        .await
+                }
+            },
+            Decision::Commit => {
+                let token = shard
+                    .value
+                    .handover()
+                    .map(|h| h.token.clone())
+                    .unwrap_or_default();
+                match shard.value.commit(switch.from_epoch, &token) {
+                    Ok(next) => {
+                        self.write
+                            .both(task, phase(Phase::Settle, ""), shard, &next)
+                            .await
+                    }
+                    Err(why) => {
+                        self.write
+                            .task(task, phase(Phase::Resolve, &why.to_string()))
+                            .await
+                    }
+                }
+            }
+            Decision::GiveBack(why) => match shard.value.cancel(&task.value.id) {
+                Ok(next) => {
+                    self.write
+                        .both(task, phase(Phase::RolledBack, &why), shard, &next)
+                        .await
+                }
+                Err(why) => {
+                    self.write
+                        .task(task, phase(Phase::RolledBack, &why.to_string()))
+                        .await
+                }
+            },
+            Decision::Close(note) => {
+                let next = shard.value.close();
+                self.write
+                    .both(task, phase(Phase::Done, &note), shard, &next)
+                    .await
+            }
+        }
+    }
+
+    fn handover(&self, task: &Versioned<Task>, switch: &ShardSwitch) -> Handover {
+        let number = self.desk.world.borrow_mut().call();
+        Handover {
+            task: task.value.id.clone(),
+            target: switch.to.clone(),
+            token: format!("token{number}"),
+            deadline_unix_ms: self.desk.now_ms() + HANDOVER_MS_MAX,
+            max_hold_ms: HOLD_MS_MAX,
+        }
+    }
+
+    fn with_phase(
+        &self,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        phase: Phase,
+        message: &str,
+        critical_us: u64,
+    ) -> Task {
+        let mut next = task.value.clone();
+        if let Spec::Switchover(switches) = &mut next.spec
+            && let Some(found) = switches.iter_mut().find(|s| s.shard == switch.shard)
+        {
+            found.phase_since_ms = self.desk.now_ms().max(found.phase_since_ms + 1);
+            found.phase = phase;
+            message.clone_into(&mut found.message);
+            found.critical_us = found.critical_us.max(critical_us);
+        }
+        next
+    }
+
+    fn start_step(
+        &mut self,
+        key: StepKey,
+        task: &Versioned<Task>,
+        switch: &ShardSwitch,
+        shard: &Shard,
+        step: Step,
+    ) {
+        let node = if step == Step::EnsureUsers {
+            &switch.to
+        } else {
+            &switch.from
+        };
+        let timeout_ms = if step == Step::HandOver {
+            HAND_OVER_TIMEOUT_MS
+        } else {
+            STEP_TIMEOUT_MS
+        };
+        let mut act = act(switch, &self.desk.instance, shard, step);
+        if self.desk.world.borrow().variant == Variant::GrantBeforeCommit {
+            grant_too_early(&mut act, &self.desk.instance, shard, switch);
+        }
+        let request = pb::ExecuteStepRequest {
+            task_id: task.value.id.to_string(),
+            step: format!("{}/{step:?}", switch.shard),
+            attempt: u32::try_from(switch.phase_since_ms % u64::from(u32::MAX)).unwrap_or(1),
+            term: self.term,
+            epoch: shard.epoch.0,
+            instance_id: shard.instance.to_string(),
+            shard_id: shard.id.to_string(),
+            timeout_ms,
+            act: Some(act),
+        };
+        self.steps
+            .borrow_mut()
+            .insert(key.clone(), (StepStatus::Running, 0));
+        let host = shard
+            .member(node)
+            .and_then(|m| m.host.as_str()[1..].parse::<usize>().ok());
+        let known = host.filter(|h| self.desk.agents.borrow().contains_key(h));
+        let (desk, steps, term) = (Rc::clone(&self.desk), Rc::clone(&self.steps), self.term);
+        let limit = Micros::from(timeout_ms) * MS + ANSWER_MARGIN;
+        let mut call = Fiber::new(async move {
+            let answer = match known {
+                Some(host) => ask(&desk, Party::Agent(host), request, limit).await,
+                None => None,
+            };
+            let status = status_of(answer.as_ref(), term);
+            if step == Step::TakeBack && !matches!(status, StepStatus::Done { .. }) {
+                sleep(&desk.world, desk.me, RETRY_PAUSE).await;
+            }
+            let critical_us = answer.map_or(0, |a| a.critical_us);
+            steps.borrow_mut().insert(key, (status, critical_us));
+        });
+        if !call.poll() {
+            self.calls.push(call);
+        }
+    }
+}
+
+async fn ask(
+    desk: &Desk,
+    agent: Party,
+    request: pb::ExecuteStepRequest,
+    limit: Micros,
+) -> Option<pb::ExecuteStepResponse> {
+    let call = {
+        let mut ctx = desk.world.borrow_mut();
+        let call = ctx.call();
+        ctx.rpc(
+            desk.me,
+            agent,
+            Rpc::Step {
+                call,
+                request: Box::new(request),
+            },
+        );
+        call
+    };
+    desk.steps.get(&desk.world, desk.me, call, limit).await
+}
+
+fn step_key(task: &Versioned<Task>, index: usize, switch: &ShardSwitch) -> StepKey {
+    (task.value.id.to_string(), index, switch.phase_since_ms)
+}
+
+fn grant_too_early(act: &mut Act, instance: &Instance, shard: &Shard, switch: &ShardSwitch) {
+    if let Act::EnsureUsers(ensure) = act {
+        let epoch = switch.from_epoch.next();
+        let Credential { user, password } = credential::proxy(&instance.secret, &shard.id, epoch);
+        let epoch = epoch.0;
+        ensure.users.push(pb::EpochUser {
+            name: user,
+            password,
+            epoch,
+            replication: false,
+        });
+    }
+}
+
+fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> Act {
+    let run_id = |node| {
+        shard
+            .member(node)
+            .map(|m| m.run_id.clone())
+            .unwrap_or_default()
+    };
+    let next = switch.from_epoch.next();
+    let Credential {
+        user: proxy_user,
+        password: proxy_password,
+    } = credential::proxy(&instance.secret, &shard.id, switch.from_epoch);
+    let follow = |epoch| credential::replica(&instance.secret, &shard.id, epoch, &switch.from);
+    let target = shard
+        .member(&switch.to)
+        .map(|m| m.address.clone())
+        .unwrap_or_default();
+    match step {
+        Step::EnsureUsers => Act::EnsureUsers(pb::EnsureUsers {
+            node_id: switch.to.to_string(),
+            run_id: run_id(&switch.to),
+            users: assignment::replication_users(instance, shard, next, switch.to.as_str()),
+        }),
+        Step::HandOver => Act::HandOver(pb::HandOver {
+            node_id: switch.from.to_string(),
+            run_id: run_id(&switch.from),
+            proxy_user,
+            target_node_id: switch.to.to_string(),
+            target_address: target,
+            master_user: follow(next).user,
+            master_password: follow(next).password,
+            token: shard
+                .handover()
+                .map(|h| h.token.clone())
+                .unwrap_or_default(),
+            failover_timeout_ms: FAILOVER_TIMEOUT_MS,
+        }),
+        Step::TakeBack => Act::TakeBack(pb::TakeBack {
+            node_id: switch.from.to_string(),
+            run_id: run_id(&switch.from),
+            proxy_user,
+            proxy_password,
+            master_user: follow(switch.from_epoch).user,
+            master_password: follow(switch.from_epoch).password,
+        }),
+    }
+}
+
+fn status_of(answer: Option<&pb::ExecuteStepResponse>, term: u64) -> StepStatus {
+    let Some(answer) = answer else {
+        return StepStatus::Uncertain("no answer".into());
+    };
+    let why = answer.message.clone();
+    match answer.outcome() {
+        pb::StepOutcome::Done => StepStatus::Done {
+            committed: answer.committed,
+        },
+        pb::StepOutcome::NoEffect => StepStatus::NoEffect(why),
+        pb::StepOutcome::Fenced if answer.known_term > term => StepStatus::Fenced,
+        _ => StepStatus::Uncertain(why),
+    }
+}

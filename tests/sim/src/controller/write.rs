@@ -1,0 +1,248 @@
+//! The leader's writes: each compares what it was decided from, and the leader's term.
+//!
+//! Invariant: an answer that did not come is treated as "it may have happened".
+
+use std::rc::Rc;
+
+use slotmesh_task::{ShardSwitch, Spec, State as TaskState, Task, admit, wire};
+use slotmesh_topology::{NodeRole, Shard, TaskId};
+
+use super::{Ask, Desk, Versioned};
+use crate::{
+    store::{Compare, Key, StoreReply, StoreRequest, Txn, Value},
+    variant::Variant,
+};
+
+/// What follows an act.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Look at the same task again at once.
+    Again,
+    /// Nothing more now.
+    At(u64),
+}
+
+/// Why nothing follows.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Wrote {
+    /// Another controller leads.
+    Deposed,
+    /// The store did not answer, or the mirror does not show it.
+    Unavailable,
+}
+
+pub(super) struct Writer {
+    pub(super) desk: Rc<Desk>,
+    pub(super) term: u64,
+}
+
+impl Writer {
+    fn leader_txn(&self) -> Txn {
+        let compares = match self.desk.world.borrow().variant {
+            Variant::DeposedLeaderWrites => Vec::new(),
+            _ => vec![Compare::Term(self.term)],
+        };
+        Txn {
+            compares,
+            leader: Some(self.term),
+            ..Txn::default()
+        }
+    }
+
+    fn with_task(&self, mut txn: Txn, old: &Versioned<Task>, mut next: Task) -> Txn {
+        next.updated_ms = self.desk.now_ms();
+        next.event_count += 1;
+        let key = Key::Task(next.id.to_string());
+        txn.compares
+            .push(Compare::Unchanged(key.clone(), old.mod_revision));
+        txn.puts
+            .push((key, Value::Task(wire::task_to(&next, self.term))));
+        txn
+    }
+
+    fn with_shard(mut txn: Txn, old: &Versioned<Shard>, next: &Shard) -> Txn {
+        let key = Key::Shard(next.index as usize);
+        txn.compares
+            .push(Compare::Unchanged(key.clone(), old.mod_revision));
+        txn.puts
+            .push((key, Value::Shard(slotmesh_topology::wire::shard_to(next))));
+        txn
+    }
+
+    async fn commit(&self, txn: Txn) -> Result<Next, Wrote> {
+        match self.desk.store(StoreRequest::Txn(txn)).await {
+            Some(StoreReply::Committed(revision)) => {
+                if self.desk.shows(revision).await {
+                    Ok(Next::Again)
+                } else {
+                    Err(Wrote::Unavailable)
+                }
+            }
+            Some(StoreReply::Conflict) => {
+                match self.desk.store(StoreRequest::Get(Key::Leader)).await {
+                    Some(StoreReply::Got(leader)) => {
+                        if leader.is_some_and(|l| l.create_revision == self.term) {
+                            Ok(Next::At(self.desk.now_ms() + 5))
+                        } else {
+                            Err(Wrote::Deposed)
+                        }
+                    }
+                    _ => Err(Wrote::Unavailable),
+                }
+            }
+            _ => Err(Wrote::Unavailable),
+        }
+    }
+
+    pub(super) async fn task(&self, old: &Versioned<Task>, next: Task) -> Result<Next, Wrote> {
+        self.commit(self.with_task(self.leader_txn(), old, next))
+            .await
+    }
+
+    pub(super) async fn shard(&self, old: &Versioned<Shard>, next: &Shard) -> Result<Next, Wrote> {
+        self.commit(Self::with_shard(self.leader_txn(), old, next))
+            .await
+    }
+
+    pub(super) async fn both(
+        &self,
+        task: &Versioned<Task>,
+        next_task: Task,
+        shard: &Versioned<Shard>,
+        next: &Shard,
+    ) -> Result<Next, Wrote> {
+        let txn = self.with_task(self.leader_txn(), task, next_task);
+        self.commit(Self::with_shard(txn, shard, next)).await
+    }
+
+    /// Ends a switchover and frees its shards.
+    pub(super) async fn end(
+        &self,
+        task: &Versioned<Task>,
+        switches: &[ShardSwitch],
+    ) -> Result<Next, Wrote> {
+        let moved = switches
+            .iter()
+            .filter(|s| s.phase == slotmesh_task::Phase::Done)
+            .count();
+        let state = if moved == switches.len() {
+            TaskState::Done
+        } else if moved > 0 {
+            TaskState::NeedsOperator
+        } else if task.value.cancel_requested {
+            TaskState::Cancelled
+        } else {
+            TaskState::RolledBack
+        };
+        let next = Task {
+            state,
+            ..task.value.clone()
+        };
+        let mut txn = self.with_task(self.leader_txn(), task, next);
+        let index = |s: &ShardSwitch| s.shard.as_str().parse().unwrap_or(0);
+        txn.deletes
+            .extend(switches.iter().map(|s| Key::Lock(index(s))));
+        self.commit(txn).await
+    }
+}
+
+/// What an operator asks, at whatever controller thinks that it leads.
+pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
+    let Some(term) = *desk.term.borrow() else {
+        return;
+    };
+    let writer = Writer {
+        desk: Rc::clone(&desk),
+        term,
+    };
+    match ask {
+        Ask::SwitchOver { choice, token } => switch_over(&writer, choice, token).await,
+        Ask::Cancel => cancel(&writer).await,
+    }
+}
+
+async fn switch_over(writer: &Writer, choice: u64, token: u64) {
+    let desk = &writer.desk;
+    let idem = Key::Idem(token.to_string());
+    if !matches!(
+        desk.store(StoreRequest::Get(idem.clone())).await,
+        Some(StoreReply::Got(None))
+    ) {
+        return;
+    }
+    let shards: Vec<Versioned<Shard>> = desk.mirror.borrow().shards.values().cloned().collect();
+    let plain: Vec<Shard> = shards.iter().map(|s| s.value.clone()).collect();
+    let targets = targets(&plain, choice);
+    let names: Vec<&str> = targets.iter().map(String::as_str).collect();
+    let now_ms = desk.now_ms();
+    let switches = match admit::switchover(&plain, &names, now_ms) {
+        Ok(switches) => switches,
+        Err(why) => return desk.world.borrow_mut().say(|| format!("refused: {why}")),
+    };
+    let id = format!("t{token}");
+    desk.world
+        .borrow_mut()
+        .say(|| format!("task {id}: {names:?} are to be primaries"));
+    let mut txn = writer.leader_txn();
+    txn.compares.push(Compare::Absent(idem.clone()));
+    txn.puts.push((idem, Value::Idem(id.clone())));
+    for switch in &switches {
+        let lock = Key::Lock(switch.shard.as_str().parse().unwrap_or(0));
+        txn.compares.push(Compare::Absent(lock.clone()));
+        txn.puts.push((lock, Value::Lock(id.clone())));
+    }
+    let task = Task {
+        id: TaskId::from(id.as_str()),
+        instance: desk.instance.id.clone(),
+        spec: Spec::Switchover(switches),
+        state: TaskState::Pending,
+        message: String::new(),
+        created_ms: now_ms,
+        updated_ms: now_ms,
+        deadline_ms: now_ms + 60_000,
+        event_count: 1,
+        cancel_requested: false,
+    };
+    txn.puts.push((
+        Key::Task(id),
+        Value::Task(wire::task_to(&task, writer.term)),
+    ));
+    // Whoever asked asks again when there is no answer.
+    let _ = writer.commit(txn).await;
+}
+
+/// A replica of each chosen shard.
+fn targets(shards: &[Shard], choice: u64) -> Vec<String> {
+    let all = choice.is_multiple_of(3);
+    let one = usize::try_from(choice / 3).unwrap_or(0) % shards.len();
+    let chosen = shards.iter().enumerate().filter(|(i, _)| all || *i == one);
+    chosen
+        .filter_map(|(_, shard)| {
+            let replicas: Vec<_> = shard
+                .members
+                .iter()
+                .filter(|m| m.role == NodeRole::Replica)
+                .collect();
+            let pick = usize::try_from(choice / 7).unwrap_or(0) % replicas.len().max(1);
+            replicas.get(pick).map(|m| m.node.to_string())
+        })
+        .collect()
+}
+
+async fn cancel(writer: &Writer) {
+    let open = writer
+        .desk
+        .mirror
+        .borrow()
+        .tasks
+        .values()
+        .find(|t| t.value.is_cancellable())
+        .cloned();
+    if let Some(task) = open {
+        let next = Task {
+            cancel_requested: true,
+            ..task.value.clone()
+        };
+        let _ = writer.task(&task, next).await;
+    }
+}

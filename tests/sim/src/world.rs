@@ -1,0 +1,440 @@
+//! One run of one seed: builds the mesh, lets everything happen, checks what must hold.
+//!
+//! Invariant: what happens depends on the seed and the variant alone.
+
+mod end;
+mod first;
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, VecDeque},
+    rc::Rc,
+};
+
+use rand::Rng;
+use slotmesh_task::{State as TaskState, Task, wire};
+use slotmesh_topology::{Mode, Shard};
+
+use crate::{
+    agent::Agent,
+    check::Violation,
+    client::Client,
+    controller::{Ask, Controller},
+    ctx::{Ctx, Event},
+    fiber,
+    msg::{Input, Party, Rpc, Timer},
+    net::Weather,
+    node::Node,
+    plan::{self, Kept, Profile, Script, Shape},
+    proxy::Proxy,
+    sched::{MS, Micros, SEC},
+    store::{Store, Value},
+    trace::Trace,
+    variant::Variant,
+};
+
+/// The mesh must serve for the first time within this.
+const PROVISION_LIMIT: Micros = 20 * SEC;
+/// After the last accident everything must have ended and serve again within this: the longest
+/// waits of the machines (preflight, settle, a lease, a stalled write) one after the other.
+const CALM_DOWN_LIMIT: Micros = 60 * SEC;
+/// How long clients are watched once everything has ended.
+const PROGRESS: Micros = 300 * MS;
+/// More events mean a loop.
+const EVENTS_MAX: u64 = 3_000_000;
+/// Longest wait of a client while everything fails: at a node that stands still, then the hold's
+/// budget, then what the network adds.
+const WAIT_LIMIT: Micros = 5 * SEC + 4_500 * MS;
+/// Longest wait of a client while nothing fails but primaries change.
+const PLANNED_LIMIT: Micros = 250 * MS;
+
+/// What came of a run.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The rule that was broken, if any.
+    pub violation: Option<Violation>,
+    /// Of everything that happened.
+    pub hash: u64,
+    /// How much happened.
+    pub events: u64,
+    /// What went wrong on purpose.
+    pub profile: Profile,
+    /// Switchovers that moved a primary.
+    pub moved: usize,
+    /// Switchovers that ended without effect.
+    pub returned: usize,
+    /// Writes that were acknowledged.
+    pub acknowledged: usize,
+    /// Writes of which the clients know nothing.
+    pub ambiguous: usize,
+    /// Errors that clients saw.
+    pub errors: usize,
+    /// Longest wait of a client for a reply.
+    pub longest: Micros,
+    /// The last events, if text was asked for.
+    pub lines: Vec<String>,
+}
+
+/// See the module.
+pub struct World {
+    ctx: fiber::World,
+    shape: Shape,
+    store: Store,
+    controllers: Vec<Controller>,
+    agents: Vec<Agent>,
+    nodes: Vec<Node>,
+    proxies: Vec<Proxy>,
+    clients: Vec<Client>,
+    stalled: BTreeMap<Party, (Micros, VecDeque<(u64, Input)>)>,
+    healed: bool,
+}
+
+impl std::fmt::Debug for World {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("World")
+            .field("shape", &self.shape)
+            .finish_non_exhaustive()
+    }
+}
+
+impl World {
+    /// The mesh of a seed, with nothing started.
+    #[must_use]
+    pub fn new(seed: u64, variant: Variant, trace: Trace) -> Self {
+        let mut ctx = Ctx::new(seed, variant, trace);
+        let shape = Shape::of(&mut ctx.rng);
+        let ctx = Rc::new(RefCell::new(ctx));
+        let instance = Rc::new(first::instance(shape));
+        let (nodes, shards) = first::shards(shape, &instance);
+        let store = Store::with(first::records(&instance, &shards));
+        let agents = (0..shape.hosts)
+            .map(|host| {
+                let here = nodes.iter().filter(|n| n.host == host);
+                let here = here.map(|n| (n.index, n.name.clone())).collect();
+                Agent::new(host, Rc::clone(&ctx), here, shape.controllers)
+            })
+            .collect();
+        let controllers = (0..shape.controllers)
+            .map(|i| Controller::new(i, Rc::clone(&ctx), Rc::clone(&instance)))
+            .collect();
+        let proxies = (0..shape.proxies)
+            .map(|i| Proxy::new(i, shape.controllers))
+            .collect();
+        let mut keys = first::Keys {
+            next: 0,
+            shards: shape.shards as u16,
+        };
+        let clients = (0..shape.clients)
+            .map(|i| Client::new(i, shape.proxies, keys.of_client()))
+            .collect();
+        Self {
+            ctx,
+            shape,
+            store,
+            controllers,
+            agents,
+            nodes,
+            proxies,
+            clients,
+            stalled: BTreeMap::new(),
+            healed: false,
+        }
+    }
+
+    /// Runs to the end, or to the first broken rule.
+    #[must_use]
+    pub fn run(mut self) -> Outcome {
+        self.start();
+        if self.until(
+            PROVISION_LIMIT,
+            "provisioning: the instance serves",
+            Self::serves,
+        ) {
+            for client in &mut self.clients {
+                client.start(&mut self.ctx.borrow_mut());
+            }
+            plan::schedule(&mut self.ctx.borrow_mut(), self.shape);
+            let trouble = plan::TROUBLE + 20 * SEC;
+            let healed = self.until(trouble, "the plan ends", |w| w.healed);
+            let calm = healed && self.until(CALM_DOWN_LIMIT, LIVENESS, Self::is_calm);
+            if calm {
+                let since = self.ctx.borrow().now();
+                let went_on = |w: &Self| w.progressed_since(since);
+                if !self.allows_standstill() && self.until(6 * SEC, PROGRESSES, went_on) {
+                    let end = self.ctx.borrow().now() + PROGRESS;
+                    self.until(SEC, "time passes", |w| w.ctx.borrow().now() >= end);
+                }
+                self.check_end();
+            }
+        }
+        self.outcome()
+    }
+
+    fn start(&mut self) {
+        self.store.start(&mut self.ctx.borrow_mut());
+        self.controllers.iter_mut().for_each(Controller::start);
+        self.agents.iter_mut().for_each(Agent::start);
+        for proxy in &mut self.proxies {
+            proxy.start(&mut self.ctx.borrow_mut());
+        }
+    }
+
+    /// Lets things happen until a condition holds; a rule is broken if it does not in time.
+    fn until(&mut self, limit: Micros, rule: &'static str, done: impl Fn(&Self) -> bool) -> bool {
+        let end = self.ctx.borrow().now() + limit;
+        loop {
+            if done(self) {
+                return true;
+            }
+            let event = {
+                let mut ctx = self.ctx.borrow_mut();
+                if ctx.checks.violation.is_some() {
+                    return false;
+                }
+                if ctx.now() > end || ctx.trace.events() > EVENTS_MAX {
+                    let state = self.state();
+                    ctx.checks.fail(rule, || state);
+                    return false;
+                }
+                ctx.queue.pop()
+            };
+            let Some(event) = event else { return false };
+            self.happen(event);
+            self.check_now();
+        }
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::To(party, life, input) => self.deliver(party, life, *input),
+            Event::Break(conn) => self.ctx.borrow_mut().break_conn(conn),
+            Event::Script(script) => self.act(script),
+        }
+    }
+
+    fn deliver(&mut self, party: Party, life: u64, input: Input) {
+        {
+            let mut ctx = self.ctx.borrow_mut();
+            if ctx.life(party) != Some(life) {
+                // Whoever asked a process that has died since gets to know that.
+                if let Input::Rpc(from, Rpc::Admin { call, .. }) = input {
+                    let gone = Rpc::AdminReply { call, answer: None };
+                    ctx.local(party, from, gone);
+                }
+                return;
+            }
+            let now = ctx.now();
+            let wakes = matches!(input, Input::Timer(Timer::Wake));
+            if let Some((until, waiting)) = self.stalled.get_mut(&party)
+                && (now < *until || (!waiting.is_empty() && !wakes))
+            {
+                waiting.push_back((life, input));
+                return;
+            }
+            ctx.trace.mix(&[now, party.number(), life]);
+        }
+        if matches!(input, Input::Timer(Timer::Wake)) {
+            if let Some((_, waiting)) = self.stalled.remove(&party) {
+                for (life, input) in waiting {
+                    if self.ctx.borrow().life(party) == Some(life) {
+                        self.give(party, input);
+                    }
+                }
+            }
+            return;
+        }
+        self.give(party, input);
+    }
+
+    fn give(&mut self, party: Party, input: Input) {
+        match party {
+            Party::Store => self.store.handle(&mut self.ctx.borrow_mut(), input),
+            Party::Controller(i) => self.controllers[i].handle(input),
+            Party::Agent(i) => self.agents[i].handle(input),
+            Party::Node(i) => self.nodes[i].handle(&mut self.ctx.borrow_mut(), input),
+            Party::Proxy(i) => self.proxies[i].handle(&mut self.ctx.borrow_mut(), input),
+            Party::Client(i) => self.clients[i].handle(&mut self.ctx.borrow_mut(), input),
+        }
+    }
+
+    fn act(&mut self, script: Script) {
+        let is_start = matches!(script, Script::Start(_) | Script::Restart(_));
+        if self.healed && !is_start && !matches!(script, Script::Mend(..)) {
+            return;
+        }
+        self.ctx.borrow_mut().say(|| format!("plan: {script:?}"));
+        match script {
+            Script::Start(node) => {
+                let mut ctx = self.ctx.borrow_mut();
+                self.nodes[node].start(&mut ctx);
+                if ctx.variant == Variant::NotBornFenced {
+                    self.nodes[node].unfence();
+                }
+            }
+            Script::Crash(party, down) => self.crash(party, down),
+            Script::CrashNode(node, kept) => {
+                self.stalled.remove(&Party::Node(node));
+                let mut ctx = self.ctx.borrow_mut();
+                let all = self.nodes[node].process.as_ref().map_or(0, |p| p.log.len());
+                let kept = match kept {
+                    Kept::All => all,
+                    Kept::MostOf => all.saturating_sub(ctx.rng.random_range(1..20)),
+                    Kept::Nothing => 0,
+                };
+                self.nodes[node].crash(&mut ctx, kept);
+            }
+            Script::Restart(party) => self.restart(party),
+            Script::Stall(party, time) => {
+                let mut ctx = self.ctx.borrow_mut();
+                let until = ctx.now() + time;
+                if ctx.life(party).is_some() && !self.stalled.contains_key(&party) {
+                    self.stalled.insert(party, (until, VecDeque::new()));
+                    ctx.timer(party, time, Timer::Wake);
+                }
+            }
+            Script::Cut(from, to, time) => {
+                let mut ctx = self.ctx.borrow_mut();
+                ctx.net.cuts.insert((from, to));
+                let at = ctx.now() + time;
+                ctx.queue.at(at, Event::Script(Script::Mend(from, to)));
+            }
+            Script::Mend(from, to) => {
+                self.ctx.borrow_mut().net.cuts.remove(&(from, to));
+            }
+            Script::SwitchOver { choice, token } => self.ask(&Ask::SwitchOver { choice, token }),
+            Script::Cancel => self.ask(&Ask::Cancel),
+            Script::Weather(weather) => self.ctx.borrow_mut().net.weather = weather,
+            Script::Heal => {
+                let mut ctx = self.ctx.borrow_mut();
+                ctx.net.weather = Weather::calm();
+                ctx.net.cuts.clear();
+                ctx.points.clear();
+                self.healed = true;
+            }
+        }
+    }
+
+    fn ask(&mut self, ask: &Ask) {
+        for controller in &mut self.controllers {
+            if controller.believes().is_some() {
+                controller.asked(ask.clone());
+            }
+        }
+    }
+
+    fn crash(&mut self, party: Party, down: Micros) {
+        if self.ctx.borrow().life(party).is_none() {
+            return;
+        }
+        self.stalled.remove(&party);
+        match party {
+            Party::Controller(i) => self.controllers[i].crash(),
+            Party::Agent(i) => self.agents[i].crash(),
+            Party::Proxy(i) => {
+                self.proxies[i] = Proxy::new(i, self.shape.controllers);
+                self.ctx.borrow_mut().died(party);
+            }
+            Party::Store | Party::Node(_) | Party::Client(_) => return,
+        }
+        let mut ctx = self.ctx.borrow_mut();
+        let at = ctx.now() + down;
+        ctx.queue.at(at, Event::Script(Script::Restart(party)));
+    }
+
+    fn restart(&mut self, party: Party) {
+        if self.ctx.borrow().life(party).is_some() {
+            return;
+        }
+        match party {
+            Party::Controller(i) => self.controllers[i].start(),
+            Party::Agent(i) => self.agents[i].start(),
+            Party::Proxy(i) => self.proxies[i].start(&mut self.ctx.borrow_mut()),
+            Party::Store | Party::Node(_) | Party::Client(_) => {}
+        }
+    }
+
+    /// What must hold at every instant.
+    fn check_now(&mut self) {
+        for shard in 0..self.shape.shards {
+            let of_shard = self.nodes.iter().filter(|n| n.shard == shard);
+            let mut writable =
+                of_shard.filter_map(|n| Some((n, n.process.as_ref()?.writable_as()?)));
+            if let (Some((a, as_a)), Some((b, as_b))) = (writable.next(), writable.next()) {
+                let how = format!("{} takes writes of {as_a}, {} of {as_b}", a.name, b.name);
+                self.ctx
+                    .borrow_mut()
+                    .checks
+                    .fail("A2/I1: at most one process takes writes", || how);
+            }
+        }
+    }
+
+    fn tasks(&self) -> impl Iterator<Item = Task> + '_ {
+        self.store.items.values().filter_map(|s| match &s.value {
+            Value::Task(record) => wire::task_from(record).ok(),
+            _ => None,
+        })
+    }
+
+    fn shards(&self) -> impl Iterator<Item = Shard> + '_ {
+        self.store.items.values().filter_map(|s| match &s.value {
+            Value::Shard(record) => slotmesh_topology::wire::shard_from(record).ok(),
+            _ => None,
+        })
+    }
+
+    fn serves(&self) -> bool {
+        self.tasks().all(|t| t.state == TaskState::Done)
+    }
+
+    fn allows_standstill(&self) -> bool {
+        self.ctx.borrow().checks.data_was_lost && self.shards().any(|s| s.mode != Mode::Serving)
+    }
+
+    /// Every task has ended, every shard serves with all its replicas.
+    fn is_calm(&self) -> bool {
+        let lost = self.ctx.borrow().checks.data_was_lost;
+        let serving = |s: Shard| match s.mode {
+            Mode::Serving => s.members.iter().all(|m| m.in_sync || m.node == s.primary),
+            Mode::Fenced(_) => lost,
+            Mode::Provisioning | Mode::Handover(_) => false,
+        };
+        self.tasks().all(|t| t.state.is_ended()) && self.shards().all(serving)
+    }
+
+    fn progressed_since(&self, since: Micros) -> bool {
+        self.clients
+            .iter()
+            .all(|c| c.progress.iter().all(|at| *at > since))
+    }
+
+    /// What went wrong, in a line.
+    fn state(&self) -> String {
+        let tasks: Vec<String> = self
+            .tasks()
+            .filter(|t| !t.state.is_ended())
+            .map(|t| format!("{} {:?} {:?}", t.id, t.state, t.spec))
+            .collect();
+        let shards: Vec<String> = self
+            .shards()
+            .map(|s| {
+                let behind: Vec<_> = s
+                    .members
+                    .iter()
+                    .filter(|m| !m.in_sync)
+                    .map(|m| m.node.to_string())
+                    .collect();
+                format!(
+                    "{}: {} epoch {} behind {behind:?}",
+                    s.id,
+                    s.mode.name(),
+                    s.epoch
+                )
+            })
+            .collect();
+        format!("tasks {tasks:?}; shards {shards:?}")
+    }
+}
+
+const LIVENESS: &str = "liveness: after the accidents every task ends and every shard serves";
+const PROGRESSES: &str = "liveness: after the accidents every client goes on at every shard";
