@@ -80,6 +80,8 @@ pub struct Core {
     lanes: Vec<Lane>,
     gathers: Gathers,
     table: Arc<RoutingTable>,
+    /// A table was put in force. Before that nobody can say who may do what.
+    ready: bool,
     held_sum: Arc<AtomicU64>,
     /// Clients whose next command waits for room.
     stalled: Vec<(u32, u32)>,
@@ -102,6 +104,7 @@ impl Core {
             lanes: Vec::new(),
             gathers: Gathers::default(),
             table: Arc::default(),
+            ready: false,
             held_sum,
             stalled: Vec::new(),
             scratch: Vec::new(),
@@ -125,7 +128,12 @@ impl Core {
             let lane = Lane::new(self.lanes.len() as LaneNo, Arc::clone(&self.held_sum));
             self.lanes.push(lane);
         }
+        let was_open = self.is_open();
         self.table = Arc::clone(&table);
+        self.ready = true;
+        if self.is_open() && !was_open {
+            self.sessions.authenticate_all(); // those that came when it was not known, or was asked
+        }
         for (no, route) in table.shards.iter().enumerate() {
             for lane in [no * 2, no * 2 + 1] {
                 match route {
@@ -146,9 +154,14 @@ impl Core {
         (a == b).then_some(a)
     }
 
+    /// True if it is known that clients need no password.
+    fn is_open(&self) -> bool {
+        self.ready && self.table.settings.password_sha256.is_none()
+    }
+
     /// Takes a client in; returns its slot.
     pub fn open_client(&mut self, mut state: ClientState) -> u32 {
-        if self.table.settings.password_sha256.is_none() {
+        if self.is_open() {
             state.authenticated = true;
         }
         self.sessions.open(state)
@@ -175,7 +188,11 @@ impl Core {
 
     /// The node's socket took that much.
     pub fn lane_sent(&mut self, lane: LaneNo, bytes: usize) {
-        self.lanes[lane as usize].flight.mark_sent(bytes);
+        let lane = &mut self.lanes[lane as usize];
+        lane.flight.mark_sent(bytes);
+        if !lane.flight.unsent().is_empty() {
+            lane.note_alive(self.now_us); // large, and the node is taking it
+        }
     }
 
     /// The lane is no longer in the list of touched ones.
@@ -207,16 +224,19 @@ impl Core {
     /// Acts on all that is due. Returns when to call again; call only if `out.unsteady` was set
     /// since, or that time has come.
     pub fn on_time(&mut self) -> Option<u64> {
-        let budget_us = self.table.settings.hold_budget_us;
+        let (budget_us, held_max) = {
+            let settings = &self.table.settings;
+            (settings.hold_budget_us, settings.hold_bytes_max)
+        };
         let mut next: Option<u64> = None;
         for no in 0..self.lanes.len() {
             let lane = &mut self.lanes[no];
             if lane.on_time(self.now_us, &mut self.out) {
-                self.lane_lost(no as LaneNo);
+                self.lane_abandon(no as LaneNo);
             }
             self.fail_overdue(no as LaneNo, budget_us);
             let lane = &mut self.lanes[no];
-            lane.check_room(&mut self.out);
+            lane.check_room(held_max, self.now_us, &mut self.out);
             next = [next, lane.deadline_us(budget_us)]
                 .into_iter()
                 .flatten()

@@ -19,6 +19,8 @@ use crate::worker::{Accepted, WorkerHandle};
 const PAUSE: Duration = Duration::from_millis(10);
 /// For the farewell to a client that is one too many.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
+/// Redis's default: without it, clients whose host is gone would stay for ever.
+const KEEPALIVE: Duration = Duration::from_secs(300);
 const TOO_MANY: &[u8] = b"-ERR max number of clients reached\r\n";
 
 /// See the module.
@@ -64,6 +66,8 @@ impl Listener {
             return Ok(());
         }
         socket.set_nodelay(true)?;
+        let keepalive = socket2::TcpKeepalive::new().with_time(KEEPALIVE);
+        socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
         let peer = socket.peer_addr().ok();
         let since_epoch = SystemTime::now()
             .duration_since(UNIX_EPOCH)

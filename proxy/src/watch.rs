@@ -37,7 +37,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// First and longest wait between attempts to reach a controller.
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-const BACKOFF_CAP: Duration = Duration::from_secs(2);
+/// A tenth of the default hold budget: what a controller's death leaves held ends with the next
+/// controller that is found.
+const BACKOFF_CAP: Duration = Duration::from_millis(500);
 /// A name that is not resolved by then fails the message.
 const RESOLVE_LIMIT: Duration = Duration::from_secs(2);
 /// Messages to the controller that may wait to be sent.

@@ -221,3 +221,38 @@ async fn pipelines_of_many_clients_keep_their_order_over_shards_and_pieces() {
         ended.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_resets_before_its_replies_come_is_let_go() {
+    let fixture = fixture(1, &["--workers", "1", "--max-clients", "2"]).await;
+    let mut busy = Raw::connect(fixture.proxy.address).await;
+    busy.send(format!("SET k {}\r\n", "x".repeat(20_000)).as_bytes())
+        .await;
+    busy.expect("+OK\r\n").await;
+    // What follows on the node's connection waits for this.
+    busy.send(b"EVAL \"local e = 0 for i = 1, 20000000 do e = e + i end return 1\" 1 k\r\n")
+        .await;
+    let mut dying = Raw::connect(fixture.proxy.address).await;
+    // More than may be in flight, so that it is not read when the reset comes.
+    let mut all = b"PING\r\n".to_vec();
+    all.extend(b"GET k\r\n".repeat(1_500));
+    dying.send(&all).await;
+    dying.expect("+PONG\r\n").await;
+    let socket = socket2::SockRef::from(&dying.stream);
+    socket.set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(dying);
+    busy.expect(":1\r\n").await;
+    let deadline = std::time::Instant::now() + support::LIMIT;
+    loop {
+        let mut next = Raw::connect(fixture.proxy.address).await;
+        next.send(b"PING\r\nQUIT\r\n").await;
+        let replies = next.rest().await;
+        if replies == "+PONG\r\n+OK\r\n" {
+            break;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "waited for the place of the client that left: {replies}"
+        );
+    }
+}

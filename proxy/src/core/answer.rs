@@ -49,6 +49,7 @@ impl Core {
         outlet: &mut O,
     ) -> Result<usize, NodeFault> {
         let mut at = 0;
+        self.lanes[no as usize].note_alive(self.now_us);
         while at < buf.len() {
             let lane = &mut self.lanes[no as usize];
             match lane.scanner.scan(&buf[at..])? {
@@ -67,7 +68,8 @@ impl Core {
                 break;
             }
         }
-        self.lanes[no as usize].check_room(&mut self.out);
+        let held_max = self.table.settings.hold_bytes_max;
+        self.lanes[no as usize].check_room(held_max, self.now_us, &mut self.out);
         self.settle_abandoned();
         Ok(at)
     }
@@ -246,7 +248,8 @@ impl Core {
                 lane.flight.pop();
                 continue;
             }
-            if retry::after_loss(front.effect, delivery) == Loss::Retry {
+            let torn = front.kind == Kind::Block && std::mem::take(&mut lane.block).is_torn();
+            if !torn && retry::after_loss(front.effect, delivery) == Loss::Retry {
                 if std::mem::take(&mut lane.probing) {
                     lane.flight.pop_before(&mut lane.retry, now_us);
                 } else {
@@ -292,12 +295,7 @@ impl Core {
         while let Some(entry) = self.lanes[no as usize].take_overdue(0, u64::MAX) {
             self.fail(&entry, SHARD_REMOVED);
         }
-        if self.lanes[no as usize].link != Link::Idle {
-            self.out
-                .orders
-                .push(super::outbox::Order::Hangup { lane: no });
-            self.lanes[no as usize].reset_link();
-        }
+        self.lanes[no as usize].forget_route(self.now_us, &mut self.out);
     }
 
     fn fail(&mut self, entry: &Entry, text: &str) {

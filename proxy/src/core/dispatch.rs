@@ -18,6 +18,9 @@ use crate::routing::{NO_SHARD, ShardNo};
 pub(super) const CROSS_SLOT: &str = "CROSSSLOT Keys in request don't hash to the same slot";
 pub(super) const NOT_SERVED: &str = "CLUSTERDOWN Hash slot not served";
 const NO_AUTH: &str = "NOAUTH Authentication required.";
+/// Clients take the word for a reason to come again soon.
+pub(super) const NOT_READY: &str =
+    "LOADING slotmesh: the proxy has not yet been told about this instance";
 
 /// What became of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +139,8 @@ impl Core {
             return Flow::Taken;
         };
         if !client.state.authenticated && !command.flags.has(Flag::NoAuth) {
-            return self.refuse(slot, NO_AUTH.as_bytes());
+            let text = if self.ready { NO_AUTH } else { NOT_READY };
+            return self.refuse(slot, text.as_bytes());
         }
         let flow = if client.state.transaction.is_some() {
             self.in_transaction(slot, command, request)
@@ -258,7 +262,7 @@ impl Core {
         };
         let lane = &mut self.lanes[lane_no(shard, client.state.protocol) as usize];
         if !lane.has_room(self.table.settings.hold_bytes_max) {
-            lane.note_full();
+            lane.note_full(self.now_us, &mut self.out);
             return Flow::NoRoom;
         }
         let entry = Entry {

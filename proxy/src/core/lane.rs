@@ -32,6 +32,12 @@ const LOGIN_RETRY_US: u64 = 1_500;
 /// After this many refusals the user is not just late.
 const LOGIN_FAST_TRIES: u32 = 500;
 const LOGIN_SLOW_RETRY_US: u64 = 50_000;
+/// A node that answers nothing for this long, while something is in flight, hangs: its connection is
+/// given up. Longer than any sane command takes; and the engines' own limit for scripts, after which
+/// they answer others again, is half of it.
+pub const SILENCE_LIMIT_US: u64 = 10_000_000;
+/// How often a lane whose clients wait for room looks whether other lanes or workers made some.
+const RECHECK_US: u64 = 10_000;
 /// No request has this database: the next one selects.
 const DB_UNKNOWN: u16 = u16::MAX;
 
@@ -97,6 +103,11 @@ pub struct Lane {
     route: Option<Arc<ShardRoute>>,
     touched: bool,
     full: bool,
+    recheck_at_us: u64,
+    /// Since when nothing came, if something is in flight.
+    silent_since_us: u64,
+    /// The silence has a deadline. Stays until that is over, so that most requests don't set one.
+    watched: bool,
     backoff_us: u64,
     login_refusals: u32,
     /// What waits is, or was, a hold and not just a first connection.
@@ -132,6 +143,9 @@ impl Lane {
             route: None,
             touched: false,
             full: false,
+            recheck_at_us: 0,
+            silent_since_us: 0,
+            watched: false,
             backoff_us: BACKOFF_FIRST_US,
             login_refusals: 0,
             holding: false,
@@ -158,15 +172,18 @@ impl Lane {
     }
 
     /// The lane has no room: it says so in the outbox once it has.
-    pub fn note_full(&mut self) {
-        self.full = true;
+    pub fn note_full(&mut self, now_us: u64, out: &mut Outbox) {
+        if !std::mem::replace(&mut self.full, true) {
+            self.recheck_at_us = now_us + RECHECK_US;
+            out.unsteady |= !self.gate.admits();
+        }
     }
 
     /// Takes a request whose room was checked.
     #[inline]
     pub fn submit(&mut self, entry: Entry, frame: &[u8], now_us: u64, out: &mut Outbox) {
         if self.gate.admits() {
-            self.send(entry, frame);
+            self.send(entry, frame, now_us, out);
             self.touch(out);
         } else {
             self.hold(entry, frame, now_us, out);
@@ -174,12 +191,30 @@ impl Lane {
     }
 
     #[inline]
-    fn send(&mut self, entry: Entry, frame: &[u8]) {
+    fn send(&mut self, entry: Entry, frame: &[u8], now_us: u64, out: &mut Outbox) {
+        if self.flight.is_empty() {
+            self.watch(now_us, out);
+        }
         if self.db != entry.db {
             self.select(entry.db);
         }
         self.flight.push(entry, frame);
         self.in_flight += 1;
+    }
+
+    /// Something is in flight from now on.
+    #[inline]
+    fn watch(&mut self, now_us: u64, out: &mut Outbox) {
+        self.silent_since_us = now_us;
+        if !self.watched {
+            self.watched = true;
+            out.unsteady = true;
+        }
+    }
+
+    /// The node said something, or took more of what it could not take at once.
+    pub fn note_alive(&mut self, now_us: u64) {
+        self.silent_since_us = now_us;
     }
 
     fn select(&mut self, db: u16) {
@@ -306,10 +341,11 @@ impl Lane {
         }
     }
 
-    fn login(&mut self, _now_us: u64, out: &mut Outbox) {
+    fn login(&mut self, now_us: u64, out: &mut Outbox) {
         let Some(route) = self.route.clone() else {
             return;
         };
+        self.watch(now_us, out);
         let (user, password) = (route.username.as_bytes(), route.password.as_bytes());
         let entry = Entry::own(Kind::Login);
         self.flight.push_with(entry, |bytes| match self.protocol {
@@ -361,7 +397,7 @@ impl Lane {
 
     fn drain(&mut self, now_us: u64, out: &mut Outbox) {
         while !self.retry.is_empty() || !self.held.is_empty() {
-            self.send_oldest(now_us);
+            self.send_oldest(now_us, out);
         }
         self.count_held();
         self.touch(out);
@@ -374,13 +410,13 @@ impl Lane {
             self.step(Event::Executed, now_us, out);
             return;
         }
-        self.send_oldest(now_us);
+        self.send_oldest(now_us, out);
         self.probing = true;
         self.count_held();
         self.touch(out);
     }
 
-    fn send_oldest(&mut self, now_us: u64) {
+    fn send_oldest(&mut self, now_us: u64, out: &mut Outbox) {
         let retry = !self.retry.is_empty();
         // Taken out for the time of the move, so that the frame can be read while it is sent.
         let mut from = std::mem::take(if retry {
@@ -390,7 +426,7 @@ impl Lane {
         });
         if let Some(entry) = from.front().copied() {
             self.measure(&entry, now_us);
-            self.send(entry, from.front_frame());
+            self.send(entry, from.front_frame(), now_us, out);
             from.pop();
         }
         *(if retry {
@@ -432,13 +468,37 @@ impl Lane {
         self.counted = now;
     }
 
-    /// Called after replies were taken: a lane that was full may have room again.
+    /// Called after replies were taken, and now and then: a lane that was full may have room again.
     #[inline]
-    pub fn check_room(&mut self, out: &mut Outbox) {
-        if self.full && self.flight.bytes_len() + self.counted <= FLIGHT_BYTES_MAX / 2 {
+    pub fn check_room(&mut self, hold_bytes_max: u64, now_us: u64, out: &mut Outbox) {
+        if !self.full {
+            return;
+        }
+        let room = if self.gate.admits() {
+            self.flight.bytes_len() <= FLIGHT_BYTES_MAX / 2
+        } else {
+            self.has_room(hold_bytes_max)
+        };
+        if room {
             self.full = false;
             out.freed = true;
+        } else if self.recheck_at_us <= now_us {
+            self.recheck_at_us = now_us + RECHECK_US;
         }
+    }
+
+    /// The shard was removed: it may come back as it was, and must then connect anew. What was in
+    /// flight or waited must have been settled.
+    pub fn forget_route(&mut self, now_us: u64, out: &mut Outbox) {
+        if self.route.take().is_none() {
+            return;
+        }
+        if self.link != Link::Idle {
+            out.orders.push(Order::Hangup { lane: self.no });
+        }
+        self.reset_link();
+        self.step(Event::LinkDown, now_us, out);
+        self.holding = false;
     }
 
     /// Takes out the oldest request whose waiting time is over.
@@ -467,9 +527,12 @@ impl Lane {
             Link::LoginRefused { retry_at_us } => Some(retry_at_us),
             Link::Idle | Link::Login | Link::Up => None,
         };
-        let overdue = |q: &FrameQueue| q.front().map(|e| e.held_at_us + budget_us);
+        let overdue = |q: &FrameQueue| q.front().map(|e| e.held_at_us.saturating_add(budget_us));
         [
             link,
+            self.watched
+                .then(|| self.silent_since_us + SILENCE_LIMIT_US),
+            (self.full && !self.gate.admits()).then_some(self.recheck_at_us),
             self.gate.deadline_us(),
             overdue(&self.retry),
             overdue(&self.held),
@@ -490,6 +553,10 @@ impl Lane {
         }
         if self.gate.deadline_us().is_some_and(|at| at <= now_us) {
             self.step(Event::Tick, now_us, out);
+        }
+        if self.watched && self.silent_since_us + SILENCE_LIMIT_US <= now_us {
+            self.watched = false;
+            return !self.flight.is_empty();
         }
         false
     }

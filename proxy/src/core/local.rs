@@ -80,9 +80,11 @@ impl Core {
     fn select(&mut self, slot: u32, request: Request<'_>) -> Flow {
         let databases = i64::from(self.table.settings.databases);
         let db = match parse_i64(request.arg(1)) {
-            None => return self.reply_error(slot, b"ERR invalid DB index"),
+            None => return self.reply_error(slot, NOT_AN_INTEGER),
             Some(db) if i32::try_from(db).is_err() => {
-                return self.reply_error(slot, NOT_AN_INTEGER);
+                let text =
+                    b"ERR value is out of range, value must between -2147483648 and 2147483647";
+                return self.reply_error(slot, text);
             }
             Some(db) if !(0..databases).contains(&db) => {
                 return self.reply_error(slot, b"ERR DB index is out of range");

@@ -8,7 +8,7 @@ use slotmesh_resp::{Protocol, write};
 use subtle::ConstantTimeEq as _;
 
 use super::Core;
-use super::dispatch::Flow;
+use super::dispatch::{Flow, NOT_READY};
 use super::spec::Request;
 
 /// What clients are told they talk to; the newest commands of the table are those of this version.
@@ -22,6 +22,9 @@ const HELLO_NO_AUTH: &[u8] = b"NOAUTH HELLO must be called with the client alrea
 
 impl Core {
     pub(super) fn auth(&mut self, slot: u32, request: Request<'_>) -> Flow {
+        if !self.ready {
+            return self.reply_error(slot, NOT_READY.as_bytes());
+        }
         let (user, password): (&[u8], &[u8]) = match request.len() {
             2 if self.table.settings.password_sha256.is_none() => {
                 return self.reply_error(slot, NO_PASSWORD_SET);
@@ -53,6 +56,9 @@ impl Core {
     }
 
     pub(super) fn hello(&mut self, slot: u32, request: Request<'_>) -> Flow {
+        if !self.ready {
+            return self.reply_error(slot, NOT_READY.as_bytes());
+        }
         let Some(client) = self.sessions.get(slot) else {
             return Flow::Taken;
         };
@@ -128,7 +134,7 @@ impl Core {
 
     /// RESET: as if the client had just connected, but for its id.
     pub(super) fn reset(&mut self, slot: u32) -> Flow {
-        let open = self.table.settings.password_sha256.is_none();
+        let open = self.is_open();
         let Some(client) = self.sessions.get_mut(slot) else {
             return Flow::Taken;
         };

@@ -78,6 +78,10 @@ impl Core {
         if !spec::is_permitted(command) {
             return self.unsupported(slot, command);
         }
+        // No key (a script without any): it goes where the others of the transaction go.
+        if command.keys(&request).is_ok_and(|keys| keys.is_empty()) {
+            return self.enqueue(slot, None, command, request);
+        }
         match self.shard_of_keys(command, request) {
             Ok(shard) => self.enqueue(slot, Some(shard), command, request),
             Err(text) => self.refuse(slot, text.as_bytes()),

@@ -164,11 +164,18 @@ impl FrameQueue {
         let Some(entry) = self.front().map(|e| e.held_since(now_us)) else {
             return;
         };
-        let mut bytes = self.front_frame().to_vec();
+        let frame = self.front_frame();
+        if let Some(head) = other.head.checked_sub(frame.len()) {
+            // Where it was before, most of the time: nothing else has to move.
+            other.bytes[head..other.head].copy_from_slice(frame);
+            other.head = head;
+        } else {
+            let mut bytes = frame.to_vec();
+            bytes.extend_from_slice(&other.bytes[other.head..]);
+            other.bytes = bytes;
+            other.head = 0;
+        }
         self.pop();
-        bytes.extend_from_slice(&other.bytes[other.head..]);
-        other.bytes = bytes;
-        other.head = 0;
         other.entries.push_front(entry);
     }
 

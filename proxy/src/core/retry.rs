@@ -66,6 +66,9 @@ pub enum Loss {
     OutcomeUnknown,
 }
 
+const ENGINE_LOADING: &[u8] = b" is loading the dataset in memory\r\n";
+const ENGINE_NO_AUTH: &[u8] = b"-NOAUTH Authentication required.\r\n";
+
 /// Judges one whole reply by itself. `command` is the name of the command, for scripts: the refusal
 /// must name the script command, not one inside it.
 #[must_use]
@@ -80,8 +83,10 @@ pub fn classify(reply: &[u8], effect: Effect, command: &[u8]) -> Verdict {
         .unwrap_or_default();
     let refusal = match word {
         b"NOPERM" if !script || names_command(reply, command) => Refusal::Fenced,
-        b"LOADING" => Refusal::Loading,
-        b"NOAUTH" | b"WRONGPASS" => Refusal::OldLogin,
+        // A script can return any error that its author likes, so only the engine's own text counts.
+        b"LOADING" if !script || reply.ends_with(ENGINE_LOADING) => Refusal::Loading,
+        b"NOAUTH" if !script || reply == ENGINE_NO_AUTH => Refusal::OldLogin,
+        b"WRONGPASS" if !script => Refusal::OldLogin,
         b"READONLY" if !script => Refusal::ReadOnly,
         b"NOREPLICAS" if !script => Refusal::NoReplicas,
         b"MASTERDOWN" if !script => Refusal::MasterDown,
@@ -182,6 +187,24 @@ mod tests {
             Verdict::Deliver,
         );
         check("-MASTERDOWN x\r\n", Effect::Script, Verdict::Deliver);
+        for made_up in [
+            "-NOAUTH no session\r\n",
+            "-LOADING x\r\n",
+            "-WRONGPASS x\r\n",
+        ] {
+            check(made_up, Effect::Script, Verdict::Deliver);
+            check(made_up, Effect::ReadScript, Verdict::Deliver);
+        }
+        check(
+            "-LOADING Redis is loading the dataset in memory\r\n",
+            Effect::Script,
+            Verdict::NotExecuted(Refusal::Loading),
+        );
+        check(
+            "-NOAUTH Authentication required.\r\n",
+            Effect::Script,
+            Verdict::NotExecuted(Refusal::OldLogin),
+        );
     }
 
     #[test]

@@ -201,7 +201,7 @@ impl Core {
         for shard in &self.split.shards {
             let lane = &mut self.lanes[lane_no(*shard, protocol) as usize];
             if !lane.has_room(self.table.settings.hold_bytes_max) {
-                lane.note_full();
+                lane.note_full(self.now_us, &mut self.out);
                 return false;
             }
         }

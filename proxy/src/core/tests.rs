@@ -1,5 +1,6 @@
 //! The core as a whole: bytes in, bytes out, in the small world of [`world`].
 
+mod endurance;
 mod losses;
 mod order;
 mod scenarios;

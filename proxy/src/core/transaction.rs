@@ -46,6 +46,12 @@ pub struct BlockWatch {
 }
 
 impl BlockWatch {
+    /// True if commands of the block ran alone already: even a block that was not sent to its end
+    /// must not be repeated then.
+    pub fn is_torn(&self) -> bool {
+        self.torn
+    }
+
     /// Takes the next of `total` replies to the block with this `frame`.
     pub fn reply(&mut self, reply: &[u8], total: u32, frame: &[u8]) -> BlockStep {
         let index = self.seen;
@@ -171,5 +177,15 @@ mod tests {
     fn a_block_whose_writes_ran_alone_is_never_repeated() {
         let replies = [NOPERM, "+OK\r\n", "-ERR EXEC without MULTI\r\n"];
         check(&[SET], &replies, BlockVerdict::Torn);
+        let mut frame = Vec::new();
+        let mut transaction = Transaction::default();
+        write::encode_command(&mut transaction.frames, SET);
+        transaction.commands = 1;
+        let total = write_block(&mut frame, &transaction);
+        let mut watch = BlockWatch::default();
+        watch.reply(NOPERM.as_bytes(), total, &frame);
+        assert!(!watch.is_torn());
+        watch.reply(b"+OK\r\n", total, &frame);
+        assert!(watch.is_torn(), "also when the last reply never comes");
     }
 }

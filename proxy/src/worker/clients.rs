@@ -288,10 +288,15 @@ impl Outlet for Clients {
         if client.blocked {
             return 0;
         }
-        // A failure shows again when the rest is sent.
-        let count = send(&mut client.socket, bytes).unwrap_or(0);
-        client.blocked = count < bytes.len();
-        count
+        match send(&mut client.socket, bytes) {
+            Ok(count) => {
+                client.blocked = count < bytes.len();
+                count
+            }
+            // Not blocked: it shows again when the rest is sent, and closes the client. No event
+            // would ever unblock a broken socket.
+            Err(_) => 0,
+        }
     }
 }
 

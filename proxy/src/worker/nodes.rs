@@ -54,12 +54,13 @@ impl Nodes {
 
     pub(super) fn note(&mut self, lane: LaneNo, event: &Event, core: &mut Core) {
         let Some(node) = self.get(lane) else { return };
-        if !node.connected {
-            if event.is_writable() || event.is_error() || event.is_read_closed() {
-                self.decided(lane, core);
-            }
-            return;
+        if !node.connected && (event.is_writable() || event.is_error() || event.is_read_closed()) {
+            self.decided(lane, core);
         }
+        // The same event may say more, and it will not be said again.
+        let Some(node) = self.get(lane).filter(|node| node.connected) else {
+            return;
+        };
         node.read_closed |= event.is_read_closed() || event.is_error();
         if (event.is_readable() || node.read_closed) && !node.listed {
             node.listed = true;

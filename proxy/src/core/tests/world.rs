@@ -64,6 +64,9 @@ pub(super) struct World {
     wires: HashMap<LaneNo, Wire>,
     pub(super) replies: HashMap<u32, Vec<u8>>,
     pub(super) now_us: u64,
+    /// As if other workers held something too.
+    pub(super) held_sum: Arc<AtomicU64>,
+    removed: Vec<bool>,
     routes: Vec<ShardRoute>,
     settings: InstanceSettings,
     revision: u64,
@@ -88,13 +91,16 @@ impl World {
             port: 1,
             pid: 1,
         };
-        let core = Core::new(Arc::new(identity), Arc::new(AtomicU64::new(0)));
+        let held_sum = Arc::new(AtomicU64::new(0));
+        let core = Core::new(Arc::new(identity), Arc::clone(&held_sum));
         let mut world = Self {
             core,
             nodes: Vec::new(),
             wires: HashMap::new(),
             replies: HashMap::new(),
             now_us: 1000,
+            held_sum,
+            removed: vec![false; shards],
             routes: Vec::new(),
             settings: InstanceSettings::default(),
             revision: 0,
@@ -140,6 +146,12 @@ impl World {
         self.publish();
     }
 
+    /// The shard has no primary, or has its old one again.
+    pub(super) fn remove(&mut self, shard: usize, removed: bool) {
+        self.removed[shard] = removed;
+        self.publish();
+    }
+
     pub(super) fn hold(&mut self, shard: usize, task: &str, max_hold_us: u64) {
         let order = HoldOrder {
             task_id: task.to_owned(),
@@ -173,7 +185,8 @@ impl World {
         let shards = self
             .routes
             .iter()
-            .map(|r| Some(Arc::new(r.clone())))
+            .zip(&self.removed)
+            .map(|(r, removed)| (!removed).then(|| Arc::new(r.clone())))
             .collect();
         let settings = self.settings.clone();
         self.core.apply(Arc::new(RoutingTable::new(
