@@ -55,19 +55,13 @@ impl Disk {
             .mode(0o700)
             .create(dir)
             .map_err(|e| io(&path, e))?;
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&path);
-        drop(file.map_err(|e| io(&path, e))?);
-        let mut builder = Builder::new();
-        builder.set_cache_size(CACHE_BYTES);
-        // A damaged file becomes an error that names it, not a panic.
-        if fs::metadata(&path).is_ok_and(|meta| meta.len() > 0) {
-            builder.set_check_integrity_on_open(true);
+        if !path.exists() {
+            make_file(dir, &path)?;
         }
-        let database = builder
+        let database = Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            // A damaged file becomes an error that names it, not a panic.
+            .set_check_integrity_on_open(true)
             .create(&path)
             .map_err(|error| open_error(&path, error))?;
         let disk = Self { database };
@@ -174,6 +168,28 @@ impl Disk {
     }
 }
 
+/// Makes the file beside its place and moves it there: a process that is killed in between leaves
+/// nothing that the next one could not open.
+fn make_file(dir: &Path, path: &Path) -> Result<(), StoreError> {
+    let new = path.with_extension("new");
+    if let Err(error) = fs::remove_file(&new)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(io(&new, error));
+    }
+    let file = OpenOptions::new()
+        .create_new(true)
+        .append(true)
+        .mode(0o600)
+        .open(&new);
+    drop(file.map_err(|e| io(&new, e))?);
+    let database = Builder::new().create(&new);
+    drop(database.map_err(|error| open_error(&new, error))?);
+    fs::rename(&new, path).map_err(|e| io(path, e))?;
+    let dir_file = fs::File::open(dir).and_then(|d| d.sync_all());
+    dir_file.map_err(|e| io(dir, e))
+}
+
 fn open_error(path: &Path, error: DatabaseError) -> StoreError {
     match error {
         DatabaseError::DatabaseAlreadyOpen => StoreError::Unavailable {
@@ -242,6 +258,15 @@ mod tests {
         fs::write(dir.path().join(FILE), b"not a database").unwrap();
         let error = Disk::open(dir.path()).unwrap_err();
         assert!(matches!(&error, StoreError::Corrupt { reason, .. } if reason.contains(FILE)));
+    }
+
+    #[test]
+    fn a_file_that_was_never_finished_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("store.new"), b"half of a file").unwrap();
+        let opened = Disk::open(dir.path()).unwrap();
+        assert!(opened.items.is_empty());
+        assert!(!dir.path().join("store.new").exists());
     }
 
     #[test]

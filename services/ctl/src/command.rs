@@ -1,0 +1,320 @@
+//! The command line: what can be said, and who does it.
+//!
+//! Flags and their defaults are a contract with scripts; what a command does is in
+//! [`operate`], [`up`] and [`demo`].
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{demo, failure::Failure, operate, render::Output, up};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed: the task did not end Done, or no controller could be reached
+  2  usage: the command line can't be read
+  3  refused: the request was not accepted and changed nothing
+
+Environment:
+  SLOTMESH_CONTROLLER  address of a controller, as --controller
+  SLOTMESH_ENGINES     a directory with engines, as <name>/redis-server (slotmesh up)
+  SLOTMESH_LOG         log filter of `slotmesh up`, such as debug";
+
+/// Operates a mesh of Redis instances: shards, replicas and the proxies before them.
+#[derive(Debug, Parser)]
+#[command(name = "slotmesh", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    /// Address of any controller, HOST:PORT.
+    #[arg(long, global = true, env = "SLOTMESH_CONTROLLER", value_name = "ADDR")]
+    pub controller: Option<String>,
+    /// How results are written to stdout.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs a whole mesh on this machine until SIGINT or SIGTERM.
+    Up(UpArgs),
+    /// Starts a mesh, switches every shard over under load, and shows what clients noticed.
+    Demo(DemoArgs),
+    /// What users create and connect to.
+    #[command(subcommand)]
+    Instance(InstanceCommand),
+    /// Makes replicas the primaries of their shards; clients wait for milliseconds, none fails.
+    Switchover(SwitchoverArgs),
+    /// What operators asked for, and how far it is.
+    #[command(subcommand)]
+    Task(TaskCommand),
+    /// Machines with an agent.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Processes that clients connect to.
+    #[command(subcommand)]
+    Proxy(ProxyCommand),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ArchitectureArg {
+    /// One shard.
+    Standard,
+    /// Slots spread over several shards.
+    Cluster,
+}
+
+impl ArchitectureArg {
+    /// Its name in settings and output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Standard => "standard",
+            Self::Cluster => "cluster",
+        }
+    }
+}
+
+/// Flags of `slotmesh up`. What is not given is taken from the data directory, or else is the default.
+#[derive(Debug, Clone, Args)]
+pub struct UpArgs {
+    /// Directory that holds everything: ports, store, Redis data, logs. Made if missing.
+    #[arg(long, value_name = "DIR")]
+    pub data: PathBuf,
+    /// Kind of the instance [default: cluster].
+    #[arg(long, value_enum)]
+    pub architecture: Option<ArchitectureArg>,
+    /// Number of shards [default: 2; 1 for standard].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub shards: Option<u32>,
+    /// Replicas of each shard [default: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=5))]
+    pub replicas: Option<u32>,
+    /// Number of proxies [default: 2].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub proxies: Option<u32>,
+    /// Worker threads of each proxy [default: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub workers: Option<u32>,
+    /// A version such as 7.0 from an .engines directory, or a path [default: redis-server on PATH].
+    #[arg(long, value_name = "VERSION|PATH")]
+    pub engine: Option<String>,
+    /// `embedded`, or `etcd://HOST:PORT,…` [default: embedded].
+    #[arg(long, value_name = "STORE")]
+    pub store: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// Engine of the nodes, as `slotmesh up --engine`.
+    #[arg(long, value_name = "VERSION|PATH")]
+    pub engine: Option<String>,
+    /// Clients that load the mesh.
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub clients: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum InstanceCommand {
+    /// Creates an instance; its task ends when the instance serves.
+    Create(CreateArgs),
+    /// Every instance.
+    List,
+    /// One instance with its shards and nodes.
+    Describe {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+    },
+    /// Stops the processes of an instance and removes its data.
+    Delete {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        #[command(flatten)]
+        start: StartArgs,
+    },
+}
+
+/// Flags of everything that starts a task.
+#[derive(Debug, Clone, Args)]
+pub struct StartArgs {
+    /// Makes a repeat of the request safe: same token and same request, same task.
+    #[arg(long, value_name = "TOKEN")]
+    pub client_token: Option<String>,
+    /// Waits for the end of the task and shows its progress.
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct CreateArgs {
+    /// Name shown in lists; the id if not given.
+    #[arg(long, default_value = "")]
+    pub name: String,
+    #[arg(long, value_enum, default_value_t = ArchitectureArg::Cluster)]
+    pub architecture: ArchitectureArg,
+    /// Number of shards [default: 2; 1 for standard].
+    #[arg(long, value_name = "N")]
+    pub shards: Option<u32>,
+    /// Replicas of each shard [default: 1].
+    #[arg(long, value_name = "N")]
+    pub replicas: Option<u32>,
+    /// Number of proxies [default: 2].
+    #[arg(long, value_name = "N")]
+    pub proxies: Option<u32>,
+    /// Worker threads of each proxy [default: 1].
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u32>,
+    /// Engine as an agent names it, or a path on the hosts [default: the agents' choice].
+    #[arg(long, default_value = "")]
+    pub engine: String,
+    /// File whose first line is the password of user `default`; without it, clients need none.
+    #[arg(long, value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+    /// Engine parameter, such as maxmemory=100mb; may be repeated.
+    #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct SwitchoverArgs {
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    /// Replica that becomes primary; one for each shard to switch, up to 50.
+    #[arg(long = "target", value_name = "NODE", required = true)]
+    pub targets: Vec<String>,
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TaskCommand {
+    /// Tasks, newest first.
+    List {
+        /// Only those of this instance.
+        #[arg(long, value_name = "INSTANCE", default_value = "")]
+        instance: String,
+        /// At most this many.
+        #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+        limit: u32,
+    },
+    /// One task.
+    Show {
+        #[arg(value_name = "TASK")]
+        task: String,
+    },
+    /// Shows a task's events until it ends; exits 0 only when it ends Done.
+    Watch {
+        #[arg(value_name = "TASK")]
+        task: String,
+        /// First event to show.
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        from: u64,
+    },
+    /// Asks a task to stop; refused past its point of no return.
+    Cancel {
+        #[arg(value_name = "TASK")]
+        task: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Every host whose agent is connected.
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ProxyCommand {
+    /// Every proxy that is connected.
+    List {
+        /// Only those of this instance.
+        #[arg(long, value_name = "INSTANCE", default_value = "")]
+        instance: String,
+    },
+}
+
+impl Cli {
+    /// Does what the command line says.
+    ///
+    /// # Errors
+    /// A [`Failure`] that knows its exit code.
+    pub async fn run(self) -> Result<(), Failure> {
+        let output = self.output;
+        match self.command {
+            Command::Up(args) => up::run(args, output).await,
+            Command::Demo(args) => demo::run(args, output).await,
+            command => {
+                let address = self.controller.ok_or_else(|| {
+                    Failure::Usage(
+                        "which controller? give --controller HOST:PORT or set SLOTMESH_CONTROLLER"
+                            .to_owned(),
+                    )
+                })?;
+                operate::run(&address, command, output).await
+            }
+        }
+    }
+}
+
+fn name_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("expected NAME=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_contract_of_the_command_line_parses() {
+        for line in [
+            "slotmesh up --data d",
+            "slotmesh up --data d --architecture standard --shards 1 --replicas 0 --proxies 1 --workers 2 --engine 7.0 --store etcd://h:1,h:2 --output json",
+            "slotmesh --controller h:1 --output json instance create --architecture cluster --shards 3 --wait",
+            "slotmesh --controller h:1 instance list",
+            "slotmesh instance describe r-1 --controller h:1",
+            "slotmesh instance delete r-1 --wait --client-token t",
+            "slotmesh switchover r-1 --target n-1 --target n-2 --client-token t --wait",
+            "slotmesh task list --instance r-1",
+            "slotmesh task show t-1",
+            "slotmesh task watch t-1 --from 4",
+            "slotmesh task cancel t-1",
+            "slotmesh host list",
+            "slotmesh proxy list --instance r-1",
+            "slotmesh demo",
+        ] {
+            parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_a_usage_error() {
+        for line in [
+            "slotmesh",
+            "slotmesh up",
+            "slotmesh up --data d --shards 0",
+            "slotmesh up --data d --replicas 6",
+            "slotmesh up --data d --output yaml",
+            "slotmesh switchover r-1",
+            "slotmesh instance create --parameter novalue",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn help_documents_the_exit_codes() {
+        use clap::CommandFactory;
+        let help = Cli::command().render_help().to_string();
+        assert!(help.contains("3  refused"), "{help}");
+    }
+}

@@ -1,0 +1,14 @@
+//! The operator's command line, and a whole mesh on one machine.
+//!
+//! A library, so that the tests can drive what the binary does without parsing its output.
+
+pub mod api;
+pub mod command;
+pub mod demo;
+pub mod failure;
+pub mod operate;
+pub mod progress;
+pub mod redis;
+pub mod render;
+pub mod up;
+pub mod views;

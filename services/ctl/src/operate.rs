@@ -1,0 +1,279 @@
+//! The operator's commands: one call to the API each, and its answer shown.
+//!
+//! With `--wait` a command ends with its task, and fails unless the task ended Done.
+
+use std::path::Path;
+
+use anyhow::Context;
+use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance, task::v1 as task};
+
+use crate::{
+    api::Api,
+    command::{
+        ArchitectureArg, Command, CreateArgs, HostCommand, InstanceCommand, ProxyCommand,
+        StartArgs, SwitchoverArgs, TaskCommand,
+    },
+    failure::Failure,
+    progress::{self, Watcher},
+    render::{Output, show, show_line},
+    views::{
+        HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView,
+        TaskEventView, TaskView, architecture_value,
+    },
+};
+
+/// The largest page that a controller gives.
+const PAGE_SIZE_MAX: u32 = 1000;
+
+/// Connects to the controller and does the command.
+///
+/// # Errors
+/// As the controller answered; [`Failure::TaskEnded`] when a task was waited for in vain.
+pub async fn run(address: &str, command: Command, output: Output) -> Result<(), Failure> {
+    let mut api = Api::connect(address).await?;
+    match command {
+        Command::Instance(InstanceCommand::Create(args)) => create(&mut api, args, output).await,
+        Command::Instance(InstanceCommand::List) => {
+            let instances = api.describe_instances(&[]).await?;
+            let views: Vec<_> = instances.into_iter().map(InstanceView::from).collect();
+            Ok(show(output, &views)?)
+        }
+        Command::Instance(InstanceCommand::Describe { instance }) => {
+            describe(&mut api, &instance, output).await
+        }
+        Command::Instance(InstanceCommand::Delete { instance, start }) => {
+            delete(&mut api, instance, start, output).await
+        }
+        Command::Switchover(args) => switchover(&mut api, args, output).await,
+        Command::Task(command) => on_task(&mut api, command, output).await,
+        Command::Host(HostCommand::List) => {
+            let answer = api
+                .call(|api| async move { api.fleet().list_hosts(fleet::ListHostsRequest {}).await })
+                .await?;
+            let views: Vec<_> = answer.hosts.into_iter().map(HostView::from).collect();
+            Ok(show(output, &views)?)
+        }
+        Command::Proxy(ProxyCommand::List { instance }) => {
+            let request = fleet::ListProxiesRequest {
+                instance_id: instance,
+            };
+            let answer = api
+                .call(|api| {
+                    let request = request.clone();
+                    async move { api.fleet().list_proxies(request).await }
+                })
+                .await?;
+            let views: Vec<_> = answer.proxies.into_iter().map(ProxyView::from).collect();
+            Ok(show(output, &views)?)
+        }
+        Command::Up(_) | Command::Demo(_) => {
+            unreachable!("these start a mesh of their own and are run by Cli::run")
+        }
+    }
+}
+
+async fn create(api: &mut Api, args: CreateArgs, output: Output) -> Result<(), Failure> {
+    let password = args
+        .password_file
+        .as_deref()
+        .map(read_password)
+        .transpose()?;
+    let request = instance::CreateInstanceRequest {
+        name: args.name,
+        architecture: architecture(args.architecture),
+        shard_count: args.shards.unwrap_or_default(),
+        replicas_per_shard: args.replicas,
+        proxy_count: args.proxies,
+        workers_per_proxy: args.workers.unwrap_or_default(),
+        engine: args.engine,
+        password: password.unwrap_or_default(),
+        client_token: args.start.client_token.clone().unwrap_or_default(),
+        parameters: args.parameters.into_iter().collect(),
+    };
+    let answer = api
+        .call(|api| {
+            let request = request.clone();
+            async move { api.instances().create_instance(request).await }
+        })
+        .await?;
+    started(
+        api,
+        Some(answer.instance_id),
+        answer.task_id,
+        "create",
+        args.start.wait,
+        output,
+    )
+    .await
+}
+
+async fn describe(api: &mut Api, id: &str, output: Output) -> Result<(), Failure> {
+    let found = api.describe_instances(&[id.to_owned()]).await?;
+    let Some(instance) = found.into_iter().next() else {
+        let status = tonic::Status::not_found(format!("instance {id} does not exist"));
+        return Err(Failure::from_status(&status));
+    };
+    let shards = api
+        .describe_shards(id)
+        .await?
+        .into_iter()
+        .map(ShardView::from)
+        .collect();
+    Ok(show(
+        output,
+        &InstanceDetailView {
+            instance: instance.into(),
+            shards,
+        },
+    )?)
+}
+
+async fn delete(
+    api: &mut Api,
+    instance_id: String,
+    start: StartArgs,
+    output: Output,
+) -> Result<(), Failure> {
+    let client_token = start.client_token.unwrap_or_default();
+    let request = instance::DeleteInstanceRequest {
+        instance_id,
+        client_token,
+    };
+    let answer = api
+        .call(|api| {
+            let request = request.clone();
+            async move { api.instances().delete_instance(request).await }
+        })
+        .await?;
+    started(api, None, answer.task_id, "delete", start.wait, output).await
+}
+
+async fn switchover(api: &mut Api, args: SwitchoverArgs, output: Output) -> Result<(), Failure> {
+    let request = instance::SwitchOverRequest {
+        instance_id: args.instance,
+        target_primary_node_ids: args.targets,
+        target_primary_node_id: String::new(),
+        client_token: args.start.client_token.unwrap_or_default(),
+    };
+    let task_id = api.switch_over(request).await?;
+    started(api, None, task_id, "switchover", args.start.wait, output).await
+}
+
+/// Shows what was started, and with `--wait` how it ended.
+async fn started(
+    api: &mut Api,
+    instance_id: Option<String>,
+    task_id: String,
+    title: &str,
+    wait: bool,
+    output: Output,
+) -> Result<(), Failure> {
+    if !wait {
+        return Ok(show(
+            output,
+            &StartedView {
+                instance_id,
+                task_id,
+                task: None,
+            },
+        )?);
+    }
+    let task = progress::wait(api, &task_id, title).await?;
+    let view = Some(TaskView::from(task.clone()));
+    show(
+        output,
+        &StartedView {
+            instance_id,
+            task_id,
+            task: view,
+        },
+    )?;
+    progress::require_done(&task)
+}
+
+async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Result<(), Failure> {
+    match command {
+        TaskCommand::List { instance, limit } => {
+            let views = list_tasks(api, &instance, limit as usize).await?;
+            Ok(show(output, &views)?)
+        }
+        TaskCommand::Show { task } => {
+            let task = api.task(&task).await?;
+            Ok(show(output, &TaskView::from(task))?)
+        }
+        TaskCommand::Watch { task, from } => {
+            let ended = progress::watch(api, &task, from, &mut Printer { output }).await?;
+            progress::require_done(&ended)
+        }
+        TaskCommand::Cancel { task } => {
+            let request = task::CancelTaskRequest { task_id: task };
+            let answer = api
+                .call(|api| {
+                    let request = request.clone();
+                    async move { api.tasks().cancel_task(request).await }
+                })
+                .await?;
+            match answer.task {
+                Some(task) => Ok(show(output, &TaskView::from(task))?),
+                None => Ok(()),
+            }
+        }
+    }
+}
+
+async fn list_tasks(
+    api: &mut Api,
+    instance_id: &str,
+    limit: usize,
+) -> Result<Vec<TaskView>, Failure> {
+    let mut views: Vec<TaskView> = Vec::new();
+    let mut page_token = String::new();
+    while views.len() < limit {
+        let missing = u32::try_from(limit - views.len()).unwrap_or(PAGE_SIZE_MAX);
+        let request = task::ListTasksRequest {
+            instance_id: instance_id.to_owned(),
+            states: Vec::new(),
+            page_size: missing.min(PAGE_SIZE_MAX),
+            page_token,
+        };
+        let answer = api
+            .call(|api| {
+                let request = request.clone();
+                async move { api.tasks().list_tasks(request).await }
+            })
+            .await?;
+        views.extend(answer.tasks.into_iter().map(TaskView::from));
+        page_token = answer.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    Ok(views)
+}
+
+/// Events as results: one line each on stdout.
+#[derive(Debug)]
+struct Printer {
+    output: Output,
+}
+
+impl Watcher for Printer {
+    fn event(
+        &mut self,
+        event: &task::TaskEvent,
+        _task: Option<&task::Task>,
+    ) -> Result<(), Failure> {
+        Ok(show_line(self.output, &TaskEventView::from(event.clone()))?)
+    }
+}
+
+/// The value that the API has for an architecture.
+pub fn architecture(arg: ArchitectureArg) -> i32 {
+    architecture_value(arg.name()).map_or(0, i32::from)
+}
+
+fn read_password(path: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("read password file {}", path.display()))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}

@@ -1,0 +1,335 @@
+//! What the ctl shows of the API's messages: the JSON that scripts read.
+//!
+//! Field names are a contract, kept apart from the messages so that a change of one is seen to
+//! change the other. Enum values are lower snake case, without the prefix of their type.
+
+use serde::Serialize;
+use slotmesh_proto::{
+    fleet::v1 as fleet,
+    instance::v1 as instance,
+    store::v1::{InstanceState, NodeRole, TaskState},
+    task::v1 as task,
+    topology::v1::Architecture,
+};
+
+#[derive(Debug, Clone, Serialize)]
+pub struct InstanceView {
+    pub instance_id: String,
+    pub name: String,
+    pub architecture: String,
+    pub state: String,
+    pub shard_count: u32,
+    pub replicas_per_shard: u32,
+    pub engine: String,
+    pub password_required: bool,
+    pub created_at: String,
+    pub proxies: Vec<EndpointView>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct EndpointView {
+    pub proxy_id: String,
+    pub host_id: String,
+    pub address: String,
+    pub pid: u32,
+}
+
+/// `instance describe`: the instance with its shards.
+#[derive(Debug, Clone, Serialize)]
+pub struct InstanceDetailView {
+    #[serde(flatten)]
+    pub instance: InstanceView,
+    pub shards: Vec<ShardView>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ShardView {
+    pub shard_id: String,
+    pub index: u32,
+    pub slots: Vec<SlotRangeView>,
+    pub epoch: u64,
+    pub mode: String,
+    pub nodes: Vec<NodeView>,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SlotRangeView {
+    pub first: u32,
+    pub last: u32,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeView {
+    pub node_id: String,
+    pub host_id: String,
+    pub role: String,
+    pub address: String,
+    pub run_id: String,
+    pub in_sync: bool,
+    pub pid: u32,
+    pub engine_version: String,
+    pub state: String,
+    pub replication_offset: u64,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct TaskView {
+    pub task_id: String,
+    pub instance_id: String,
+    pub kind: String,
+    pub state: String,
+    pub message: String,
+    pub created_at: String,
+    pub updated_at: String,
+    pub event_count: u64,
+    pub steps_done: u32,
+    pub steps_total: u32,
+    pub cancellable: bool,
+    pub shards: Vec<ShardProgressView>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ShardProgressView {
+    pub shard_id: String,
+    pub from_node_id: String,
+    pub to_node_id: String,
+    pub phase: String,
+    pub message: String,
+    pub hold_ms: f64,
+    pub critical_ms: f64,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct TaskEventView {
+    pub number: u64,
+    pub time: String,
+    pub shard_id: String,
+    pub step: String,
+    pub message: String,
+    pub state: String,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct HostView {
+    pub host_id: String,
+    pub agent_address: String,
+    pub advertise_ip: String,
+    pub agent_version: String,
+    pub agent_pid: u32,
+    pub engines: Vec<String>,
+    pub zone: String,
+    pub node_count: u32,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ProxyView {
+    pub proxy_id: String,
+    pub instance_id: String,
+    pub host_id: String,
+    pub address: String,
+    pub admin_address: String,
+    pub version: String,
+    pub pid: u32,
+    pub clients: u32,
+    pub commands: u64,
+    pub errors: u64,
+    pub held_requests: u64,
+    pub held_max_ms: f64,
+}
+
+/// What a request that starts a task answers: ids at once, the task with `--wait`.
+#[derive(Debug, Clone, Serialize)]
+pub struct StartedView {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<String>,
+    pub task_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskView>,
+}
+
+impl From<instance::Instance> for InstanceView {
+    fn from(from: instance::Instance) -> Self {
+        Self {
+            architecture: value_name(from.architecture().as_str_name(), "ARCHITECTURE_"),
+            state: instance_state_name(from.state()),
+            proxies: from.proxies.into_iter().map(EndpointView::from).collect(),
+            instance_id: from.instance_id,
+            name: from.name,
+            shard_count: from.shard_count,
+            replicas_per_shard: from.replicas_per_shard,
+            engine: from.engine,
+            password_required: from.password_required,
+            created_at: from.created_at,
+        }
+    }
+}
+
+impl From<instance::ProxyEndpoint> for EndpointView {
+    fn from(from: instance::ProxyEndpoint) -> Self {
+        Self {
+            proxy_id: from.proxy_id,
+            host_id: from.host_id,
+            address: from.address,
+            pid: from.pid,
+        }
+    }
+}
+
+impl From<instance::Shard> for ShardView {
+    fn from(from: instance::Shard) -> Self {
+        let slots = from.slots.iter().map(|s| SlotRangeView {
+            first: s.first,
+            last: s.last,
+        });
+        Self {
+            slots: slots.collect(),
+            shard_id: from.shard_id,
+            index: from.index,
+            epoch: from.epoch,
+            mode: from.mode,
+            nodes: from.nodes.into_iter().map(NodeView::from).collect(),
+        }
+    }
+}
+
+impl From<instance::Node> for NodeView {
+    fn from(from: instance::Node) -> Self {
+        Self {
+            role: role_name(from.current_role()),
+            node_id: from.node_id,
+            host_id: from.host_id,
+            address: from.address,
+            run_id: from.run_id,
+            in_sync: from.in_sync,
+            pid: from.pid,
+            engine_version: from.engine_version,
+            state: from.state,
+            replication_offset: from.replication_offset,
+        }
+    }
+}
+
+impl From<task::Task> for TaskView {
+    fn from(from: task::Task) -> Self {
+        Self {
+            state: task_state_name(from.state()),
+            shards: from
+                .shards
+                .into_iter()
+                .map(ShardProgressView::from)
+                .collect(),
+            task_id: from.task_id,
+            instance_id: from.instance_id,
+            kind: from.kind,
+            message: from.message,
+            created_at: from.created_at,
+            updated_at: from.updated_at,
+            event_count: from.event_count,
+            steps_done: from.steps_done,
+            steps_total: from.steps_total,
+            cancellable: from.cancellable,
+        }
+    }
+}
+
+impl From<task::ShardProgress> for ShardProgressView {
+    fn from(from: task::ShardProgress) -> Self {
+        Self {
+            shard_id: from.shard_id,
+            from_node_id: from.from_node_id,
+            to_node_id: from.to_node_id,
+            phase: from.phase,
+            message: from.message,
+            hold_ms: from.hold_ms,
+            critical_ms: from.critical_ms,
+        }
+    }
+}
+
+impl From<task::TaskEvent> for TaskEventView {
+    fn from(from: task::TaskEvent) -> Self {
+        Self {
+            state: task_state_name(from.state()),
+            number: from.number,
+            time: from.time,
+            shard_id: from.shard_id,
+            step: from.step,
+            message: from.message,
+        }
+    }
+}
+
+impl From<fleet::Host> for HostView {
+    fn from(from: fleet::Host) -> Self {
+        Self {
+            host_id: from.host_id,
+            agent_address: from.agent_address,
+            advertise_ip: from.advertise_ip,
+            agent_version: from.agent_version,
+            agent_pid: from.agent_pid,
+            engines: from.engines,
+            zone: from.zone,
+            node_count: from.node_count,
+        }
+    }
+}
+
+impl From<fleet::Proxy> for ProxyView {
+    fn from(from: fleet::Proxy) -> Self {
+        Self {
+            proxy_id: from.proxy_id,
+            instance_id: from.instance_id,
+            host_id: from.host_id,
+            address: from.address,
+            admin_address: from.admin_address,
+            version: from.version,
+            pid: from.pid,
+            clients: from.clients,
+            commands: from.commands,
+            errors: from.errors,
+            held_requests: from.held_requests,
+            held_max_ms: from.held_max_ms,
+        }
+    }
+}
+
+/// `primary`, `replica`, `read_only` or `unspecified`.
+pub fn role_name(role: NodeRole) -> String {
+    value_name(role.as_str_name(), "NODE_ROLE_")
+}
+
+/// `creating`, `running`, `deleting` or `unspecified`.
+pub fn instance_state_name(state: InstanceState) -> String {
+    value_name(state.as_str_name(), "INSTANCE_STATE_")
+}
+
+/// `pending`, `running`, `done`, `rolled_back`, `cancelled`, `needs_operator` or `unspecified`.
+pub fn task_state_name(state: TaskState) -> String {
+    value_name(state.as_str_name(), "TASK_STATE_")
+}
+
+/// Reads what [`architecture`](InstanceView::architecture) shows.
+pub fn architecture_value(name: &str) -> Option<Architecture> {
+    Architecture::from_str_name(&format!("ARCHITECTURE_{}", name.to_ascii_uppercase()))
+}
+
+fn value_name(value: &str, prefix: &str) -> String {
+    value
+        .strip_prefix(prefix)
+        .unwrap_or(value)
+        .to_ascii_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enum_values_are_short_lower_case_names() {
+        assert_eq!(role_name(NodeRole::ReadOnly), "read_only");
+        assert_eq!(task_state_name(TaskState::RolledBack), "rolled_back");
+        assert_eq!(instance_state_name(InstanceState::Running), "running");
+        assert_eq!(architecture_value("cluster"), Some(Architecture::Cluster));
+        assert_eq!(architecture_value("sharded"), None);
+    }
+}
