@@ -1,0 +1,6 @@
+//! What the mesh costs and what its changes do to clients, measured from outside.
+//!
+//! A library, so that the end-to-end tests run the same load and the same audit, only shorter.
+
+pub mod proxy;
+pub mod switchover;

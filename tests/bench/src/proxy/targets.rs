@@ -1,0 +1,231 @@
+//! What is measured: our proxy, one Redis directly, twemproxy, and proxies that run already.
+//!
+//! Invariant: every target has shards of its own kind and number behind it, and what was started here
+//! is gone when its value is dropped.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, ensure};
+use slotmesh_ctl::up::contract::Contract;
+use slotmesh_harness::{RedisServer, engines, ports, wait_until};
+use tempfile::TempDir;
+
+pub(super) const SLOTMESH: &str = "slotmesh";
+pub(super) const DIRECT: &str = "direct";
+pub(super) const TWEMPROXY: &str = "twemproxy";
+
+const START_LIMIT: Duration = Duration::from_secs(15);
+/// Another process may take a free port first.
+const TRIES: u32 = 3;
+
+/// One thing to measure, and the process whose time counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) name: String,
+    pub(super) host: String,
+    pub(super) port: u16,
+    pub(super) pid: u32,
+}
+
+impl Target {
+    fn new(name: &str, address: &str, pid: u32) -> anyhow::Result<Self> {
+        let parts = address.rsplit_once(':');
+        let (host, port) = parts.with_context(|| format!("{address:?} is not HOST:PORT"))?;
+        let port = port
+            .parse()
+            .with_context(|| format!("{port:?} is no port"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            host: host.to_owned(),
+            port,
+            pid,
+        })
+    }
+}
+
+/// The one proxy of a mesh.
+pub(super) fn of_mesh(contract: &Contract) -> anyhow::Result<Target> {
+    let (address, pid) = contract
+        .proxies
+        .first()
+        .zip(contract.pids.proxies.first())
+        .context("the mesh has no proxy")?;
+    Target::new(SLOTMESH, address, *pid)
+}
+
+/// `--peer NAME=HOST:PORT:PID`.
+#[derive(Debug, Clone)]
+pub(super) struct PeerSpec(Target);
+
+impl PeerSpec {
+    pub(super) fn target(&self) -> Target {
+        self.0.clone()
+    }
+}
+
+impl FromStr for PeerSpec {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let wanted = || anyhow!("{text:?} is not NAME=HOST:PORT:PID");
+        let (name, rest) = text.split_once('=').ok_or_else(wanted)?;
+        let (address, pid) = rest.rsplit_once(':').ok_or_else(wanted)?;
+        let taken = [SLOTMESH, DIRECT, TWEMPROXY].contains(&name);
+        ensure!(
+            !name.is_empty() && !taken,
+            "{name:?} cannot be a peer's name"
+        );
+        Ok(Self(Target::new(
+            name,
+            address,
+            pid.parse().map_err(|_| wanted())?,
+        )?))
+    }
+}
+
+/// Plain servers: one to be measured directly, the others behind twemproxy.
+#[derive(Debug)]
+pub(super) struct Servers {
+    direct: RedisServer,
+    twemproxy: Twemproxy,
+}
+
+impl Servers {
+    pub(super) async fn start(engine: &str, shards: u32) -> anyhow::Result<Self> {
+        let engine = engines::find(engine)?;
+        let direct = RedisServer::start(&engine, &[]).await?;
+        let mut behind = Vec::new();
+        for _ in 0..shards {
+            behind.push(RedisServer::start(&engine, &[]).await?);
+        }
+        Ok(Self {
+            direct,
+            twemproxy: Twemproxy::start(behind).await?,
+        })
+    }
+
+    pub(super) fn direct(&self) -> anyhow::Result<Target> {
+        Target::new(DIRECT, &self.direct.address, self.direct.pid())
+    }
+
+    pub(super) fn twemproxy(&self) -> anyhow::Result<Target> {
+        Target::new(
+            TWEMPROXY,
+            &self.twemproxy.address,
+            self.twemproxy.process.id(),
+        )
+    }
+}
+
+/// A nutcracker with its default settings over some servers; killed when dropped.
+#[derive(Debug)]
+struct Twemproxy {
+    process: Child,
+    address: String,
+    _behind: Vec<RedisServer>,
+    _directory: TempDir,
+}
+
+impl Twemproxy {
+    async fn start(mut behind: Vec<RedisServer>) -> anyhow::Result<Self> {
+        let mut last = anyhow!("twemproxy was not tried");
+        for _ in 0..TRIES {
+            match Self::try_start(behind).await {
+                Ok(proxy) => return Ok(proxy),
+                Err((servers, error)) => (behind, last) = (servers, error),
+            }
+        }
+        Err(last)
+    }
+
+    /// Gives the servers back if it does not come to life.
+    async fn try_start(
+        behind: Vec<RedisServer>,
+    ) -> Result<Self, (Vec<RedisServer>, anyhow::Error)> {
+        let (process, address, directory) = match spawn(&behind) {
+            Ok(spawned) => spawned,
+            Err(error) => return Err((behind, error)),
+        };
+        let mut proxy = Self {
+            process,
+            address,
+            _behind: behind,
+            _directory: directory,
+        };
+        let served = wait_until(START_LIMIT, "twemproxy to answer PING", async || {
+            let mut client = slotmesh_ctl::redis::Client::connect(&proxy.address).await?;
+            client.call(&[b"PING"]).await.map(|_| ())
+        })
+        .await;
+        match served {
+            Ok(()) => Ok(proxy),
+            Err(error) => Err((std::mem::take(&mut proxy._behind), error)),
+        }
+    }
+}
+
+fn spawn(behind: &[RedisServer]) -> anyhow::Result<(Child, String, TempDir)> {
+    let directory = tempfile::Builder::new().prefix("sm-twem-").tempdir()?;
+    let (port, stats) = (ports::free()?, ports::free()?);
+    let servers: String = behind
+        .iter()
+        .map(|server| format!("   - {}:1\n", server.address))
+        .collect();
+    let settings = format!(
+        "bench:\n  listen: 127.0.0.1:{port}\n  hash: fnv1a_64\n  distribution: ketama\n  \
+         redis: true\n  servers:\n{servers}"
+    );
+    let path = directory.path().join("nutcracker.yml");
+    fs::write(&path, settings)?;
+    let process = Command::new("nutcracker")
+        .arg("-c")
+        .arg(&path)
+        .arg("-o")
+        .arg(directory.path().join("log"))
+        .args(["-s", &stats.to_string(), "-a", "127.0.0.1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("start nutcracker (package nutcracker)")?;
+    Ok((process, format!("127.0.0.1:{port}"), directory))
+}
+
+impl Drop for Twemproxy {
+    fn drop(&mut self) {
+        // It may have died already; then there is nothing left to do.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_a_name_an_address_and_a_pid() {
+        let peer: PeerSpec = "predixy=127.0.0.1:7617:42".parse().unwrap();
+        let target = Target {
+            name: "predixy".into(),
+            host: "127.0.0.1".into(),
+            port: 7617,
+            pid: 42,
+        };
+        assert_eq!(peer.target(), target);
+        for text in [
+            "",
+            "x",
+            "x=1:2",
+            "=h:1:2",
+            "direct=h:1:2",
+            "x=h:70000:2",
+            "x=h:1:y",
+        ] {
+            assert!(text.parse::<PeerSpec>().is_err(), "{text}");
+        }
+    }
+}
