@@ -4,6 +4,12 @@
 //! model is in the `wire` module of the crate that owns the model.
 #![allow(missing_debug_implementations, unreachable_pub)]
 #![allow(clippy::all, clippy::pedantic)]
+// Comments of .proto files are written for their readers, not for rustdoc.
+#![allow(
+    rustdoc::invalid_html_tags,
+    rustdoc::broken_intra_doc_links,
+    rustdoc::bare_urls
+)]
 
 /// Descriptors of every service and message, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/slotmesh.bin"));
