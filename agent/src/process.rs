@@ -116,6 +116,21 @@ impl Process {
         matches!((cwd, dir.canonicalize()), (Ok(cwd), Ok(dir)) if cwd == dir)
     }
 
+    /// The oldest process that works in `dir` and shows one of `marks` in its arguments: what an
+    /// agent started there that died before it could record it. The directory alone is no proof,
+    /// since a person's shell may work there too; younger ones are its own helpers.
+    pub fn find_in(dir: &Path, marks: &[String]) -> Option<Self> {
+        let entries = fs::read_dir("/proc").ok()?.flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let here = pids.filter_map(Self::find).filter(|p| p.runs_in(dir));
+        let marked = here.filter(|p| {
+            let raw = fs::read(format!("/proc/{}/cmdline", p.pid)).unwrap_or_default();
+            let shown = String::from_utf8_lossy(&raw);
+            marks.iter().any(|mark| shown.contains(mark.as_str()))
+        });
+        marked.min_by_key(|p| p.start_time)
+    }
+
     pub fn signal(&self, signal: Signal) {
         if self.is_alive()
             && let Some(pid) = self.rustix_pid()

@@ -36,15 +36,20 @@ async fn a_restarted_agent_adopts_what_runs() {
 async fn a_process_that_was_not_recorded_is_adopted_too() {
     let mut mesh = Mesh::provisioned("").await;
     let before = mesh.controller.node(0).unwrap();
-    mesh.stop_agent(0).await;
-    std::fs::remove_file(mesh.node_dir(0).join("process")).unwrap();
-    mesh.start_agent(0, AtExit::LeaveRunning).await;
-    eventually("the process to be recorded again", async || {
-        mesh.node_dir(0).join("process").exists()
-    })
-    .await;
-    let after = mesh.controller.until("adoption", 0, is_running).await;
-    assert_eq!(after.pid, before.pid);
+    // The agent was killed before its own record, or even before the engine wrote its pid file.
+    for traces in [&["process"][..], &["process", "redis.pid"]] {
+        mesh.stop_agent(0).await;
+        for trace in traces {
+            std::fs::remove_file(mesh.node_dir(0).join(trace)).unwrap();
+        }
+        mesh.start_agent(0, AtExit::LeaveRunning).await;
+        eventually("the process to be recorded again", async || {
+            mesh.node_dir(0).join("process").exists()
+        })
+        .await;
+        let after = mesh.controller.until("adoption", 0, is_running).await;
+        assert_eq!(after.pid, before.pid, "without {traces:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! A node's process from its first start to its removal.
 //!
 //! Invariant: before a start every trace of a live process is followed: our record, the engine's own
-//! pid file, and the socket.
+//! pid file, and whatever works in the node's directory.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -87,7 +87,11 @@ impl Worker {
             .engine_pid()
             .and_then(Process::find)
             .filter(|p| p.runs_in(dir.path()));
-        let Some(process) = recorded.or(unrecorded) else {
+        // As it was started, or as it names itself once it runs.
+        let mut marks = vec![dir.config().display().to_string()];
+        marks.extend(dir.port().map(|port| format!(":{port}")));
+        let unmarked = || Process::find_in(dir.path(), &marks);
+        let Some(process) = recorded.or(unrecorded).or_else(unmarked) else {
             return false;
         };
         if let Err(error) = process.save(&dir.process_file()) {
