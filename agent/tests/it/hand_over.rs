@@ -274,7 +274,7 @@ async fn a_promoted_target_is_not_demoted_by_an_assignment_from_before_the_hand_
     let journal_has_no_freeze = mesh.data(1).join("journal").exists();
     assert!(journal_has_no_freeze);
     let mut short = request;
-    short.timeout_ms = 500;
+    short.timeout_ms = 2_000; // a busy machine must get as far as the commit
     let step = mesh.agent(0).step(short).await;
     assert_eq!(step.outcome(), StepOutcome::Uncertain, "{}", step.message);
     let frozen = mesh.controller.record().revision;
@@ -317,7 +317,7 @@ async fn with_no_controller_to_commit_the_old_primary_stays_fenced_and_a_later_t
     let mut mesh = Mesh::provisioned("").await;
     mesh.controller.refuse_commits();
     let mut request = mesh.declare("token").await;
-    request.timeout_ms = 600;
+    request.timeout_ms = 2_000;
     let done = mesh.agent(0).step(request).await;
     assert_eq!(done.outcome(), StepOutcome::Uncertain, "{}", done.message);
     assert!(!done.committed);
