@@ -10,6 +10,7 @@ pub mod observe;
 pub mod place;
 pub mod provision;
 pub mod spec;
+pub mod step;
 pub mod switchover;
 pub mod upkeep;
 pub mod wire;

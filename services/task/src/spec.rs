@@ -168,6 +168,28 @@ impl Task {
         }
     }
 
+    /// Changes one shard's part; a task without it stays as it is.
+    pub fn edit_switch(&mut self, shard: &ShardId, change: impl FnOnce(&mut ShardSwitch)) {
+        if let Spec::Switchover(switches) = &mut self.spec
+            && let Some(found) = switches.iter_mut().find(|s| s.shard == *shard)
+        {
+            change(found);
+        }
+    }
+
+    /// The task with one shard in `phase` since now. A phase entered again is another try: its
+    /// steps are asked for anew.
+    #[must_use]
+    pub fn with_phase(&self, shard: &ShardId, phase: Phase, message: &str, now_ms: u64) -> Self {
+        let mut next = self.clone();
+        next.edit_switch(shard, |s| {
+            s.phase_since_ms = now_ms.max(s.phase_since_ms + 1);
+            s.phase = phase;
+            message.clone_into(&mut s.message);
+        });
+        next
+    }
+
     /// Whether a cancel would still be honoured: before any shard has begun its critical section.
     #[must_use]
     pub fn is_cancellable(&self) -> bool {

@@ -2,26 +2,17 @@
 
 use std::time::Duration;
 
-use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
+use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
-    Phase, ShardSwitch, Spec, State as TaskState, Task,
-    switchover::{
-        self, Decision, FAILOVER_TIMEOUT_MS, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View,
-    },
+    Phase, ShardSwitch, State as TaskState, Task, step,
+    switchover::{self, Decision, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View},
 };
-use slotmesh_topology::{
-    Handover, Instance, Shard, assignment,
-    credential::{self, Credential},
-};
+use slotmesh_topology::{Handover, Instance, Shard};
 use tracing::{info, warn};
 
 use super::{Answer, DriveError, Driver, Next, StepKey};
 use crate::{clock, mirror::Versioned};
 
-/// A step without waiting in it.
-const STEP_TIMEOUT_MS: u32 = 1_000;
-/// The critical section with its commit: the engine's own timeout, twice the round trips.
-const HAND_OVER_TIMEOUT_MS: u32 = 2_000;
 /// After a step that failed, before the machine may ask for it again.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
 
@@ -99,7 +90,12 @@ impl Driver {
             Decision::Commit => self.commit_handover(task, switch, &shard).await,
             Decision::GiveBack(why) => match shard.value.cancel(&task.value.id) {
                 Ok(next) => {
-                    let next_task = with_phase(&task.value, switch, Phase::RolledBack, &why);
+                    let next_task = task.value.with_phase(
+                        &switch.shard,
+                        Phase::RolledBack,
+                        &why,
+                        clock::now_ms(),
+                    );
                     let event = (switch.shard.as_str(), "GiveBack", why.as_str());
                     self.write_shard_and_task(task, next_task, &shard, &next, event)
                         .await
@@ -120,7 +116,9 @@ impl Driver {
         phase: Phase,
         message: &str,
     ) -> Result<Next, DriveError> {
-        let next = with_phase(&task.value, switch, phase, message);
+        let next = task
+            .value
+            .with_phase(&switch.shard, phase, message, clock::now_ms());
         info!(task = %task.value.id, shard = %switch.shard, phase = phase.name(), message, "switchover");
         self.write_task(task, next, switch.shard.as_str(), phase.name(), message)
             .await
@@ -141,7 +139,9 @@ impl Driver {
         };
         match shard.value.declare(handover) {
             Ok(next) => {
-                let next_task = with_phase(&task.value, switch, Phase::Hold, "");
+                let next_task =
+                    task.value
+                        .with_phase(&switch.shard, Phase::Hold, "", clock::now_ms());
                 let event = (switch.shard.as_str(), "Declare", "proxies hold");
                 self.write_shard_and_task(task, next_task, shard, &next, event)
                     .await
@@ -167,7 +167,9 @@ impl Driver {
             .unwrap_or_default();
         match shard.value.commit(switch.from_epoch, &token) {
             Ok(next) => {
-                let next_task = with_phase(&task.value, switch, Phase::Settle, "");
+                let next_task =
+                    task.value
+                        .with_phase(&switch.shard, Phase::Settle, "", clock::now_ms());
                 let event = (switch.shard.as_str(), "Commit", "committed by the leader");
                 self.write_shard_and_task(task, next_task, shard, &next, event)
                     .await
@@ -189,10 +191,12 @@ impl Driver {
         let hold_us =
             self.hub
                 .longest_hold_us(&shard.value.instance, &switch.shard, shard.value.epoch);
-        let mut next_task = with_phase(&task.value, switch, Phase::Done, note);
+        let mut next_task =
+            task.value
+                .with_phase(&switch.shard, Phase::Done, note, clock::now_ms());
         let moved = (task.value.id.clone(), switch.shard.clone());
         let critical_us = self.critical_us.get(&moved).copied().unwrap_or_default();
-        edit(&mut next_task, switch, |s| {
+        next_task.edit_switch(&switch.shard, |s| {
             (s.hold_us, s.critical_us) = (hold_us, critical_us)
         });
         info!(
@@ -249,37 +253,12 @@ impl Driver {
         step: Step,
     ) {
         let key = step_key(task, switch);
-        let node = if step == Step::EnsureUsers {
-            &switch.to
-        } else {
-            &switch.from
-        };
-        // An agent answers a repeated attempt from its journal. The same try of a phase is the same
-        // attempt, for a successor too; giving rights back is tried until it works.
-        let since_ms = if step == Step::TakeBack {
-            clock::now_ms()
-        } else {
-            switch.phase_since_ms
-        };
-        let attempt = u32::try_from(since_ms % u64::from(u32::MAX)).unwrap_or(1);
-        let request = pb::ExecuteStepRequest {
-            task_id: task.value.id.to_string(),
-            step: format!("{}/{}", switch.shard, step_name(step)),
-            attempt,
-            term: self.term.number(),
-            epoch: shard.epoch.0,
-            instance_id: shard.instance.to_string(),
-            shard_id: shard.id.to_string(),
-            timeout_ms: if step == Step::HandOver {
-                HAND_OVER_TIMEOUT_MS
-            } else {
-                STEP_TIMEOUT_MS
-            },
-            act: Some(act(switch, instance, shard, step)),
-        };
+        let (node, term) = (step.node(switch), self.term.number());
+        let now_ms = clock::now_ms();
+        let request = step::request(&task.value, switch, instance, shard, step, term, now_ms);
         self.steps.insert(key.clone(), StepStatus::Running);
         let (agents, address) = (self.agents.clone(), self.address_of(shard, node));
-        let (answers, node, term) = (self.answers.0.clone(), node.clone(), self.term.number());
+        let (answers, node) = (self.answers.0.clone(), node.clone());
         tokio::spawn(async move {
             let answer = match address {
                 Some(address) => agents.execute(&address, request).await,
@@ -288,7 +267,7 @@ impl Driver {
             let (status, critical_us) = status_of(answer, term);
             let failed = !matches!(status, StepStatus::Done { .. });
             if failed {
-                warn!(%node, step = step_name(step), ?status, "step failed");
+                warn!(%node, step = step.name(), ?status, "step failed");
             }
             if failed && step == Step::TakeBack {
                 tokio::time::sleep(RETRY_PAUSE).await;
@@ -313,99 +292,12 @@ fn step_key(task: &Versioned<Task>, switch: &ShardSwitch) -> StepKey {
     }
 }
 
-fn step_name(step: Step) -> &'static str {
-    match step {
-        Step::EnsureUsers => "ensure-users",
-        Step::HandOver => "hand-over",
-        Step::TakeBack => "take-back",
-    }
-}
-
-fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> Act {
-    let run_id = |node| {
-        shard
-            .member(node)
-            .map(|m| m.run_id.clone())
-            .unwrap_or_default()
-    };
-    let next = switch.from_epoch.next();
-    let Credential {
-        user: proxy_user,
-        password: proxy_password,
-    } = credential::proxy(&instance.secret, &shard.id, switch.from_epoch);
-    let follow = |epoch| credential::replica(&instance.secret, &shard.id, epoch, &switch.from);
-    match step {
-        Step::EnsureUsers => Act::EnsureUsers(pb::EnsureUsers {
-            node_id: switch.to.to_string(),
-            run_id: run_id(&switch.to),
-            users: assignment::replication_users(instance, shard, next, switch.to.as_str()),
-        }),
-        Step::HandOver => Act::HandOver(pb::HandOver {
-            node_id: switch.from.to_string(),
-            run_id: run_id(&switch.from),
-            proxy_user,
-            target_node_id: switch.to.to_string(),
-            target_address: shard
-                .member(&switch.to)
-                .map(|m| m.address.clone())
-                .unwrap_or_default(),
-            master_user: follow(next).user,
-            master_password: follow(next).password,
-            token: shard
-                .handover()
-                .map(|h| h.token.clone())
-                .unwrap_or_default(),
-            failover_timeout_ms: FAILOVER_TIMEOUT_MS,
-        }),
-        Step::TakeBack => Act::TakeBack(pb::TakeBack {
-            node_id: switch.from.to_string(),
-            run_id: run_id(&switch.from),
-            proxy_user,
-            proxy_password,
-            master_user: follow(switch.from_epoch).user,
-            master_password: follow(switch.from_epoch).password,
-        }),
-    }
-}
-
 fn status_of(
     answer: Result<pb::ExecuteStepResponse, tonic::Status>,
     term: u64,
 ) -> (StepStatus, u64) {
-    let answer = match answer {
-        Ok(answer) => answer,
-        Err(status) => return (StepStatus::Uncertain(status.message().to_owned()), 0),
-    };
-    let status = match answer.outcome() {
-        pb::StepOutcome::Done => StepStatus::Done {
-            committed: answer.committed,
-        },
-        pb::StepOutcome::NoEffect => StepStatus::NoEffect(answer.message),
-        pb::StepOutcome::Fenced if answer.known_term > term => StepStatus::Fenced,
-        // A higher epoch of the shard is known there: this hand-over has been overtaken.
-        pb::StepOutcome::Fenced => StepStatus::Uncertain(answer.message),
-        pb::StepOutcome::Uncertain | pb::StepOutcome::Unspecified => {
-            StepStatus::Uncertain(answer.message)
-        }
-    };
-    (status, answer.critical_us)
-}
-
-fn edit(task: &mut Task, switch: &ShardSwitch, change: impl FnOnce(&mut ShardSwitch)) {
-    if let Spec::Switchover(switches) = &mut task.spec
-        && let Some(found) = switches.iter_mut().find(|s| s.shard == switch.shard)
-    {
-        change(found);
+    match answer {
+        Ok(answer) => (step::status_of(&answer, term), answer.critical_us),
+        Err(status) => (StepStatus::Uncertain(status.message().to_owned()), 0),
     }
-}
-
-fn with_phase(task: &Task, switch: &ShardSwitch, phase: Phase, message: &str) -> Task {
-    let mut next = task.clone();
-    edit(&mut next, switch, |s| {
-        // A phase entered again is another try: its steps are asked for anew.
-        s.phase_since_ms = clock::now_ms().max(s.phase_since_ms + 1);
-        s.phase = phase;
-        message.clone_into(&mut s.message);
-    });
-    next
 }

@@ -7,14 +7,12 @@ use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
 use slotmesh_task::{
-    Phase, ShardSwitch, Spec, State as TaskState, Task, provision,
-    switchover::{
-        self, Decision, FAILOVER_TIMEOUT_MS, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View,
-    },
+    Phase, ShardSwitch, Spec, State as TaskState, Task, provision, step,
+    switchover::{self, Decision, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View},
     upkeep,
 };
 use slotmesh_topology::{
-    Handover, Instance, Shard, assignment,
+    Handover, Instance, Shard,
     credential::{self, Credential},
 };
 
@@ -34,8 +32,6 @@ const TICK: Micros = 250 * MS;
 const GRACE: Micros = SEC;
 const ACTS_MAX: usize = 16;
 const STORE_PAUSE: Micros = 200 * MS;
-const STEP_TIMEOUT_MS: u32 = 1_000;
-const HAND_OVER_TIMEOUT_MS: u32 = 2_000;
 const ANSWER_MARGIN: Micros = 500 * MS;
 const RETRY_PAUSE: Micros = 300 * MS;
 
@@ -338,15 +334,11 @@ impl Driver {
         message: &str,
         critical_us: u64,
     ) -> Task {
-        let mut next = task.value.clone();
-        if let Spec::Switchover(switches) = &mut next.spec
-            && let Some(found) = switches.iter_mut().find(|s| s.shard == switch.shard)
-        {
-            found.phase_since_ms = self.desk.now_ms().max(found.phase_since_ms + 1);
-            found.phase = phase;
-            message.clone_into(&mut found.message);
-            found.critical_us = found.critical_us.max(critical_us);
-        }
+        let now_ms = self.desk.now_ms();
+        let mut next = task.value.with_phase(&switch.shard, phase, message, now_ms);
+        next.edit_switch(&switch.shard, |s| {
+            s.critical_us = s.critical_us.max(critical_us)
+        });
         next
     }
 
@@ -358,31 +350,23 @@ impl Driver {
         shard: &Shard,
         step: Step,
     ) {
-        let node = if step == Step::EnsureUsers {
-            &switch.to
-        } else {
-            &switch.from
-        };
-        let timeout_ms = if step == Step::HandOver {
-            HAND_OVER_TIMEOUT_MS
-        } else {
-            STEP_TIMEOUT_MS
-        };
-        let mut act = act(switch, &self.desk.instance, shard, step);
-        if self.desk.world.borrow().variant == Variant::GrantBeforeCommit {
-            grant_too_early(&mut act, &self.desk.instance, shard, switch);
+        let instance = &self.desk.instance;
+        let now_ms = self.desk.now_ms();
+        let mut request = step::request(
+            &task.value,
+            switch,
+            instance,
+            shard,
+            step,
+            self.term,
+            now_ms,
+        );
+        if self.desk.world.borrow().variant == Variant::GrantBeforeCommit
+            && let Some(act) = &mut request.act
+        {
+            grant_too_early(act, instance, shard, switch);
         }
-        let request = pb::ExecuteStepRequest {
-            task_id: task.value.id.to_string(),
-            step: format!("{}/{step:?}", switch.shard),
-            attempt: u32::try_from(switch.phase_since_ms % u64::from(u32::MAX)).unwrap_or(1),
-            term: self.term,
-            epoch: shard.epoch.0,
-            instance_id: shard.instance.to_string(),
-            shard_id: shard.id.to_string(),
-            timeout_ms,
-            act: Some(act),
-        };
+        let (node, timeout_ms) = (step.node(switch), request.timeout_ms);
         self.steps
             .borrow_mut()
             .insert(key.clone(), (StepStatus::Running, 0));
@@ -397,7 +381,10 @@ impl Driver {
                 Some(host) => ask(&desk, Party::Agent(host), request, limit).await,
                 None => None,
             };
-            let status = status_of(answer.as_ref(), term);
+            let status = match &answer {
+                Some(answer) => step::status_of(answer, term),
+                None => StepStatus::Uncertain("no answer".into()),
+            };
             if step == Step::TakeBack && !matches!(status, StepStatus::Done { .. }) {
                 sleep(&desk.world, desk.me, RETRY_PAUSE).await;
             }
@@ -447,68 +434,5 @@ fn grant_too_early(act: &mut Act, instance: &Instance, shard: &Shard, switch: &S
             epoch,
             replication: false,
         });
-    }
-}
-
-fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> Act {
-    let run_id = |node| {
-        shard
-            .member(node)
-            .map(|m| m.run_id.clone())
-            .unwrap_or_default()
-    };
-    let next = switch.from_epoch.next();
-    let Credential {
-        user: proxy_user,
-        password: proxy_password,
-    } = credential::proxy(&instance.secret, &shard.id, switch.from_epoch);
-    let follow = |epoch| credential::replica(&instance.secret, &shard.id, epoch, &switch.from);
-    let target = shard
-        .member(&switch.to)
-        .map(|m| m.address.clone())
-        .unwrap_or_default();
-    match step {
-        Step::EnsureUsers => Act::EnsureUsers(pb::EnsureUsers {
-            node_id: switch.to.to_string(),
-            run_id: run_id(&switch.to),
-            users: assignment::replication_users(instance, shard, next, switch.to.as_str()),
-        }),
-        Step::HandOver => Act::HandOver(pb::HandOver {
-            node_id: switch.from.to_string(),
-            run_id: run_id(&switch.from),
-            proxy_user,
-            target_node_id: switch.to.to_string(),
-            target_address: target,
-            master_user: follow(next).user,
-            master_password: follow(next).password,
-            token: shard
-                .handover()
-                .map(|h| h.token.clone())
-                .unwrap_or_default(),
-            failover_timeout_ms: FAILOVER_TIMEOUT_MS,
-        }),
-        Step::TakeBack => Act::TakeBack(pb::TakeBack {
-            node_id: switch.from.to_string(),
-            run_id: run_id(&switch.from),
-            proxy_user,
-            proxy_password,
-            master_user: follow(switch.from_epoch).user,
-            master_password: follow(switch.from_epoch).password,
-        }),
-    }
-}
-
-fn status_of(answer: Option<&pb::ExecuteStepResponse>, term: u64) -> StepStatus {
-    let Some(answer) = answer else {
-        return StepStatus::Uncertain("no answer".into());
-    };
-    let why = answer.message.clone();
-    match answer.outcome() {
-        pb::StepOutcome::Done => StepStatus::Done {
-            committed: answer.committed,
-        },
-        pb::StepOutcome::NoEffect => StepStatus::NoEffect(why),
-        pb::StepOutcome::Fenced if answer.known_term > term => StepStatus::Fenced,
-        _ => StepStatus::Uncertain(why),
     }
 }
