@@ -40,6 +40,27 @@ pub enum ProtocolError {
     TooDeep,
 }
 
+impl ProtocolError {
+    /// What Redis answers, without the leading `-` and the line end. A byte of the client that the text
+    /// repeats is repeated as it is, whatever it is.
+    #[must_use]
+    pub fn reply(&self) -> Vec<u8> {
+        match self {
+            Self::ExpectedDollar(byte) => {
+                let mut text = b"ERR Protocol error: expected '$', got '".to_vec();
+                text.push(if matches!(byte, b'\r' | b'\n') {
+                    b' '
+                } else {
+                    *byte
+                });
+                text.push(b'\'');
+                text
+            }
+            other => format!("ERR {other}").into_bytes(),
+        }
+    }
+}
+
 /// An error reply is one line, so Redis writes a line break inside it as a space.
 fn printable(byte: u8) -> char {
     match byte {

@@ -111,6 +111,61 @@ fn replies_follow_each_other_without_a_gap() {
 }
 
 #[test]
+fn streamed_types_are_refused_at_once() {
+    // RESP3 has them, no engine sends them: waiting for their end would be waiting for ever.
+    for text in [
+        "$?\r\n",
+        "*?\r\n",
+        "%?\r\n",
+        "~?\r\n",
+        ">?\r\n",
+        "*1\r\n$?\r\n",
+    ] {
+        for (replies, error) in [feed([text.as_bytes()]), feed(text.as_bytes().chunks(1))] {
+            assert!(replies.is_empty());
+            assert_eq!(error, Some(ProtocolError::InvalidReplyLength), "{text:?}");
+        }
+    }
+    for text in [";4\r\nabcd\r\n", ".\r\n", "*1\r\n.\r\n"] {
+        let (_, error) = feed([text.as_bytes()]);
+        assert!(
+            matches!(error, Some(ProtocolError::UnknownReplyType(_))),
+            "{text:?}"
+        );
+    }
+}
+
+#[test]
+fn an_attribute_is_part_of_what_it_is_about() {
+    let attribute = "|2\r\n+a\r\n%1\r\n+b\r\n*0\r\n*1\r\n+c\r\n|1\r\n+d\r\n+e\r\n+f\r\n";
+    let cases = [
+        (format!("{attribute}$1\r\nv\r\n"), ReplyKind::Bulk),
+        (format!("{attribute}{attribute}-ERR\r\n"), ReplyKind::Error),
+        (format!("{attribute}>1\r\n+x\r\n"), ReplyKind::Push),
+        (format!("{attribute}*0\r\n"), ReplyKind::Array),
+        (
+            format!("*2\r\n{attribute}:1\r\n{attribute}:2\r\n"),
+            ReplyKind::Array,
+        ),
+        (
+            format!("%1\r\n{attribute}+k\r\n{attribute}+v\r\n"),
+            ReplyKind::Map,
+        ),
+    ];
+    for (text, kind) in cases {
+        let reply = (text.clone().into_bytes(), kind);
+        let expected = (vec![reply.clone(), reply], None);
+        let twice = text.repeat(2);
+        assert_eq!(feed([twice.as_bytes()]), expected, "{text:?}");
+        assert_eq!(
+            feed(twice.as_bytes().chunks(1)),
+            expected,
+            "{text:?} by byte"
+        );
+    }
+}
+
+#[test]
 fn bytes_that_are_no_reply_are_an_error() {
     let cases = [
         ("x\r\n", ProtocolError::UnknownReplyType(b'x')),

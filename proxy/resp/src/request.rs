@@ -213,14 +213,15 @@ impl RequestParser {
         }
         while state.remaining > 0 {
             if state.body == NO_BODY {
-                match buf.get(state.at as usize) {
-                    None | Some(b'$') => {}
-                    Some(&other) => return Err(ProtocolError::ExpectedDollar(other)),
-                }
                 let Some((len, next)) = state.length(buf, ProtocolError::TooBigBulkCount)? else {
                     *self = state;
                     return Ok(Parsed::Incomplete { missing: 1 });
                 };
+                // As Redis: of a line that has not ended, not even the first byte is judged.
+                let kind = buf[state.at as usize];
+                if kind != b'$' {
+                    return Err(ProtocolError::ExpectedDollar(kind));
+                }
                 state.body = check_bulk(len, limits)?;
                 state.at = position(next)?;
                 position(next + state.body as usize + 2)?;
@@ -280,10 +281,9 @@ impl RequestParser {
         if line + 1 >= buf.len() {
             return Ok(None);
         }
-        Ok(Some((
-            parse_i64(&buf[self.at as usize + 1..line]),
-            line + 2,
-        )))
+        // The line may be empty, without even the byte that says what it counts.
+        let digits = buf.get(self.at as usize + 1..line).unwrap_or_default();
+        Ok(Some((parse_i64(digits), line + 2)))
     }
 
     /// Position of the first `end` byte at or after `self.at`, looking at each byte once.

@@ -63,10 +63,7 @@ impl Value {
             Self::Double(value) => write::write_double(out, protocol, *value),
             Self::Bool(value) => write::write_bool(out, protocol, *value),
             Self::Verbatim { format, text } => write::write_verbatim(out, protocol, *format, text),
-            Self::BigNumber(digits) => match protocol {
-                Protocol::Resp2 => write::write_bulk(out, digits.as_bytes()),
-                Protocol::Resp3 => write::write_line(out, b'(', digits.as_bytes()),
-            },
+            Self::BigNumber(digits) => write::write_big_number(out, protocol, digits.as_bytes()),
             Self::Array(items) => {
                 write::write_array_header(out, items.len());
                 items.iter().for_each(|item| item.encode(out, protocol));

@@ -61,6 +61,23 @@ fn every_type_is_decoded() {
 }
 
 #[test]
+fn attributes_are_dropped_wherever_they_stand() {
+    let attribute = "|1\r\n+ttl\r\n*1\r\n:1\r\n";
+    let list = Value::Array(vec![Value::Int(1), Value::Int(2)]);
+    assert_eq!(
+        decode(&format!(
+            "{attribute}*2\r\n{attribute}:1\r\n{attribute}:2\r\n"
+        )),
+        list
+    );
+    let map = Value::Map(vec![(bulk("k"), Value::Null)]);
+    assert_eq!(
+        decode(&format!("%1\r\n{attribute}$1\r\nk\r\n{attribute}_\r\n")),
+        map
+    );
+}
+
+#[test]
 fn depth_is_bounded_and_announced_sizes_are_not_believed() {
     let fits = ["*1\r\n".repeat(DEPTH_MAX as usize), ":1\r\n".into()].concat();
     assert!(Value::decode(fits.as_bytes()).is_ok());
