@@ -1,10 +1,13 @@
-//! What the engines say of a command, read from `facts.tsv`: name, arity, flags, key positions.
+//! What the engines say of a command, read from `facts.tsv`: name, arity, flags, key positions, ACL
+//! categories.
 //!
 //! Invariant: these are facts, generated; nothing here is our decision. The files are part of the
 //! program, so a line that cannot be read is our mistake and panics when the table is first used
 //! (every test does).
 
+use crate::categories::Categories;
 use crate::keys::{Access, Begin, Find, KeySpec};
+use crate::rights::Rights;
 
 /// A set of [`Flag`]s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -69,7 +72,7 @@ impl Flags {
         self.0 & (1 << flag as u32) != 0
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         text.split(',')
             .filter(|word| !word.is_empty())
             .try_fold(Self(0), |flags, word| {
@@ -84,6 +87,8 @@ pub(crate) struct Fact {
     pub(crate) arity: i32,
     pub(crate) flags: Flags,
     pub(crate) keys: Vec<KeySpec>,
+    pub(crate) categories: Categories,
+    pub(crate) in_redis_7_0: bool,
 }
 
 pub(crate) fn parse_line(line: &'static str) -> Fact {
@@ -92,7 +97,9 @@ pub(crate) fn parse_line(line: &'static str) -> Fact {
 
 fn parse_columns(line: &'static str) -> Option<Fact> {
     let mut columns = line.split('\t');
-    let (name, arity, flags, keys) = (
+    let (name, arity, flags, keys, categories, engines) = (
+        columns.next()?,
+        columns.next()?,
         columns.next()?,
         columns.next()?,
         columns.next()?,
@@ -104,17 +111,20 @@ fn parse_columns(line: &'static str) -> Option<Fact> {
         arity: arity.parse().ok()?,
         flags: Flags::parse(flags)?,
         keys: specs.map(parse_spec).collect::<Option<_>>()?,
+        categories: Categories::parse(categories)?,
+        in_redis_7_0: engines.split(',').any(|engine| engine == "redis-7.0"),
     })
 }
 
-/// `read index=2 keynum=0,1,1`: access, where the first key is found, how many follow.
+/// `read/r index=2 keynum=0,1,1`: access and the rights that it takes, where the first key is found,
+/// how many follow.
 fn parse_spec(text: &'static str) -> Option<KeySpec> {
     let mut words = text.split(' ');
-    let access = match words.next()? {
-        "read" => Access::Read,
-        "write" => Access::Write,
-        "channel" => Access::Channel,
-        _ => return None,
+    let (access, rights) = match words.next()?.split_once('/') {
+        Some(("read", rights)) => (Access::Read, Rights::parse(rights)?),
+        Some(("write", rights)) => (Access::Write, Rights::parse(rights)?),
+        Some(_) => return None,
+        None => (Access::Channel, Rights::of_flags(|_| false)),
     };
     let begin = match words.next()?.split_once('=')? {
         ("index", at) => Begin::Index(at.parse().ok()?),
@@ -128,6 +138,7 @@ fn parse_spec(text: &'static str) -> Option<KeySpec> {
         ("last", "STORE") => {
             return Some(KeySpec {
                 access,
+                rights,
                 begin: Begin::SortStore,
                 find: Find::ONE,
             });
@@ -155,6 +166,7 @@ fn parse_spec(text: &'static str) -> Option<KeySpec> {
     };
     Some(KeySpec {
         access,
+        rights,
         begin,
         find,
     })

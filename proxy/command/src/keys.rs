@@ -3,6 +3,8 @@
 //! Invariant: finding keys allocates nothing and reads only the arguments that the rules name. What
 //! an engine would take for a key is found; a command that an engine would refuse may yield fewer.
 
+use crate::rights::Rights;
+
 /// The arguments of a command; argument 0 is its name.
 pub trait Arguments {
     fn count(&self) -> usize;
@@ -33,6 +35,7 @@ pub enum Access {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KeySpec {
     pub access: Access,
+    pub(crate) rights: Rights,
     pub(crate) begin: Begin,
     pub(crate) find: Find,
 }
@@ -99,6 +102,30 @@ struct Run {
 }
 
 impl Keys {
+    pub(crate) const NONE: Self = Self {
+        runs: [Run {
+            first: 0,
+            last: 0,
+            step: 0,
+        }; SPECS_MAX],
+        len: 0,
+    };
+
+    /// From `first` on, before `end`.
+    pub(crate) fn run(first: usize, end: usize) -> Self {
+        let mut keys = Self::NONE;
+        if first < end {
+            let last = end - 1;
+            keys.runs[0] = Run {
+                first,
+                last,
+                step: 1,
+            };
+            keys.len = 1;
+        }
+        keys
+    }
+
     pub(crate) fn find<A: Arguments + ?Sized>(
         specs: &[KeySpec],
         args: &A,
@@ -143,6 +170,18 @@ impl KeySpec {
             (Begin::Index(at), Find::ONE) => Some(at),
             _ => None,
         }
+    }
+
+    pub(crate) fn is_key(&self) -> bool {
+        self.access != Access::Channel
+    }
+
+    /// True if three numbers say it all, as before Redis 7.
+    pub(crate) fn is_plain(&self) -> bool {
+        matches!(
+            (self.begin, self.find),
+            (Begin::Index(_), Find::Range { limit: 0, .. })
+        )
     }
 
     /// How many arguments make one group (MSET: key and value), and where the groups begin.
@@ -229,7 +268,8 @@ fn sort_store<A: Arguments + ?Sized>(args: &A) -> Option<usize> {
             _ if word.eq_ignore_ascii_case(b"get") || word.eq_ignore_ascii_case(b"by") => 2,
             _ => 1,
         };
-        if word.eq_ignore_ascii_case(b"store") {
+        // One at the end may be the value of another: `SORT k STORE store`.
+        if word.eq_ignore_ascii_case(b"store") && at < args.count() {
             store = Some(at);
         }
     }

@@ -5,9 +5,11 @@
 
 use std::sync::LazyLock;
 
+use crate::categories::Categories;
 use crate::class::{self, Class};
 use crate::facts::{self, Flag, Flags};
 use crate::keys::{Arguments, KeyError, KeySpec, Keys, SPECS_MAX};
+use crate::learn;
 
 /// One command, or one subcommand (`config|get`).
 #[derive(Debug)]
@@ -18,11 +20,30 @@ pub struct Command {
     pub arity: i32,
     pub flags: Flags,
     pub class: Class,
-    keys: Box<[KeySpec]>,
-    subcommands: Box<[(&'static str, u16)]>,
-    only_key: Option<usize>,
+    pub(crate) keys: Box<[KeySpec]>,
+    pub(crate) subcommands: Box<[(&'static str, Place)]>,
+    pub(crate) only_key: Option<usize>,
     /// Where groups of arguments begin, and how many make one.
-    groups: Option<(usize, usize)>,
+    pub(crate) groups: Option<(usize, usize)>,
+    pub(crate) origin: Origin,
+    pub(crate) categories: Categories,
+    pub(crate) id: Option<u16>,
+    pub(crate) in_redis_7_0: bool,
+}
+
+/// Where a subcommand's entry is: the table's own are linked before the table stands.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    Table(u16),
+    Learned(&'static Command),
+}
+
+/// Who told us of a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Table,
+    /// A node, whose COMMAND INFO we have read.
+    Node,
 }
 
 /// Why a command is answered with an error at once. [`CommandError::text`] is the answer.
@@ -101,6 +122,26 @@ impl Command {
             .any(|word| word.eq_ignore_ascii_case(b"block"))
     }
 
+    /// ACL categories: Redis 7.0's, for every command that it has. A learned command is in none, as a
+    /// module's command there.
+    #[must_use]
+    pub fn categories(&self) -> Categories {
+        self.categories
+    }
+
+    /// Place in [`all`], as long as the process lives. A learned command has none.
+    #[inline]
+    #[must_use]
+    pub fn id(&self) -> Option<usize> {
+        self.id.map(usize::from)
+    }
+
+    /// Whether Redis 7.0 has it.
+    #[must_use]
+    pub fn in_redis_7_0(&self) -> bool {
+        self.in_redis_7_0
+    }
+
     #[must_use]
     pub fn is_write(&self) -> bool {
         self.flags.has(Flag::Write)
@@ -113,16 +154,29 @@ impl Command {
 
     #[must_use]
     pub fn subcommand(&self, name: &[u8]) -> Option<&'static Command> {
-        let matches = |(sub, _): &&(&str, u16)| sub.as_bytes().eq_ignore_ascii_case(name);
-        let &(_, at) = self.subcommands.iter().find(matches)?;
-        TABLE.commands.get(usize::from(at))
+        let matches = |(sub, _): &&(&str, Place)| sub.as_bytes().eq_ignore_ascii_case(name);
+        match self.subcommands.iter().find(matches)?.1 {
+            Place::Table(at) => TABLE.commands.get(usize::from(at)),
+            Place::Learned(command) => Some(command),
+        }
+    }
+
+    /// True if no table of ours has it, but a node told us of it ([`crate::learn`]).
+    #[must_use]
+    pub fn is_learned(&self) -> bool {
+        self.origin == Origin::Node
     }
 }
 
-/// The command of this name (not a subcommand).
+/// The command of this name (not a subcommand), if it is in the table or was learned from a node.
 #[inline]
 #[must_use]
 pub fn lookup(name: &[u8]) -> Option<&'static Command> {
+    TABLE.find(name).or_else(|| learn::find(name))
+}
+
+/// The command of this name in the table itself.
+pub(crate) fn in_table(name: &[u8]) -> Option<&'static Command> {
     TABLE.find(name)
 }
 
@@ -150,7 +204,7 @@ pub fn resolve<A: Arguments + ?Sized>(args: &A) -> Result<&'static Command, Comm
     }
 }
 
-/// Every command and subcommand.
+/// Every command and subcommand of the table. What nodes told us of is in [`crate::learned`].
 pub fn all() -> impl Iterator<Item = &'static Command> {
     TABLE.commands.iter()
 }
@@ -256,7 +310,11 @@ impl Table {
         let names: Vec<&'static str> = facts.iter().map(|fact| fact.name).collect();
         let commands = facts
             .into_iter()
-            .map(|fact| command(fact, &names, &classes))
+            .enumerate()
+            .map(|(at, fact)| {
+                let id = u16::try_from(at).expect("there are few commands");
+                command(fact, id, &names, &classes)
+            })
             .collect();
         let mut table = Self {
             commands,
@@ -285,6 +343,7 @@ impl Table {
 
 fn command(
     fact: facts::Fact,
+    id: u16,
     names: &[&'static str],
     classes: &[(&'static str, Class)],
 ) -> Command {
@@ -293,6 +352,8 @@ fn command(
         arity,
         flags,
         keys,
+        categories,
+        in_redis_7_0,
     } = fact;
     assert!(
         keys.len() <= SPECS_MAX,
@@ -304,7 +365,8 @@ fn command(
         .enumerate()
         .filter_map(|(at, other)| {
             let sub = other.strip_prefix(name)?.strip_prefix('|')?;
-            Some((sub, u16::try_from(at).expect("there are few commands")))
+            let at = u16::try_from(at).expect("there are few commands");
+            Some((sub, Place::Table(at)))
         })
         .collect();
     let only_key = match &*keys {
@@ -341,6 +403,10 @@ fn command(
         subcommands,
         only_key,
         groups,
+        origin: Origin::Table,
+        categories,
+        id: Some(id),
+        in_redis_7_0,
     }
 }
 

@@ -80,7 +80,7 @@ fn classes_are_those_of_the_design() {
         ("OBJECT ENCODING k", Class::SingleKey),
         ("MEMORY USAGE k", Class::SingleKey),
         ("XGROUP CREATE k g $", Class::SingleKey),
-        ("SORT_RO k", Class::SingleKey),
+        ("SORT_RO k", Class::SameSlot),
         ("MGET a b", Class::SplitMerge(Merge::Mget)),
         ("MSET a b", Class::SplitMerge(Merge::Mset)),
         ("DEL a", Class::SplitMerge(Merge::Sum)),
@@ -97,19 +97,16 @@ fn classes_are_those_of_the_design() {
         ("CLIENT SETINFO lib-name x", Class::Proxy),
         ("COMMAND", Class::Proxy),
         ("ACL WHOAMI", Class::Proxy),
-        ("CONFIG GET x", Class::Keyless),
+        ("CONFIG GET x", Class::Proxy),
+        ("CONFIG SET x y", Class::Proxy),
+        ("ACL LIST", Class::Proxy),
+        ("COMMAND GETKEYS GET k", Class::Proxy),
+        ("DEBUG SLEEP 1", Class::Keyless),
     ];
     for (line, expected) in cases {
         assert_eq!(class(line), expected, "{line}");
     }
-    for line in [
-        "SHUTDOWN",
-        "REPLICAOF NO ONE",
-        "ACL LIST",
-        "SAVE",
-        "DEBUG SLEEP 1",
-        "PSYNC ? -1",
-    ] {
+    for line in ["SHUTDOWN", "REPLICAOF NO ONE", "SAVE", "PSYNC ? -1"] {
         assert!(matches!(class(line), Class::Refused(_)), "{line}");
     }
 }
