@@ -14,8 +14,8 @@ use std::{
 use serde::Serialize;
 use slotmesh_proto::agent::v1::{Register, agent_service_server::AgentServiceServer};
 use tokio::{net::TcpListener, sync::watch, time::timeout};
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
 
 use crate::{
     artifact::Engines,
@@ -184,7 +184,8 @@ impl App {
             address: self.address,
             source: io::ErrorKind::NotConnected.into(),
         })?;
-        let incoming = TcpListenerStream::new(listener);
+        // An answer is several small writes; none of them may wait for an acknowledgement.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         Ok(tonic::transport::Server::builder()
             .add_service(AgentServiceServer::new(executor))
             .add_service(health_service)

@@ -50,6 +50,12 @@ impl Version {
         patch: 0,
     };
 
+    pub const REDIS_7_2: Self = Self {
+        major: 7,
+        minor: 2,
+        patch: 0,
+    };
+
     /// From `redis-server --version` and its kin.
     pub fn parse(text: &str) -> Option<Self> {
         let word = text

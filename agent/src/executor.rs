@@ -3,13 +3,13 @@
 //! Invariant: a step of a lower term or epoch than the journal's is refused before anything else is
 //! looked at, and a step that has an outcome gets that outcome again.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use slotmesh_proto::agent::v1::{
-    ExecuteStepRequest, ExecuteStepResponse, StepOutcome, agent_service_server::AgentService,
-    execute_step_request::Act,
+    ExecuteStepRequest, ExecuteStepResponse, SetParametersRequest, SetParametersResponse,
+    StepOutcome, agent_service_server::AgentService, execute_step_request::Act,
 };
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -19,9 +19,12 @@ use crate::{
         Journal,
         record::{Fact, Memory, ShardEpoch, StepKey},
     },
-    node::worker::StepCall,
+    node::worker::{NodeCall, ParametersCall, StepCall},
     supervisor::Supervisor,
 };
+
+/// A client waits for them; a node that is busy for longer is asked by nobody any more.
+const PARAMETERS_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Serves the steps of one host.
 #[derive(Debug)]
@@ -54,12 +57,13 @@ impl Executor {
             tracing::error!(error = %chain(&error), "step not journaled, not executed");
             return Ok(not_executed(&self.host.journal, &request, &chain(&error)));
         }
-        let Some(steps) = self.supervisor.steps_of(&node_id) else {
+        let Some(calls) = self.supervisor.calls_of(&node_id) else {
             let why = "the node is not on this host";
             return Ok(not_executed(&self.host.journal, &request, why));
         };
         let (answer, answered) = oneshot::channel();
-        if steps.try_send(StepCall { request, answer }).is_err() {
+        let call = NodeCall::Step(Box::new(StepCall { request, answer }));
+        if calls.try_send(call).is_err() {
             return Err(Status::resource_exhausted(
                 "too many steps wait for this node",
             ));
@@ -72,6 +76,34 @@ impl Executor {
     }
 }
 
+impl Executor {
+    /// Not journaled: what nobody stores is undone by the worker, or ends with the process.
+    async fn set(&self, request: SetParametersRequest) -> Result<SetParametersResponse, Status> {
+        if !is_id(&request.node_id) {
+            return Err(Status::invalid_argument("node_id: not an id"));
+        }
+        let term = self.host.journal.read(Memory::term);
+        if request.term < term {
+            return Err(Status::failed_precondition("a higher term is known here"));
+        }
+        let Some(calls) = self.supervisor.calls_of(&request.node_id) else {
+            return Ok(SetParametersResponse::default());
+        };
+        let limit = Duration::from_millis(request.timeout_ms.into()).min(PARAMETERS_TIME_MAX);
+        let (answer, answered) = oneshot::channel();
+        let call = NodeCall::SetParameters(ParametersCall { request, answer });
+        if calls.try_send(call).is_err() {
+            return Err(Status::resource_exhausted(
+                "too many calls wait for this node",
+            ));
+        }
+        match timeout(limit, answered).await {
+            Ok(answer) => answer.map_err(|_| Status::unavailable("the agent is shutting down")),
+            Err(_) => Err(Status::deadline_exceeded("the node is busy")),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl AgentService for Executor {
     async fn execute_step(
@@ -79,6 +111,14 @@ impl AgentService for Executor {
         request: Request<ExecuteStepRequest>,
     ) -> Result<Response<ExecuteStepResponse>, Status> {
         self.execute(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_parameters(
+        &self,
+        request: Request<SetParametersRequest>,
+    ) -> Result<Response<SetParametersResponse>, Status> {
+        let answer = self.set(request.into_inner()).await;
+        answer.map(Response::new)
     }
 }
 

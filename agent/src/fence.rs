@@ -8,15 +8,20 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 use slotmesh_proto::agent::v1::EpochUser;
 
-use crate::control::{Control, ControlError, strings};
+use crate::{
+    artifact::Version,
+    control::{Control, ControlError, strings},
+};
 
 /// Only administration over the unix socket uses it; it is in the node's boot configuration.
 pub const ADMIN_USER: &str = "slotmesh-admin";
 
 /// What a proxy may do for its clients: all but administration, and of the commands that engines
-/// file under "dangerous" those that belong to users' data or that client libraries call.
-/// SORT may read any key by pattern, which is no danger in an instance of one owner. CLIENT's
-/// harmless subcommands are in `+@all`; PAUSE, KILL and their kin hurt other clients and stay out.
+/// file under "dangerous" or "admin" those that belong to users' data, that client libraries call,
+/// or that proxies permit by the accounts that they keep. SORT may read any key by pattern, which is
+/// no danger in an instance of one owner. What changes who serves, stops the process, or touches
+/// other users of the engine stays out: REPLICAOF, FAILOVER, SHUTDOWN, ACL, CONFIG SET, CLIENT KILL
+/// and PAUSE. MONITOR is the observer's.
 const PROXY_RIGHTS: &[&str] = &[
     "+@all",
     "-@admin",
@@ -24,27 +29,48 @@ const PROXY_RIGHTS: &[&str] = &[
     "+info",
     "+keys",
     "+sort",
-    "+sort_ro",
     "+flushall",
     "+flushdb",
     "+swapdb",
     "+restore",
     "+role",
+    // The engine's own enable-debug-command still guards it.
+    "+debug",
+    "+config|get",
+    "+config|resetstat",
+    "+slowlog",
+    "+latency",
+    "+memory",
+    "+client|unblock",
+    "+client|list",
+    "+client|info",
+    "+script",
+    "+object",
+    "+command",
+    "+lolwut",
+    "+wait",
+    "+pfdebug",
+    "+pfselftest",
+    "+cluster|keyslot",
+    "+module|list",
+    "+acl|whoami",
+    "+save",
+    "+bgsave",
+    "+bgrewriteaof",
+    "+lastsave",
 ];
 
-/// Engines before 7.0 have no SORT_RO and file all of CLIENT under administration.
-const PROXY_RIGHTS_OLD: &[&str] = &[
-    "+@all",
-    "-@admin",
-    "-@dangerous",
-    "+info",
-    "+keys",
-    "+sort",
-    "+flushall",
-    "+flushdb",
-    "+swapdb",
-    "+restore",
-    "+role",
+/// One of those that came last, and that every engine lists by this name.
+const NEWEST_RIGHT: &str = "+debug";
+
+/// Commands that came with 7.0.
+const PROXY_RIGHTS_SINCE_7_0: &[&str] = &["+sort_ro", "+function", "+client|no-evict"];
+
+/// Commands that came with 7.2.
+const PROXY_RIGHTS_SINCE_7_2: &[&str] = &["+client|no-touch", "+waitaof"];
+
+/// Engines before 7.0 file all of CLIENT under administration.
+const PROXY_RIGHTS_BEFORE_7_0: &[&str] = &[
     "+client|setname",
     "+client|getname",
     "+client|id",
@@ -55,12 +81,78 @@ const PROXY_RIGHTS_OLD: &[&str] = &[
     "+client|trackinginfo",
 ];
 
+/// What proxies use to receive messages, to monitor and to ask a node about itself, at any epoch.
+/// Nothing here reads or writes a key, so nothing here needs a fence.
+const OBSERVER_RIGHTS: &[&str] = &[
+    "resetkeys",
+    "&*",
+    "-@all",
+    "+subscribe",
+    "+psubscribe",
+    "+unsubscribe",
+    "+punsubscribe",
+    "+ping",
+    "+monitor",
+    "+info",
+    "+select",
+    "+auth",
+    "+hello",
+    "+role",
+    "+client|setname",
+    "+client|id",
+    "+client|tracking",
+    "+client|caching",
+    "+slowlog|get",
+    "+slowlog|len",
+    "+command",
+];
+
+/// Commands that came with 7.0.
+const OBSERVER_RIGHTS_SINCE_7_0: &[&str] = &["+ssubscribe", "+sunsubscribe"];
+
 /// Enough for PSYNC, with FAILOVER too, and for GETACK.
 const REPLICATION_RIGHTS: &[&str] = &["resetchannels", "-@all", "+psync", "+replconf", "+ping"];
 
 /// Of everything that can be executed only plain reads are left. A mere `-@write` would let scripts
 /// through, whose `redis.pcall` swallows the refusal, and the client would take it for an answer.
 const SOFT_FENCE: &[&str] = &["-@all", "+@read", "+@connection"];
+
+/// Which rights an engine has names for: it refuses a rule with a command that it does not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    Before7_0,
+    Since7_0,
+    Since7_2,
+}
+
+impl Dialect {
+    /// Of an engine; `None`: it has not said its version.
+    pub fn of(version: Option<Version>) -> Self {
+        match version {
+            Some(version) if version < Version::REDIS_7_0 => Self::Before7_0,
+            Some(version) if version >= Version::REDIS_7_2 => Self::Since7_2,
+            _ => Self::Since7_0,
+        }
+    }
+
+    fn proxy_rights<'a>(self) -> impl Iterator<Item = &'a str> {
+        let more: [&[&str]; 2] = match self {
+            Self::Before7_0 => [PROXY_RIGHTS_BEFORE_7_0, &[]],
+            Self::Since7_0 => [PROXY_RIGHTS_SINCE_7_0, &[]],
+            Self::Since7_2 => [PROXY_RIGHTS_SINCE_7_0, PROXY_RIGHTS_SINCE_7_2],
+        };
+        let more = more.into_iter().flatten();
+        PROXY_RIGHTS.iter().chain(more).copied()
+    }
+
+    fn observer_rights<'a>(self) -> impl Iterator<Item = &'a str> {
+        let more: &[&str] = match self {
+            Self::Before7_0 => &[],
+            Self::Since7_0 | Self::Since7_2 => OBSERVER_RIGHTS_SINCE_7_0,
+        };
+        OBSERVER_RIGHTS.iter().chain(more).copied()
+    }
+}
 
 /// A user as the engine lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +161,8 @@ pub struct KnownUser {
     pub password_sha256: String,
     /// Not soft-fenced. Only meaningful for a proxy's user.
     pub full: bool,
+    /// With the rights that this release gives; an older agent gave fewer. Only meaningful when full.
+    pub current: bool,
 }
 
 pub type KnownUsers = BTreeMap<String, KnownUser>;
@@ -80,7 +174,13 @@ pub enum UserKind {
     Replication,
 }
 
-/// Kind and epoch of a user of ours; `None` for any other name.
+/// Whether the name is one of an observer: no user of an epoch, so no fence and no deletion finds it.
+pub fn is_observer(name: &str) -> bool {
+    name.strip_prefix("ob-")
+        .is_some_and(|rest| !rest.is_empty())
+}
+
+/// Kind and epoch of a user of an epoch; `None` for any other name.
 pub fn parse_user(name: &str) -> Option<(UserKind, u64)> {
     if let Some(epoch) = name.strip_prefix("px-") {
         return Some((UserKind::Proxy, epoch.parse().ok()?));
@@ -111,6 +211,7 @@ fn parse_acl_line(line: &str) -> Option<(String, KnownUser)> {
     let mut user = KnownUser {
         password_sha256: String::new(),
         full: false,
+        current: false,
     };
     for word in words {
         if let Some(hash) = word.strip_prefix('#') {
@@ -118,6 +219,7 @@ fn parse_acl_line(line: &str) -> Option<(String, KnownUser)> {
         }
         // Every engine describes the rules from `+@all` or from `-@all` on.
         user.full |= word == "+@all";
+        user.current |= word == NEWEST_RIGHT;
     }
     Some((name.to_owned(), user))
 }
@@ -133,30 +235,41 @@ pub async fn known_users(control: &mut Control) -> Result<KnownUsers, ControlErr
 pub async fn grant(
     control: &mut Control,
     user: &EpochUser,
-    modern: bool,
+    dialect: Dialect,
 ) -> Result<(), ControlError> {
-    let rights = match (user.replication, modern) {
-        (true, _) => REPLICATION_RIGHTS,
-        (false, true) => PROXY_RIGHTS,
-        (false, false) => PROXY_RIGHTS_OLD,
-    };
     let secret = format!("#{}", password_sha256(&user.password));
     let mut args = vec!["ACL", "SETUSER", &user.name, "on", "resetpass", &secret];
-    if !user.replication {
+    if user.replication {
+        args.extend(REPLICATION_RIGHTS);
+    } else {
         args.extend(["~*", "&*"]);
+        args.extend(dialect.proxy_rights());
     }
-    args.extend(rights);
+    control.call(&args).await.map(drop)
+}
+
+/// Creates the observer, or gives it the rights that this release knows. One command, so that its
+/// live connections never lack a right that they have before and after.
+pub async fn grant_observer(
+    control: &mut Control,
+    user: &str,
+    password: &str,
+    dialect: Dialect,
+) -> Result<(), ControlError> {
+    let secret = format!("#{}", password_sha256(password));
+    let mut args = vec!["ACL", "SETUSER", user, "on", "resetpass", &secret];
+    args.extend(dialect.observer_rights());
     control.call(&args).await.map(drop)
 }
 
 /// Gives a soft-fenced proxy user its rights back; passwords stay as they are.
-pub async fn restore(control: &mut Control, user: &str, modern: bool) -> Result<(), ControlError> {
+pub async fn restore(
+    control: &mut Control,
+    user: &str,
+    dialect: Dialect,
+) -> Result<(), ControlError> {
     let mut args = vec!["ACL", "SETUSER", user];
-    args.extend(if modern {
-        PROXY_RIGHTS
-    } else {
-        PROXY_RIGHTS_OLD
-    });
+    args.extend(dialect.proxy_rights());
     control.call(&args).await.map(drop)
 }
 
@@ -184,7 +297,7 @@ mod tests {
         assert_eq!(parse_user("px-7"), Some((UserKind::Proxy, 7)));
         assert_eq!(parse_user("rp-12-n-3"), Some((UserKind::Replication, 12)));
         for name in [
-            "px-", "px-x", "px--1", "rp-1", "rp-1-", "rp--n", "default", ADMIN_USER,
+            "px-", "px-x", "px--1", "rp-1", "rp-1-", "rp--n", "ob-1", "default", ADMIN_USER,
         ] {
             assert_eq!(parse_user(name), None, "{name}");
         }
@@ -196,12 +309,14 @@ mod tests {
             [
                 "user default off nopass sanitize-payload ~* &* +@all",
                 "user px-3 on sanitize-payload #ab12 ~* &* +@all -@admin -@dangerous +info",
+                "user px-4 on sanitize-payload #ab12 ~* &* +@all -@admin +info +debug",
                 "user px-2 on #cd34 ~* &* -@all +@read +@connection",
                 "user rp-3-n1 on #ef56 resetchannels -@all +psync +replconf +ping",
             ]
             .into_iter(),
         );
-        assert_eq!(users.len(), 3);
+        assert_eq!(users.len(), 4);
+        assert!(users["px-4"].current && !users["px-3"].current);
         assert!(users["px-3"].full && !users["px-2"].full && !users["rp-3-n1"].full);
         assert_eq!(users["px-2"].password_sha256, "cd34");
     }

@@ -198,7 +198,7 @@ fn may_grant(user: &EpochUser, assigned: &Assigned, seen: &Observed<'_>) -> bool
     match kind {
         UserKind::Replication => !same_password,
         UserKind::Proxy => {
-            let has_all = same_password && known.is_some_and(|k| k.full);
+            let has_all = same_password && known.is_some_and(|k| k.full && k.current);
             !has_all
                 && serves(spec, user.epoch)
                 && seen.role == Role::Primary

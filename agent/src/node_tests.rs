@@ -32,6 +32,7 @@ fn known(full: bool) -> KnownUser {
     KnownUser {
         password_sha256: password_sha256("p"),
         full,
+        current: full,
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     host::{Host, is_id},
     node::{
         Assigned,
-        worker::{Farewell, NodeHandle, StepCall},
+        worker::{Farewell, NodeCall, NodeHandle},
     },
     proxy::ProxyHandle,
 };
@@ -74,12 +74,12 @@ impl Supervisor {
         }
     }
 
-    /// Where a node's steps go.
-    pub fn steps_of(&self, node_id: &str) -> Option<mpsc::Sender<StepCall>> {
+    /// Where calls for a node go.
+    pub fn calls_of(&self, node_id: &str) -> Option<mpsc::Sender<NodeCall>> {
         self.lock()
             .nodes
             .get(node_id)
-            .map(|handle| handle.steps.clone())
+            .map(|handle| handle.calls.clone())
     }
 
     /// Tells every worker; gives back those that have nothing left to do.

@@ -13,7 +13,7 @@ use super::{Action, Event, HandOver, Outcome, Phase};
 use crate::{
     control::{Control, ControlError},
     controllers::{Commit, CommitAnswer, Controllers},
-    fence,
+    fence::{self, Dialect},
     probe::Info,
 };
 
@@ -30,8 +30,7 @@ pub struct Driver<'a> {
     pub socket: &'a Path,
     pub admin_user: &'a str,
     pub admin_secret: &'a str,
-    /// The engine is 7.0 or newer.
-    pub modern: bool,
+    pub dialect: Dialect,
     pub controllers: &'a Controllers,
     pub commit: Commit,
     pub deadline: Instant,
@@ -138,7 +137,7 @@ impl Driver<'_> {
                 Err(_) => Event::AbortFailed,
             },
             Action::RestoreGrant => {
-                match fence::restore(admin, &order.proxy_user, self.modern).await {
+                match fence::restore(admin, &order.proxy_user, self.dialect).await {
                     Ok(()) => Event::GrantRestored,
                     Err(_) => Event::RestoreFailed,
                 }

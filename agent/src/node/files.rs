@@ -15,6 +15,7 @@ use prost::Message;
 use rand::Rng;
 use sha2::{Digest, Sha256};
 use slotmesh_proto::agent::v1::NodeSpec;
+use slotmesh_topology::parameter;
 
 use crate::{
     artifact::{Engine, Version},
@@ -241,13 +242,27 @@ fn boot_config(
         // Of a full sync that breaks, the replica keeps its old data.
         "repl-diskless-load swapdb".to_owned(),
         "repl-backlog-size 64mb".to_owned(),
+        // Ends of blocking commands are looked for so often in a second: right to 20 ms.
+        "hz 50".to_owned(),
     ];
     if version >= Version::REDIS_7_0 {
         // How long SHUTDOWN waits for replicas.
         lines.push("shutdown-timeout 2".to_owned());
     }
+    lines.extend(boot_only_lines(spec, version));
     lines.push(String::new());
     lines.join("\n")
+}
+
+/// What the engine takes only now. All other parameters are set once the process answers, before
+/// any client is let in: there a value that the engine refuses does not keep it from starting.
+fn boot_only_lines(spec: &NodeSpec, version: Version) -> Vec<String> {
+    let wanted = parameter::BOOT_ONLY.iter().filter_map(|known| {
+        let value = spec.parameters.get(known.name)?;
+        let is_known = !known.since_7_0 || version >= Version::REDIS_7_0;
+        (is_known && known.values.hold(value)).then(|| format!("{} {value}", known.name))
+    });
+    wanted.collect()
 }
 
 /// A directory that only this user can enter.

@@ -1,13 +1,14 @@
-//! The owner of one node: starts or adopts its process, probes it, converges it, and executes its
-//! steps, one thing at a time.
+//! The owner of one node: starts or adopts its process, probes it, converges it, and does what a
+//! leader asks of it, one thing at a time.
 //!
 //! Invariant: a node has one worker and a worker does one thing, so no convergence runs between the
 //! commands of a step, and a second process is never started beside a live one.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use slotmesh_proto::agent::v1::{
     Desired, ExecuteStepRequest, ExecuteStepResponse, NodeReport, NodeSpec, ProcessState,
+    SetParametersRequest, SetParametersResponse,
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -20,26 +21,43 @@ use super::{Assigned, Login, files::NodeDir};
 use crate::{
     artifact::Version,
     control::Control,
-    fence::{ADMIN_USER, KnownUsers},
+    fence::{ADMIN_USER, Dialect, KnownUsers},
     host::Host,
     journal::record::{Begun, Fact},
     process::{Process, Restarts},
 };
 
+use parameters::Ahead;
+
 mod converge;
 mod lifecycle;
+mod parameters;
 mod steps;
 
 /// How old what is known of a node may get.
 const PROBE_EVERY: Duration = Duration::from_millis(100);
-/// Steps of one node that wait for their turn; a leader sends one at a time.
-const STEPS_WAITING_MAX: usize = 16;
+/// Calls for one node that wait for their turn; a leader sends one of a kind at a time.
+const CALLS_WAITING_MAX: usize = 16;
 
 /// A step on its way to the worker.
 #[derive(Debug)]
 pub struct StepCall {
     pub request: ExecuteStepRequest,
     pub answer: oneshot::Sender<ExecuteStepResponse>,
+}
+
+/// Parameters on their way to the worker.
+#[derive(Debug)]
+pub struct ParametersCall {
+    pub request: SetParametersRequest,
+    pub answer: oneshot::Sender<SetParametersResponse>,
+}
+
+/// What a leader asks of a node.
+#[derive(Debug)]
+pub enum NodeCall {
+    Step(Box<StepCall>),
+    SetParameters(ParametersCall),
 }
 
 /// What the agent does with its processes when it ends.
@@ -53,7 +71,7 @@ pub enum Farewell {
 #[derive(Debug)]
 pub struct NodeHandle {
     pub assigned: watch::Sender<Option<Assigned>>,
-    pub steps: mpsc::Sender<StepCall>,
+    pub calls: mpsc::Sender<NodeCall>,
     /// A handle that is dropped ends its worker too.
     stop: DropGuard,
     farewell: watch::Sender<Farewell>,
@@ -64,14 +82,14 @@ impl NodeHandle {
     /// Starts the worker of a node.
     pub fn start(host: Arc<Host>, node_id: String) -> Self {
         let assigned = watch::Sender::new(None);
-        let (steps, step_calls) = mpsc::channel(STEPS_WAITING_MAX);
+        let (calls, waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let stop = CancellationToken::new();
         let farewell = watch::Sender::new(Farewell::LeaveRunning);
         let worker = Worker::new(host, node_id, assigned.subscribe());
-        let task = tokio::spawn(worker.run(step_calls, stop.clone(), farewell.subscribe()));
+        let task = tokio::spawn(worker.run(waiting, stop.clone(), farewell.subscribe()));
         Self {
             assigned,
-            steps,
+            calls,
             stop: stop.drop_guard(),
             farewell,
             task,
@@ -130,14 +148,17 @@ struct Run {
     version: Option<Version>,
     users: KnownUsers,
     login: Option<Login>,
-    parameters: std::collections::HashMap<String, String>,
+    /// As this life of the agent has set it, so that a newer release's rights reach old processes.
+    observer: Option<Login>,
+    /// As set, by their names in lower case.
+    parameters: BTreeMap<String, String>,
+    ahead: Option<Ahead>,
 }
 
 impl Run {
-    /// Which generation of ACL rules the engine understands.
-    fn is_modern(&self) -> bool {
-        self.version
-            .is_none_or(|version| version >= Version::REDIS_7_0)
+    /// Which ACL rules the engine understands.
+    fn dialect(&self) -> Dialect {
+        Dialect::of(self.version)
     }
 }
 
@@ -172,7 +193,7 @@ impl Worker {
 
     async fn run(
         mut self,
-        mut steps: mpsc::Receiver<StepCall>,
+        mut calls: mpsc::Receiver<NodeCall>,
         stop: CancellationToken,
         farewell: watch::Receiver<Farewell>,
     ) {
@@ -183,11 +204,7 @@ impl Worker {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Some(call) = steps.recv() => {
-                    let response = Box::pin(self.execute(call.request)).await;
-                    // The caller may have given up; the outcome is in the journal.
-                    let _ = call.answer.send(response);
-                }
+                Some(call) = calls.recv() => Box::pin(self.answer(call)).await,
                 Ok(()) = self.assigned.changed() => {}
                 () = ended(process) => {}
                 _ = tick.tick() => {}
@@ -196,6 +213,23 @@ impl Worker {
         }
         if *farewell.borrow() == Farewell::Stop {
             self.shut_down(lifecycle::SaveData::Yes).await;
+        }
+    }
+
+    async fn answer(&mut self, call: NodeCall) {
+        match call {
+            NodeCall::Step(call) => {
+                let response = self.execute(call.request).await;
+                // The caller may have given up; the outcome is in the journal.
+                let _ = call.answer.send(response);
+            }
+            NodeCall::SetParameters(call) => {
+                // Nobody waits any more, so nobody would store what is set.
+                if !call.answer.is_closed() {
+                    let response = self.set_ahead(&call.request).await;
+                    let _ = call.answer.send(response);
+                }
+            }
         }
     }
 

@@ -41,6 +41,7 @@ pub(crate) struct Record {
     pub(crate) desired: i32,
     pub(crate) engine: String,
     pub(crate) parameters: HashMap<String, String>,
+    pub(crate) parameters_version: u64,
     pub(crate) proxies: Vec<ProxySpec>,
 }
 
@@ -242,6 +243,9 @@ impl Record {
             users,
             master_password: password(&master_user),
             master_user,
+            observer_user: "ob-1".to_owned(),
+            observer_password: password("ob-1"),
+            parameters_version: self.parameters_version,
         }
     }
 

@@ -1,7 +1,6 @@
 //! Hand-overs between real engines, under a writer, and the ones that must come to nothing.
 
 use std::{
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,7 +18,7 @@ use tokio::time::sleep;
 
 use crate::{
     controller::{Controller, NODES, password},
-    hosts::{Mesh, eventually, kill},
+    hosts::{Mesh, eventually, fetched_engines, kill},
 };
 
 /// A proxy without its hold: a laggard, which must be safe too.
@@ -138,15 +137,8 @@ async fn twenty_hand_overs_under_a_writer_lose_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hand_overs_lose_nothing_on_every_fetched_engine() {
-    let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.engines");
-    let Ok(entries) = std::fs::read_dir(engines) else {
-        return;
-    };
-    for entry in entries {
-        let binary = entry.unwrap().path().join("redis-server");
-        if binary.exists() {
-            hand_overs_lose_nothing(binary.to_str().unwrap(), 10).await;
-        }
+    for engine in fetched_engines() {
+        hand_overs_lose_nothing(&engine, 10).await;
     }
 }
 

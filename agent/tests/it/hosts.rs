@@ -1,6 +1,10 @@
 //! Two agents in this process, a step at a time, and what a test's clients do.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use slotmesh_agent::{
     app::{App, AppError},
@@ -15,7 +19,7 @@ use slotmesh_proto::agent::v1::{
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
-use crate::controller::{Controller, NODES, WAIT, password, user};
+use crate::controller::{Controller, NODES, Record, WAIT, password, user};
 
 /// One agent.
 #[derive(Debug)]
@@ -95,8 +99,13 @@ pub(crate) struct Mesh {
 
 impl Mesh {
     pub(crate) async fn start(engine: &str) -> Self {
+        Self::start_as(|record| record.engine = engine.to_owned()).await
+    }
+
+    /// With a record that says so before any agent has read it.
+    pub(crate) async fn start_as(change: impl FnOnce(&mut Record)) -> Self {
         let controller = Controller::start().await;
-        controller.change(|record| record.engine = engine.to_owned());
+        controller.change(change);
         let dir = tempfile::tempdir().unwrap();
         let mut mesh = Self {
             controller,
@@ -262,6 +271,15 @@ impl Drop for Mesh {
 pub(crate) fn kill(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// Binaries of other versions, where they have been fetched.
+pub(crate) fn fetched_engines() -> Vec<String> {
+    let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.engines");
+    let entries = std::fs::read_dir(engines).into_iter().flatten();
+    let binaries = entries.map(|entry| entry.unwrap().path().join("redis-server"));
+    let found = binaries.filter(|binary| binary.exists());
+    found.map(|b| b.to_str().unwrap().to_owned()).collect()
 }
 
 /// Looks until `claim` holds.

@@ -8,6 +8,8 @@ mod controller;
 mod hand_over;
 mod hosts;
 mod nodes;
+mod parameters;
 mod processes;
 mod resume;
 mod sessions;
+mod users;

@@ -7,7 +7,8 @@ use std::{
 };
 
 use slotmesh_proto::agent::v1::{
-    ExecuteStepRequest, ExecuteStepResponse, agent_service_client::AgentServiceClient,
+    ExecuteStepRequest, ExecuteStepResponse, SetParametersRequest, SetParametersResponse,
+    agent_service_client::AgentServiceClient,
 };
 use tonic::transport::{Channel, Endpoint};
 
@@ -43,9 +44,26 @@ impl Agents {
         request.set_timeout(deadline);
         match tokio::time::timeout(deadline, client.execute_step(request)).await {
             Ok(answer) => answer.map(tonic::Response::into_inner),
-            Err(_) => Err(tonic::Status::deadline_exceeded(format!(
-                "agent at {address} did not answer in {deadline:?}"
-            ))),
+            Err(_) => Err(silent(address, deadline)),
+        }
+    }
+
+    /// Asks the agent at `address` to set parameters of a node.
+    ///
+    /// # Errors
+    /// As [`Agents::execute`].
+    pub async fn set_parameters(
+        &self,
+        address: &str,
+        request: SetParametersRequest,
+    ) -> Result<SetParametersResponse, tonic::Status> {
+        let deadline = Duration::from_millis(request.timeout_ms.into()) + ANSWER_MARGIN;
+        let mut client = AgentServiceClient::new(self.channel(address)?);
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(deadline);
+        match tokio::time::timeout(deadline, client.set_parameters(request)).await {
+            Ok(answer) => answer.map(tonic::Response::into_inner),
+            Err(_) => Err(silent(address, deadline)),
         }
     }
 
@@ -68,4 +86,8 @@ impl Agents {
         channels.insert(address.to_owned(), channel.clone());
         Ok(channel)
     }
+}
+
+fn silent(address: &str, deadline: Duration) -> tonic::Status {
+    tonic::Status::deadline_exceeded(format!("agent at {address} did not answer in {deadline:?}"))
 }

@@ -127,6 +127,7 @@ impl App {
             mirror: mirror.clone(),
             hub: hub.clone(),
             leadership: election.leadership(),
+            agents: Agents::default(),
             address: self.address.clone(),
             stopping: shutdown.clone(),
         };
@@ -160,7 +161,6 @@ async fn join(name: &str, worker: JoinHandle<()>) {
 /// Runs one driver for each term of this controller.
 async fn lead(context: Context, shutdown: CancellationToken) {
     let mut leadership = context.leadership.clone();
-    let agents = Agents::default();
     loop {
         let term = leadership.borrow_and_update().term();
         match term {
@@ -171,7 +171,7 @@ async fn lead(context: Context, shutdown: CancellationToken) {
                     context.store.clone(),
                     context.mirror.clone(),
                     context.hub.clone(),
-                    agents.clone(),
+                    context.agents.clone(),
                     term,
                 );
                 let mut run = tokio::spawn(driver.run(stop.clone()));

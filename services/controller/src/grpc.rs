@@ -17,6 +17,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
+    agents::Agents,
     hub::Hub,
     leader::{Leadership, Term},
     mirror::Mirror,
@@ -40,6 +41,8 @@ pub struct Context {
     pub hub: Hub,
     /// Who leads.
     pub leadership: watch::Receiver<Leadership>,
+    /// Calls to agents.
+    pub agents: Agents,
     /// This controller, as others reach it.
     pub address: String,
     /// The process is stopping: streams end, so that their peers go elsewhere at once.
@@ -82,6 +85,7 @@ pub(crate) fn refused(refusal: &Refusal) -> Status {
         RefusalKind::Precondition => Code::FailedPrecondition,
         RefusalKind::Conflict => Code::Aborted,
         RefusalKind::AlreadyExists => Code::AlreadyExists,
+        RefusalKind::Unavailable => Code::Unavailable,
     };
     let details = ErrorDetails::with_error_info(refusal.reason, ERROR_DOMAIN, HashMap::new());
     Status::with_error_details(code, refusal.message.clone(), details)

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // A test may: its panic is the finding.
 
+#[allow(dead_code)] // Other tests use the rest.
 mod support;
 
 use slotmesh_proto::{

@@ -46,6 +46,12 @@ pub enum Command {
     Instance(InstanceCommand),
     /// Makes replicas the primaries of their shards; clients wait for milliseconds, none fails.
     Switchover(SwitchoverArgs),
+    /// Users of clients, with rules in the words of Redis's ACL SETUSER.
+    #[command(subcommand)]
+    Account(AccountCommand),
+    /// Parameters of engines and proxies, changed while they serve.
+    #[command(subcommand)]
+    Parameters(ParametersCommand),
     /// What operators asked for, and how far it is.
     #[command(subcommand)]
     Task(TaskCommand),
@@ -102,6 +108,10 @@ pub struct UpArgs {
     /// `embedded`, or `etcd://HOST:PORT,…` [default: embedded].
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
+    /// Engine parameter of the instance that is created, such as enable-debug-command=yes; may be
+    /// repeated.
+    #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = name_value)]
+    pub parameters: Vec<(String, String)>,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -186,6 +196,67 @@ pub struct SwitchoverArgs {
     pub targets: Vec<String>,
     #[command(flatten)]
     pub start: StartArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AccountCommand {
+    /// Makes an account, or replaces one whole.
+    Set(AccountSetArgs),
+    /// Every account; `default` is not listed before it is set.
+    List {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+    },
+    /// Removes accounts; their clients are cut off.
+    Remove {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        #[arg(value_name = "NAME", required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct AccountSetArgs {
+    /// File whose first line is the account's password; only its hash is sent.
+    #[arg(long, value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Such as: on '>password' '~cache:*' +@all -flushall. Applied one by one to a new account.
+    #[arg(
+        value_name = "RULE",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub rules: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ParametersCommand {
+    /// Sets parameters on every running node and proxy; what an engine refuses changes nothing.
+    Set(ParametersSetArgs),
+    /// Engine parameters that were set, and all parameters of proxies.
+    Show {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+    },
+}
+
+#[derive(Debug, Clone, Args)]
+#[group(skip)]
+#[command(group = clap::ArgGroup::new("changes").required(true).multiple(true))]
+pub struct ParametersSetArgs {
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    /// Engine parameter, such as maxmemory-policy=allkeys-lru; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_value, group = "changes")]
+    pub engine: Vec<(String, String)>,
+    /// Parameter of proxies, such as split=slot; an empty value is the default. May be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = name_value, group = "changes")]
+    pub proxy: Vec<(String, String)>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -283,6 +354,13 @@ mod tests {
             "slotmesh instance describe r-1 --controller h:1",
             "slotmesh instance delete r-1 --wait --client-token t",
             "slotmesh switchover r-1 --target n-1 --target n-2 --client-token t --wait",
+            "slotmesh up --data d --parameter enable-debug-command=yes --parameter save=",
+            "slotmesh account set r-1 web on >secret ~* -@all +get",
+            "slotmesh account set --password-file f r-1 web",
+            "slotmesh account list r-1",
+            "slotmesh account remove r-1 web other",
+            "slotmesh parameters set r-1 --engine save= --engine hz=20 --proxy split=slot",
+            "slotmesh parameters show r-1",
             "slotmesh task list --instance r-1",
             "slotmesh task show t-1",
             "slotmesh task watch t-1 --from 4",
@@ -305,6 +383,9 @@ mod tests {
             "slotmesh up --data d --output yaml",
             "slotmesh switchover r-1",
             "slotmesh instance create --parameter novalue",
+            "slotmesh parameters set r-1",
+            "slotmesh parameters set r-1 --engine novalue",
+            "slotmesh account remove r-1",
         ] {
             let error = parse(line).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

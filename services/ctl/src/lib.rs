@@ -3,6 +3,7 @@
 //! A library, so that the tests can drive what the binary does without parsing its output.
 
 pub mod api;
+pub mod change;
 pub mod command;
 pub mod demo;
 pub mod failure;

@@ -9,6 +9,7 @@ use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance, task::v1 as t
 
 use crate::{
     api::Api,
+    change,
     command::{
         ArchitectureArg, Command, CreateArgs, HostCommand, InstanceCommand, ProxyCommand,
         StartArgs, SwitchoverArgs, TaskCommand,
@@ -45,6 +46,8 @@ pub async fn run(address: &str, command: Command, output: Output) -> Result<(), 
             delete(&mut api, instance, start, output).await
         }
         Command::Switchover(args) => switchover(&mut api, args, output).await,
+        Command::Account(command) => change::on_account(&mut api, command, output).await,
+        Command::Parameters(command) => change::on_parameters(&mut api, command, output).await,
         Command::Task(command) => on_task(&mut api, command, output).await,
         Command::Host(HostCommand::List) => {
             let answer = api
@@ -272,7 +275,8 @@ pub fn architecture(arg: ArchitectureArg) -> i32 {
     architecture_value(arg.name()).map_or(0, i32::from)
 }
 
-fn read_password(path: &Path) -> anyhow::Result<String> {
+/// The first line of a file.
+pub(crate) fn read_password(path: &Path) -> anyhow::Result<String> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("read password file {}", path.display()))?;
     Ok(text.lines().next().unwrap_or_default().to_owned())

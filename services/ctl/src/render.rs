@@ -3,14 +3,17 @@
 //! Stdout carries only results; progress, hints and errors go to stderr, so that `| jq` always
 //! reads one document.
 
-use std::io::{self, Write};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+};
 
 use comfy_table::{LineStyle, Table, TableStyle};
 use serde::Serialize;
 
 use crate::views::{
-    HostView, InstanceDetailView, InstanceView, NodeView, ProxyView, ShardView, StartedView,
-    TaskEventView, TaskView,
+    AccountView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView, ProxyView,
+    ShardView, StartedView, TaskEventView, TaskView,
 };
 
 /// How results are written.
@@ -193,6 +196,28 @@ fn slots(shard: &ShardView) -> String {
         .map(|s| format!("{}-{}", s.first, s.last))
         .collect::<Vec<_>>()
         .join(",")
+}
+
+impl Text for Vec<AccountView> {
+    fn text(&self) -> String {
+        let rows = self.iter().map(|a| [a.name.clone(), a.rules.join(" ")]);
+        table(["ACCOUNT", "RULES"], rows)
+    }
+}
+
+impl Text for ParametersView {
+    fn text(&self) -> String {
+        let rows = |of: &'static str, map: &BTreeMap<String, String>| {
+            let row = move |(name, value): (&String, &String)| {
+                [of.to_owned(), name.clone(), format!("{value:?}")]
+            };
+            map.iter().map(row).collect::<Vec<_>>()
+        };
+        let all = rows("engine", &self.engine)
+            .into_iter()
+            .chain(rows("proxy", &self.proxy));
+        table(["OF", "PARAMETER", "VALUE"], all)
+    }
 }
 
 impl Text for Vec<TaskView> {

@@ -11,7 +11,7 @@ mod layout;
 pub mod process;
 mod serving;
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use anyhow::{Context, anyhow};
 use slotmesh_runtime::{shutdown, telemetry};
@@ -51,6 +51,7 @@ pub struct Settings {
     pub workers: Option<u32>,
     pub engine: Option<String>,
     pub store: Option<String>,
+    pub parameters: BTreeMap<String, String>,
 }
 
 impl From<UpArgs> for Settings {
@@ -67,6 +68,7 @@ impl From<UpArgs> for Settings {
             workers: args.workers,
             engine: args.engine.as_deref().map(engine::normalized),
             store: args.store,
+            parameters: args.parameters.into_iter().collect(),
         }
     }
 }

@@ -3,13 +3,15 @@
 //! Field names are a contract, kept apart from the messages so that a change of one is seen to
 //! change the other. Enum values are lower snake case, without the prefix of their type.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use slotmesh_proto::{
     fleet::v1 as fleet,
     instance::v1 as instance,
     store::v1::{InstanceState, NodeRole, TaskState},
     task::v1 as task,
-    topology::v1::Architecture,
+    topology::v1::{Account, Architecture},
 };
 
 #[derive(Debug, Clone, Serialize)]
@@ -121,6 +123,19 @@ pub struct HostView {
     pub node_count: u32,
 }
 
+/// Rules hold hashes of passwords, never passwords.
+#[derive(Debug, Clone, Serialize)]
+pub struct AccountView {
+    pub name: String,
+    pub rules: Vec<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ParametersView {
+    pub engine: BTreeMap<String, String>,
+    pub proxy: BTreeMap<String, String>,
+}
+
 #[derive(Debug, Clone, Serialize)]
 pub struct ProxyView {
     pub proxy_id: String,
@@ -160,6 +175,24 @@ impl From<instance::Instance> for InstanceView {
             engine: from.engine,
             password_required: from.password_required,
             created_at: from.created_at,
+        }
+    }
+}
+
+impl From<Account> for AccountView {
+    fn from(from: Account) -> Self {
+        Self {
+            name: from.name,
+            rules: from.rules,
+        }
+    }
+}
+
+impl From<instance::Instance> for ParametersView {
+    fn from(from: instance::Instance) -> Self {
+        Self {
+            engine: from.engine_parameters.into_iter().collect(),
+            proxy: from.proxy_parameters.into_iter().collect(),
         }
     }
 }

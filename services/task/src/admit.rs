@@ -7,17 +7,20 @@ use slotmesh_proto::instance::v1 as api;
 use slotmesh_topology::{
     Architecture, Mode, NodeRole, Shard,
     instance::{NAME_LENGTH_MAX, PROXIES_MAX, REPLICAS_MAX, SHARDS_MAX, WORKERS_MAX},
+    parameter::{self, ParameterError},
     wire,
 };
 
 use crate::spec::{Phase, ShardSwitch};
 
+mod change;
+
+pub use change::{account_refusal, parameter_changes, parameter_refusal};
+
 /// Most shards of one switchover; with it, one transaction stays below etcd's default limit.
 pub const SWITCHOVER_SHARDS_MAX: usize = 50;
 /// Longest client token.
 pub const CLIENT_TOKEN_LENGTH_MAX: usize = 127;
-/// Most engine parameters in a request.
-pub const PARAMETERS_MAX: usize = 100;
 
 /// A refusal: what the caller does next decides the kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +47,8 @@ pub enum RefusalKind {
     Conflict,
     /// The token was used for another request.
     AlreadyExists,
+    /// Those who would have to take part do not answer: try again later.
+    Unavailable,
 }
 
 fn refuse<T>(
@@ -283,29 +288,11 @@ pub fn create(request: &api::CreateInstanceRequest) -> Result<NewInstance, Refus
             format!("workers_per_proxy is 1 to {WORKERS_MAX}"),
         );
     }
-    if request.parameters.len() > PARAMETERS_MAX {
-        return invalid(
-            "PARAMETERS_INVALID",
-            format!("at most {PARAMETERS_MAX} parameters"),
-        );
+    if request.parameters.len() > parameter::ENGINE_MAX {
+        return Err(parameter_refusal(&ParameterError::TooMany));
     }
-    for (key, value) in &request.parameters {
-        // They end up in a configuration file: nothing may start a line of its own there.
-        let key_ok = (1..=64).contains(&key.len())
-            && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
-        if !key_ok || value.len() > 1024 || value.bytes().any(|b| b.is_ascii_control()) {
-            return invalid(
-                "PARAMETERS_INVALID",
-                "a parameter's name or value is malformed".into(),
-            );
-        }
-        // Engines take names in any case.
-        if RESERVED_PARAMETERS.contains(&key.to_ascii_lowercase().as_str()) {
-            return invalid(
-                "PARAMETERS_INVALID",
-                format!("parameter {key} is set by slotmesh"),
-            );
-        }
+    for (name, value) in &request.parameters {
+        parameter::check_new(name, value).map_err(|error| parameter_refusal(&error))?;
     }
     let password_sha256 = if request.password.is_empty() {
         Vec::new()
@@ -321,42 +308,6 @@ pub fn create(request: &api::CreateInstanceRequest) -> Result<NewInstance, Refus
         password_sha256,
     })
 }
-
-/// Parameters on which the mesh depends: fencing, addresses, files.
-const RESERVED_PARAMETERS: &[&str] = &[
-    "aclfile",
-    "appenddirname",
-    "appendfilename",
-    "appendonly",
-    "bind",
-    "cluster-enabled",
-    "daemonize",
-    "databases",
-    "dir",
-    "include",
-    "logfile",
-    "loadmodule",
-    "masterauth",
-    "masteruser",
-    "pidfile",
-    "port",
-    "primaryauth",
-    "primaryuser",
-    "protected-mode",
-    "rename-command",
-    "replica-announce-ip",
-    "replica-announce-port",
-    "replicaof",
-    "requirepass",
-    "slave-announce-ip",
-    "slave-announce-port",
-    "slaveof",
-    "supervised",
-    "tls-port",
-    "unixsocket",
-    "unixsocketperm",
-    "user",
-];
 
 #[cfg(test)]
 mod tests {

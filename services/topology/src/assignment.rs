@@ -22,6 +22,7 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
     let is_primary = member.node == shard.primary;
     let serving = shard.epoch > Epoch(0) && !fenced;
     let master = credential::replica(&instance.secret, &shard.id, shard.epoch, &member.node);
+    let observer = credential::observer(&instance.secret, &shard.id);
     pb::NodeSpec {
         node_id: member.node.to_string(),
         instance_id: instance.id.to_string(),
@@ -56,6 +57,9 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         },
         master_user: master.user,
         master_password: master.password,
+        observer_user: observer.user,
+        observer_password: observer.password,
+        parameters_version: instance.parameters_version,
     }
 }
 
@@ -128,6 +132,9 @@ mod tests {
             workers_per_proxy: 1,
             created_unix_ms: 0,
             parameters: Default::default(),
+            parameters_version: 0,
+            proxy_parameters: Default::default(),
+            accounts: Vec::new(),
         }
     }
 

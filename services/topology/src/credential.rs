@@ -9,7 +9,10 @@ use sha2::Sha256;
 
 use crate::id::{Epoch, NodeId, ShardId};
 
-/// A user of one epoch and its password.
+/// The number is not an epoch: another one would be a user with another password.
+const OBSERVER_USER: &str = "ob-1";
+
+/// A user and its password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credential {
     /// Name at the Redis process.
@@ -46,6 +49,17 @@ pub fn replica(secret: &[u8], shard: &ShardId, epoch: Epoch, node: &NodeId) -> C
     }
 }
 
+/// As which proxies log in at any node of the shard, at any epoch, to receive messages, to monitor
+/// and to ask for INFO. It is outside the epochs because its rights need no fence.
+#[must_use]
+pub fn observer(secret: &[u8], shard: &ShardId) -> Credential {
+    let user = OBSERVER_USER.to_owned();
+    Credential {
+        password: derive(secret, shard, &user),
+        user,
+    }
+}
+
 fn derive(secret: &[u8], shard: &ShardId, user: &str) -> String {
     let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(secret) else {
         unreachable!("HMAC takes a key of any length")
@@ -71,6 +85,8 @@ mod tests {
             proxy(&[8; 32], &"0".into(), Epoch(1)),
             replica(&secret, &"0".into(), Epoch(1), &"a".into()),
             replica(&secret, &"0".into(), Epoch(1), &"b".into()),
+            observer(&secret, &"0".into()),
+            observer(&secret, &"1".into()),
         ];
         for (i, a) in all.iter().enumerate() {
             assert!(

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::id::{HostId, InstanceId, ProxyId};
+use crate::{
+    account::Account,
+    id::{HostId, InstanceId, ProxyId},
+};
 
 /// Longest name of an instance.
 pub const NAME_LENGTH_MAX: usize = 64;
@@ -68,6 +71,13 @@ pub struct Instance {
     pub created_unix_ms: u64,
     /// Engine parameters.
     pub parameters: BTreeMap<String, String>,
+    /// Rises with each change of them, so that an agent can tell an assignment of before a change
+    /// that it has made already.
+    pub parameters_version: u64,
+    /// Parameters of proxies that differ from their defaults.
+    pub proxy_parameters: BTreeMap<String, String>,
+    /// Users of clients, in the order of their names.
+    pub accounts: Vec<Account>,
 }
 
 impl std::fmt::Debug for Instance {

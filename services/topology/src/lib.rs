@@ -6,12 +6,14 @@
 //! **Invariant:** the primary of a shard changes only together with a rise of its epoch
 //! ([`shard::Shard::commit`], [`shard::Shard::readmit`]).
 
+pub mod account;
 pub mod assignment;
 pub mod check;
 pub mod credential;
 pub mod delta;
 pub mod id;
 pub mod instance;
+pub mod parameter;
 pub mod route;
 pub mod shard;
 pub mod slot;

@@ -5,7 +5,9 @@ use slotmesh_proto::topology::v1 as pb;
 use crate::{
     credential,
     instance::{Architecture, Instance},
+    parameter,
     shard::{Mode, Shard},
+    wire,
 };
 
 /// Longest time that a proxy holds a request before it answers with an error. Clients' own
@@ -39,10 +41,11 @@ pub fn shard(instance: &Instance, shard: &Shard) -> Option<pb::ShardRoute> {
         Mode::Serving | Mode::Provisioning => None,
     };
     let credential = credential::proxy(&instance.secret, &shard.id, shard.epoch);
+    let observer = credential::observer(&instance.secret, &shard.id);
     Some(pb::ShardRoute {
         shard_id: shard.id.to_string(),
         index: shard.index,
-        slots: shard.slots.iter().map(crate::wire::slot_range).collect(),
+        slots: shard.slots.iter().map(wire::slot_range).collect(),
         epoch: shard.epoch.0,
         primary_node_id: shard.primary.to_string(),
         primary_address: shard
@@ -52,7 +55,24 @@ pub fn shard(instance: &Instance, shard: &Shard) -> Option<pb::ShardRoute> {
         username: credential.user,
         password: credential.password,
         hold,
+        observer_username: observer.user,
+        observer_password: observer.password,
+        replicas: replicas(shard),
     })
+}
+
+/// All members but the primary that have an address, in the order of their node ids.
+fn replicas(shard: &Shard) -> Vec<pb::Replica> {
+    let others = shard.members.iter().filter(|m| m.node != shard.primary);
+    let mut replicas: Vec<_> = others
+        .filter(|m| !m.address.is_empty())
+        .map(|m| pb::Replica {
+            node_id: m.node.to_string(),
+            address: m.address.clone(),
+        })
+        .collect();
+    replicas.sort_by(|a, b| a.node_id.cmp(&b.node_id));
+    replicas
 }
 
 /// What a proxy must know of its instance besides the shards.
@@ -67,7 +87,9 @@ pub fn settings(instance: &Instance) -> pb::InstanceSettings {
         .into(),
         databases: instance.databases,
         password_sha256: instance.password_sha256.clone(),
-        hold_budget_ms: HOLD_BUDGET_MS,
+        hold_budget_ms: parameter::hold_budget_ms(&instance.proxy_parameters),
         hold_bytes_max: HOLD_BYTES_MAX,
+        accounts: instance.accounts.iter().map(wire::account_to).collect(),
+        proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
     }
 }

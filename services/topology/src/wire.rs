@@ -3,6 +3,7 @@
 use slotmesh_proto::{store::v1 as store, topology::v1 as topology};
 
 use crate::{
+    account::Account,
     check::{self, CheckError},
     id::Epoch,
     instance::{Architecture, Instance, InstanceState},
@@ -187,6 +188,9 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         workers_per_proxy: record.workers_per_proxy,
         created_unix_ms: record.created_unix_ms,
         parameters: record.parameters.clone().into_iter().collect(),
+        parameters_version: record.parameters_version,
+        proxy_parameters: record.proxy_parameters.clone().into_iter().collect(),
+        accounts: record.accounts.iter().map(account_from).collect(),
     })
 }
 
@@ -216,6 +220,27 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         workers_per_proxy: instance.workers_per_proxy,
         created_unix_ms: instance.created_unix_ms,
         parameters: instance.parameters.clone().into_iter().collect(),
+        accounts: instance.accounts.iter().map(account_to).collect(),
+        proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
+        parameters_version: instance.parameters_version,
+    }
+}
+
+/// Reads an account.
+#[must_use]
+pub fn account_from(account: &topology::Account) -> Account {
+    Account {
+        name: account.name.clone(),
+        rules: account.rules.clone(),
+    }
+}
+
+/// Writes an account.
+#[must_use]
+pub fn account_to(account: &Account) -> topology::Account {
+    topology::Account {
+        name: account.name.clone(),
+        rules: account.rules.clone(),
     }
 }
 

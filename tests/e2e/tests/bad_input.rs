@@ -144,9 +144,9 @@ async fn commands_that_cannot_be_served_get_a_clear_error() {
     for (line, part) in [
         ("NOSUCHCOMMAND a b", "unknown command"),
         ("GET", "wrong number of arguments"),
-        ("CONFIG SET maxmemory 1", "-ERR"),
+        ("CONFIG SET nonsense 1", "-ERR Unknown option"),
         ("SHUTDOWN", "-ERR"),
-        ("ACL SETUSER x", "-ERR"),
+        ("ACL SETUSER x nonsense", "-ERR Error in ACL SETUSER"),
         ("REPLICAOF NO ONE", "-ERR"),
         ("FAILOVER", "-ERR"),
         ("DEBUG SLEEP 1", "-ERR"),

@@ -40,6 +40,8 @@ pub struct MeshOptions {
     pub workers: Option<u32>,
     pub engine: Option<String>,
     pub store: Option<String>,
+    /// Engine parameters, NAME=VALUE.
+    pub parameters: Vec<String>,
 }
 
 impl MeshOptions {
@@ -57,7 +59,9 @@ impl MeshOptions {
         let given = flags
             .into_iter()
             .filter_map(|(flag, value)| Some([flag.to_owned(), value?]));
-        given.flatten().collect()
+        let parameters = self.parameters.iter();
+        let parameters = parameters.map(|p| ["--parameter".to_owned(), p.clone()]);
+        given.chain(parameters).flatten().collect()
     }
 }
 

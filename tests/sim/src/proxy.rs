@@ -174,10 +174,13 @@ impl Proxy {
             let used = self.core.client_bytes(*slot, kept);
             kept.drain(..used);
         } else if let Some(lane) = self.lane_of(conn) {
-            let mut buf = std::mem::take(self.core.lane_input(lane));
+            let mut buf = self.core.take_lane_input(lane);
             buf.extend_from_slice(bytes);
             match self.core.node_bytes(lane, &buf, &mut NoOutlet) {
-                Ok(used) => *self.core.lane_input(lane) = buf.split_off(used.min(buf.len())),
+                Ok(used) => {
+                    let left = buf.split_off(used.min(buf.len()));
+                    self.core.keep_lane_input(lane, left);
+                }
                 Err(error) => {
                     let index = self.index;
                     ctx.checks.fail("proxy: a node's bytes are understood", || {
@@ -393,6 +396,7 @@ fn core() -> Core {
         run_id: "proxy".into(),
         port: 6379,
         pid: 1,
+        advertise: None,
     };
     Core::new(Arc::new(identity), Arc::new(AtomicU64::new(0)))
 }
@@ -415,5 +419,7 @@ fn shard_route(route: &pb::ShardRoute) -> ShardRoute {
             .hold
             .as_ref()
             .and_then(|hold| address(&hold.target_address)),
+        observer: None,
+        replicas: Vec::new(),
     }
 }

@@ -359,6 +359,7 @@ impl Process {
         let known = |u: &User| KnownUser {
             password_sha256: u.sha.clone(),
             full: u.rights == Rights::Full,
+            current: true,
         };
         self.users
             .iter()

@@ -14,15 +14,20 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("resp", &[]),
     ("command", &[]),
     ("runtime", &[]),
+    // Who may run which command.
+    ("acl", &["command"]),
     // The pure model, and pure decisions about it.
     ("topology", &["proto"]),
     ("task", &["proto", "topology"]),
     // Processes; they never import each other.
-    ("controller", &["proto", "runtime", "topology", "task"]),
+    (
+        "controller",
+        &["proto", "acl", "runtime", "topology", "task"],
+    ),
     ("ctl", &["proto", "resp", "command", "runtime", "topology"]),
     (
         "proxy",
-        &["proto", "resp", "command", "runtime", "topology"],
+        &["proto", "resp", "command", "acl", "runtime", "topology"],
     ),
     (
         "agent",
@@ -30,10 +35,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
 ];
 /// These import everything.
-const TESTS: &[&str] = &["harness", "tidy", "sim", "e2e", "chaos", "bench"];
+const TESTS: &[&str] = &["harness", "tidy", "sim", "e2e", "chaos", "bench", "judges"];
 
 /// No clock, no sockets, no tasks.
-const PURE: &[&str] = &["resp", "command", "topology", "task"];
+const PURE: &[&str] = &["resp", "command", "acl", "topology", "task"];
 const IMPURE: &[&str] = &[
     "tokio",
     "tokio-util",

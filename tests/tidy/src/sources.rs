@@ -9,6 +9,7 @@ const MAX_LINES: usize = 600;
 const PURE_SOURCES: &[&str] = &[
     "proxy/resp/src/",
     "proxy/command/src/",
+    "proxy/acl/src/",
     "services/topology/src/",
     "services/task/src/",
 ];

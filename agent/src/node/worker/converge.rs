@@ -2,48 +2,18 @@
 //!
 //! Invariant: an epoch is in the journal before anything is granted for it.
 
-use slotmesh_proto::agent::v1::ProcessState;
-
 use super::Worker;
 use crate::{
-    control::{COMMAND_TIMEOUT, Control, ControlError},
+    control::ControlError,
     fence,
     handover::{Role, driver::set_login},
-    node::{Action, Assigned, Decision, FROZEN, Observed, decide, facts},
+    node::{Action, Assigned, Decision, FROZEN, Login, Observed, decide, facts},
     probe::Info,
 };
 
 /// Each round ends with a look at what it has done; what needs more than this is left to the next
 /// turn.
 const ROUNDS_MAX: u32 = 3;
-
-/// Parameters that are the agent's own: changing them would break fencing or take the node from it.
-const OWNED_PARAMETERS: &[&str] = &[
-    "aclfile",
-    "appenddirname",
-    "appendfilename",
-    "appendonly",
-    "bind",
-    "daemonize",
-    "databases",
-    "dir",
-    "logfile",
-    "masterauth",
-    "masteruser",
-    "pidfile",
-    "port",
-    "primaryauth",
-    "primaryuser",
-    "protected-mode",
-    "replica-announce-ip",
-    "replica-announce-port",
-    "replicaof",
-    "requirepass",
-    "slaveof",
-    "supervised",
-    "unixsocket",
-    "unixsocketperm",
-];
 
 impl Worker {
     pub(super) async fn converge(&mut self, assigned: &Assigned) {
@@ -56,6 +26,7 @@ impl Worker {
             return;
         }
         self.set_parameters(assigned).await;
+        self.ensure_observer(assigned).await;
         for _ in 0..ROUNDS_MAX {
             let decision = self.decide(assigned).await;
             let actions = match decision {
@@ -146,7 +117,7 @@ impl Worker {
     }
 
     async fn apply(&mut self, action: Action) -> Result<(), ControlError> {
-        let modern = self.run.is_modern();
+        let dialect = self.run.dialect();
         let Some(control) = self.admin().await else {
             return Err(ControlError::Connect {
                 source: std::io::ErrorKind::NotConnected.into(),
@@ -155,7 +126,7 @@ impl Worker {
         match action {
             Action::Delete(users) => fence::delete(control, &users).await,
             Action::SoftFence(user) => fence::soft_fence(control, &user).await,
-            Action::Grant(user) => fence::grant(control, &user, modern).await,
+            Action::Grant(user) => fence::grant(control, &user, dialect).await,
             Action::SetLogin(login) => {
                 set_login(control, &login.user, &login.password).await?;
                 self.run.login = Some(login);
@@ -167,39 +138,30 @@ impl Worker {
         }
     }
 
-    /// Parameters are no matter of epochs; a node gets them as soon as it answers.
-    async fn set_parameters(&mut self, assigned: &Assigned) {
-        for (parameter, value) in &assigned.spec.parameters {
-            if self.run.parameters.get(parameter) == Some(value) {
-                continue;
-            }
-            let name = parameter.to_ascii_lowercase();
-            let result = if OWNED_PARAMETERS.contains(&name.as_str()) {
-                Err("it belongs to the agent".to_owned())
-            } else {
-                match self.admin().await {
-                    Some(control) => set_parameter(control, &name, value).await,
-                    None => return,
-                }
-            };
-            if let Err(why) = result {
-                tracing::warn!(node = %self.node_id, parameter, %why, "parameter not set");
-                self.report.error = format!("parameter {parameter} not set: {why}");
-                if self.report.state() != ProcessState::Running {
-                    return;
-                }
-            }
-            // A refusal is final for this process and value; asking again would change nothing.
-            self.run.parameters.insert(parameter.clone(), value.clone());
+    /// No matter of epochs either: its rights need no fence, so even a process that the record does
+    /// not name may have it.
+    async fn ensure_observer(&mut self, assigned: &Assigned) {
+        let wanted = Login {
+            user: assigned.spec.observer_user.clone(),
+            password: assigned.spec.observer_password.clone(),
+        };
+        if self.run.observer.as_ref() == Some(&wanted)
+            || !fence::is_observer(&wanted.user)
+            || wanted.password.is_empty()
+        {
+            return;
         }
-    }
-}
-
-async fn set_parameter(control: &mut Control, name: &str, value: &str) -> Result<(), String> {
-    let args = ["CONFIG", "SET", name, value];
-    match control.call_within(&args, COMMAND_TIMEOUT).await {
-        Ok(_) => Ok(()),
-        Err(error) => Err(crate::handover::driver::chain(&error)),
+        let dialect = self.run.dialect();
+        let Some(control) = self.admin().await else {
+            return;
+        };
+        match fence::grant_observer(control, &wanted.user, &wanted.password, dialect).await {
+            Ok(()) => self.run.observer = Some(wanted),
+            Err(error) => {
+                let why = crate::handover::driver::chain(&error);
+                tracing::warn!(node = %self.node_id, %why, "observer not granted");
+            }
+        }
     }
 }
 

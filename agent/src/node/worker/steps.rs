@@ -154,12 +154,12 @@ impl Worker {
         if let Err(error) = self.host.journal.append(Vec::from_iter(fact)).await {
             return response(StepOutcome::NoEffect, &chain(&error));
         }
-        let modern = self.run.is_modern();
+        let dialect = self.run.dialect();
         for user in &ensure.users {
             let Some(control) = self.admin().await else {
                 return response(StepOutcome::NoEffect, "the node does not answer");
             };
-            if let Err(error) = fence::grant(control, user, modern).await {
+            if let Err(error) = fence::grant(control, user, dialect).await {
                 // A replication user too many does no harm, hence not uncertain.
                 return response(StepOutcome::NoEffect, &chain(&error));
             }
@@ -243,7 +243,7 @@ impl Worker {
         origin: Instant,
         deadline: Instant,
     ) -> Option<Done> {
-        let modern = self.run.is_modern();
+        let dialect = self.run.dialect();
         // The machine's commands go past what this worker remembers.
         self.run.login = None;
         let controllers = self.host.controllers.clone();
@@ -255,7 +255,7 @@ impl Worker {
             socket: dir.socket(),
             admin_user: fence::ADMIN_USER,
             admin_secret: &secret,
-            modern,
+            dialect,
             controllers: &controllers,
             commit: Commit {
                 instance_id: request.instance_id.clone(),
@@ -389,7 +389,7 @@ impl Worker {
             Ok(Role::Replica) => return response(StepOutcome::NoEffect, "the node is a replica"),
             Err(why) => return response(StepOutcome::Uncertain, &why),
         }
-        let modern = self.run.is_modern();
+        let dialect = self.run.dialect();
         let user = slotmesh_proto::agent::v1::EpochUser {
             name: order.proxy_user.clone(),
             password: order.proxy_password.clone(),
@@ -402,7 +402,7 @@ impl Worker {
                 if !order.master_user.is_empty() {
                     set_login(control, &order.master_user, &order.master_password).await?;
                 }
-                fence::grant(control, &user, modern).await
+                fence::grant(control, &user, dialect).await
             }
             .await
             .map_err(|error| chain(&error)),

@@ -1,5 +1,6 @@
 //! `InstanceService`: admits what users ask for, all or nothing, in one transaction each.
 
+mod change;
 mod describe;
 mod plan;
 
@@ -13,9 +14,9 @@ use slotmesh_task::{
     admit::{self, RefusalKind},
     provision,
 };
-use slotmesh_topology::{Instance, InstanceId, InstanceState, TaskId};
+use slotmesh_topology::{Instance, InstanceId, InstanceState, TaskId, wire};
 use tonic::{Request, Response, Status};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{Context, refuse, refused, store_failed};
 use crate::{
@@ -33,6 +34,7 @@ const ADMIT_TRIES: usize = 5;
 #[derive(Clone, Debug)]
 pub struct Instances {
     context: Context,
+    turns: change::Turns,
 }
 
 /// What an admission leads to.
@@ -45,7 +47,10 @@ impl Instances {
     /// The service over what it needs.
     #[must_use]
     pub fn new(context: Context) -> Self {
-        Self { context }
+        Self {
+            context,
+            turns: change::Turns::default(),
+        }
     }
 
     /// The outcome of an earlier request with this token, if there was one.
@@ -271,6 +276,37 @@ impl InstanceService for Instances {
         Ok(Response::new(api::DescribeInstanceShardsResponse {
             shards,
         }))
+    }
+
+    async fn update_parameters(
+        &self,
+        request: Request<api::UpdateParametersRequest>,
+    ) -> Result<Response<api::UpdateParametersResponse>, Status> {
+        self.context.leading()?;
+        // A caller that hangs up must not leave nodes with values that nobody stores.
+        let change = self.clone().change_parameters(request.into_inner());
+        let revision = tokio::spawn(change).await.map_err(|error| {
+            warn!(%error, "change of parameters died");
+            Status::internal("the change of parameters failed")
+        })??;
+        Ok(Response::new(api::UpdateParametersResponse { revision }))
+    }
+
+    async fn update_accounts(
+        &self,
+        request: Request<api::UpdateAccountsRequest>,
+    ) -> Result<Response<api::UpdateAccountsResponse>, Status> {
+        let revision = self.change_accounts(request.into_inner()).await?;
+        Ok(Response::new(api::UpdateAccountsResponse { revision }))
+    }
+
+    async fn describe_accounts(
+        &self,
+        request: Request<api::DescribeAccountsRequest>,
+    ) -> Result<Response<api::DescribeAccountsResponse>, Status> {
+        let (instance, _) = self.instance(&request.into_inner().instance_id)?;
+        let accounts = instance.accounts.iter().map(wire::account_to).collect();
+        Ok(Response::new(api::DescribeAccountsResponse { accounts }))
     }
 
     async fn switch_over(

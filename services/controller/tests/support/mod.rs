@@ -21,9 +21,12 @@ use slotmesh_proto::{
     topology::v1::{self as topology, topology_service_client::TopologyServiceClient},
 };
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle, time::Instant};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, transport::Channel};
+use tonic::{
+    Request, Response, Status,
+    transport::{Channel, server::TcpIncoming},
+};
 
 /// Longest wait of a test for anything.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(20);
@@ -56,12 +59,17 @@ pub(crate) enum Behaviour {
 /// Roles as the fake Redis processes have them: node → the node it follows, or itself.
 pub(crate) type Roles = Arc<Mutex<BTreeMap<String, String>>>;
 
+/// Parameters of each fake Redis process.
+pub(crate) type Parameters = Arc<Mutex<BTreeMap<String, BTreeMap<String, String>>>>;
+
 pub(crate) struct Mesh {
     pub(crate) address: String,
     pub(crate) roles: Roles,
     pub(crate) behaviour: Arc<Mutex<Behaviour>>,
     pub(crate) routes: Arc<Mutex<BTreeMap<String, topology::ShardRoute>>>,
     pub(crate) taken_back: Arc<Mutex<u32>>,
+    pub(crate) parameters: Parameters,
+    pub(crate) settings: Arc<Mutex<topology::InstanceSettings>>,
     data: tempfile::TempDir,
     stop: CancellationToken,
     controller: JoinHandle<()>,
@@ -79,6 +87,8 @@ impl Mesh {
             behaviour: Arc::new(Mutex::new(Behaviour::Works)),
             routes: Arc::default(),
             taken_back: Arc::default(),
+            parameters: Parameters::default(),
+            settings: Arc::default(),
             data,
             stop,
             controller,
@@ -114,9 +124,10 @@ impl Mesh {
             roles: self.roles.clone(),
             behaviour: self.behaviour.clone(),
             taken_back: self.taken_back.clone(),
+            parameters: self.parameters.clone(),
         };
         let service = agent_service_server::AgentServiceServer::new(fake);
-        let incoming = TcpListenerStream::new(listener);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         self.peers.push(tokio::spawn(async move {
             tonic::transport::Server::builder()
                 .add_service(service)
@@ -136,10 +147,11 @@ impl Mesh {
 
     pub(crate) async fn add_proxy(&mut self, instance: &str, proxy: &str) {
         let (channel, routes) = (self.channel().await, self.routes.clone());
+        let settings = self.settings.clone();
         let (instance, proxy) = (instance.to_owned(), proxy.to_owned());
         self.peers.push(tokio::spawn(async move {
             loop {
-                let _ = proxy_stream(channel.clone(), &instance, &proxy, &routes).await;
+                let _ = proxy_stream(channel.clone(), &instance, &proxy, &routes, &settings).await;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }));
@@ -285,6 +297,7 @@ struct FakeAgent {
     roles: Roles,
     behaviour: Arc<Mutex<Behaviour>>,
     taken_back: Arc<Mutex<u32>>,
+    parameters: Parameters,
 }
 
 #[tonic::async_trait]
@@ -335,6 +348,37 @@ impl agent_service_server::AgentService for FakeAgent {
         }
         Ok(Response::new(response))
     }
+
+    async fn set_parameters(
+        &self,
+        request: Request<agent::SetParametersRequest>,
+    ) -> Result<Response<agent::SetParametersResponse>, Status> {
+        let answer = set_parameters(&self.parameters, request.into_inner());
+        Ok(Response::new(answer))
+    }
+}
+
+/// Values that a node refuses have its id.
+fn set_parameters(
+    all: &Parameters,
+    request: agent::SetParametersRequest,
+) -> agent::SetParametersResponse {
+    let mut response = agent::SetParametersResponse {
+        running: true,
+        ..Default::default()
+    };
+    let is_bad = |value: &String| value.contains(&request.node_id);
+    if request.parameters.values().any(is_bad) {
+        response.refusal = format!("ERR {} does not like it", request.node_id);
+        return response;
+    }
+    let mut all = all.lock().unwrap();
+    let node = all.entry(request.node_id).or_default();
+    for (name, value) in request.parameters {
+        let before = node.insert(name.clone(), value);
+        response.previous.insert(name, before.unwrap_or_default());
+    }
+    response
 }
 
 /// Holds and applies at once, as a proxy without traffic does.
@@ -343,6 +387,7 @@ async fn proxy_stream(
     instance: &str,
     proxy: &str,
     routes: &Arc<Mutex<BTreeMap<String, topology::ShardRoute>>>,
+    settings: &Arc<Mutex<topology::InstanceSettings>>,
 ) -> Result<(), Status> {
     let (sender, receiver) = mpsc::channel(16);
     let message = |m| topology::WatchRequest { message: Some(m) };
@@ -359,11 +404,14 @@ async fn proxy_stream(
         .await?
         .into_inner();
     while let Some(news) = inbound.message().await? {
-        let changed = match news.message {
-            Some(topology::watch_response::Message::Snapshot(s)) => s.shards,
-            Some(topology::watch_response::Message::Delta(d)) => d.changed,
-            _ => Vec::new(),
+        let (changed, new_settings) = match news.message {
+            Some(topology::watch_response::Message::Snapshot(s)) => (s.shards, s.settings),
+            Some(topology::watch_response::Message::Delta(d)) => (d.changed, d.settings),
+            _ => (Vec::new(), None),
         };
+        if let Some(new_settings) = new_settings {
+            *settings.lock().unwrap() = new_settings;
+        }
         let mut report = topology::Report::default();
         for route in changed {
             let level = if route.hold.is_some() {

@@ -4,7 +4,7 @@
 //! replaced whole, by rename, so that a kill leaves the old or the new one.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs::{self, File},
     io::{ErrorKind, Write},
     net::{Ipv4Addr, TcpListener},
@@ -54,6 +54,9 @@ pub(super) struct Shape {
     pub(super) workers: u32,
     pub(super) engine: String,
     pub(super) store: String,
+    /// Of the engines, as the instance was created.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) parameters: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,6 +218,7 @@ impl Shape {
                 .store
                 .clone()
                 .unwrap_or_else(|| "embedded".to_owned()),
+            parameters: settings.parameters.clone(),
         })
     }
 
@@ -226,6 +230,15 @@ impl Shape {
     /// Refuses settings that ask for something else than the directory has.
     fn accepts(&self, asked: &Settings, dir: &Path) -> Result<(), Failure> {
         let number = |n: Option<u32>| n.map(|n| n.to_string());
+        let words = |all: &BTreeMap<String, String>| {
+            let words: Vec<_> = all.iter().map(|(n, v)| format!("{n}={v}")).collect();
+            words.join(" ")
+        };
+        let has_parameters = match words(&self.parameters) {
+            words if words.is_empty() => "none".to_owned(),
+            words => words,
+        };
+        let asked_parameters = words(&asked.parameters);
         let pairs = [
             (
                 "architecture",
@@ -242,6 +255,11 @@ impl Shape {
             ("workers", &self.workers.to_string(), number(asked.workers)),
             ("engine", &self.engine, asked.engine.clone()),
             ("store", &self.store, asked.store.clone()),
+            (
+                "parameter",
+                &has_parameters,
+                Some(asked_parameters).filter(|asked| !asked.is_empty()),
+            ),
         ];
         let conflicts: Vec<String> = pairs
             .into_iter()
@@ -416,12 +434,14 @@ mod tests {
         let mut other = settings(dir.path());
         other.shards = Some(5);
         other.engine = Some("7.0".into());
+        other.parameters.insert("hz".into(), "9".into());
         let text = refusal(&other);
         assert!(text.contains("--shards 5 (it has 2)"), "{text}");
         assert!(
             text.contains("--engine 7.0 (it has redis-server on PATH)"),
             "{text}"
         );
+        assert!(text.contains("--parameter hz=9 (it has none)"), "{text}");
     }
 
     #[test]

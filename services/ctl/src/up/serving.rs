@@ -215,6 +215,7 @@ fn create_request(shape: &Shape, client_token: String) -> CreateInstanceRequest 
         proxy_count: Some(shape.proxies),
         workers_per_proxy: shape.workers,
         client_token,
+        parameters: shape.parameters.clone().into_iter().collect(),
         ..CreateInstanceRequest::default()
     }
 }

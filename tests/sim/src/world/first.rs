@@ -65,6 +65,9 @@ pub(super) fn instance(shape: Shape) -> Instance {
         workers_per_proxy: 1,
         created_unix_ms: 0,
         parameters: BTreeMap::new(),
+        parameters_version: 0,
+        proxy_parameters: BTreeMap::new(),
+        accounts: Vec::new(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Instances and shards as the API shows them: the record, with what is observed beside it.
 
 use slotmesh_proto::instance::v1 as api;
-use slotmesh_topology::{Instance, Shard, wire};
+use slotmesh_topology::{Instance, Shard, parameter, wire};
 
 use crate::{clock, hub::ProxyEntry};
 
@@ -29,6 +29,14 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
             .collect(),
         created_at: clock::rfc3339(instance.created_unix_ms),
         password_required: !instance.password_sha256.is_empty(),
+        engine_parameters: instance.parameters.clone().into_iter().collect(),
+        proxy_parameters: parameter::PROXY
+            .iter()
+            .map(|known| {
+                let value = parameter::proxy_value(&instance.proxy_parameters, known);
+                (known.name.to_owned(), value.to_owned())
+            })
+            .collect(),
     }
 }
 

@@ -9,7 +9,7 @@ use slotmesh_task::{
 };
 use slotmesh_topology::{
     Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Shard,
-    instance::DATABASES, slot,
+    instance::DATABASES, parameter, slot,
 };
 use tonic::Status;
 
@@ -98,7 +98,14 @@ impl Instances {
                 .collect(),
             workers_per_proxy: new.workers,
             created_unix_ms: clock::now_ms(),
-            parameters: request.parameters.clone().into_iter().collect(),
+            parameters: request
+                .parameters
+                .iter()
+                .map(|(name, value)| (parameter::engine_name(name), value.clone()))
+                .collect(),
+            parameters_version: 0,
+            proxy_parameters: std::collections::BTreeMap::new(),
+            accounts: Vec::new(),
             id: id.clone(),
         };
         Ok((instance, shards.collect()))
