@@ -84,7 +84,7 @@ async fn ready(State(admin): State<Admin>) -> (StatusCode, &'static str) {
 fn register(metrics: &Metrics, observed: &Observed) {
     type Read = fn(&Counters) -> u64;
     let meter = metrics.meter("slotmesh-proxy");
-    let counters: [(&str, &str, Read); 10] = [
+    let counters: [(&str, &str, Read); 13] = [
         ("commands", "Commands of clients", |c| c.commands),
         ("errors", "Error replies of any cause", |c| c.errors),
         (
@@ -119,6 +119,21 @@ fn register(metrics: &Metrics, observed: &Observed) {
         ("node_losses", "Lost or failed connections to nodes", |c| {
             c.node_losses
         }),
+        (
+            "closed_subscribers",
+            "Clients closed because they did not read their messages",
+            |c| c.closed_subscribers,
+        ),
+        (
+            "subscriber_lines_lost",
+            "Lost connections for messages of nodes",
+            |c| c.subscriber_lines_lost,
+        ),
+        (
+            "subscriber_moves_forced",
+            "Changes of a primary that messages could not follow to their end",
+            |c| c.subscriber_moves_forced,
+        ),
     ];
     for (name, help, read) in counters {
         let workers = observed.workers.clone();

@@ -22,9 +22,10 @@ use crate::progress::Progress;
 use crate::routing::Routing;
 use crate::saved::{self, SavedError};
 use crate::settings::Settings;
+use crate::switchboard::Switchboard;
 use crate::topology::Topology;
 use crate::watch::{Freshness, Watch, Who, keep_saved};
-use crate::worker::{self, Notice, Shared, WorkerHandle};
+use crate::worker::{self, Notice, Question, Shared, WorkerHandle};
 
 /// For a scrape that is under way, or a stream that is being opened, when the process stops.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
@@ -59,6 +60,8 @@ pub struct App {
     observed: Observed,
     progress: Arc<Progress>,
     notices: Receiver<Notice>,
+    switchboard: Switchboard,
+    questions: Receiver<Question>,
     stop_workers: Arc<AtomicBool>,
     workers: Arc<Vec<WorkerHandle>>,
 }
@@ -77,6 +80,7 @@ impl App {
         let (socket, address) = listen(settings.listen).await?;
         let (admin_socket, admin_address) = listen(settings.admin_listen).await?;
         let (notices_in, notices) = Shared::notices();
+        let (questions_in, questions) = Shared::questions();
         let shared = Shared {
             routing: Arc::new(Routing::default()),
             identity: Arc::new(Identity {
@@ -87,11 +91,16 @@ impl App {
                 ),
                 port: address.port(),
                 pid: std::process::id(),
+                advertise: settings.advertise.clone(),
             }),
             held_sum: Arc::new(AtomicU64::new(0)),
+            audience: Arc::default(),
             clients: Arc::new(AtomicUsize::new(0)),
             stop: Arc::new(AtomicBool::new(false)),
             notices: notices_in,
+            questions: questions_in,
+            scripts: Arc::default(),
+            acl_log: Arc::default(),
         };
         let mut workers = Vec::new();
         for index in 0..settings.workers {
@@ -103,6 +112,12 @@ impl App {
         let progress = Arc::new(Progress::new(published.clone(), Arc::clone(&routing)));
         let freshness = Arc::new(Freshness::default());
         let rejected = Arc::new(AtomicU64::new(0));
+        let switchboard = Switchboard {
+            instance: settings.instance.clone(),
+            controllers: settings.controllers.clone(),
+            routing: Arc::clone(&routing),
+            workers: Arc::clone(&workers),
+        };
         let mut watch = Watch {
             who: Who {
                 proxy_id: settings.proxy_id,
@@ -137,6 +152,7 @@ impl App {
                 workers: Arc::clone(&workers),
                 clients: Arc::clone(&shared.clients),
                 max_clients: settings.max_clients,
+                routing: Arc::clone(&shared.routing),
                 rejected: Arc::clone(&rejected),
             },
             watch,
@@ -149,6 +165,8 @@ impl App {
             },
             progress,
             notices,
+            switchboard,
+            questions,
             stop_workers: shared.stop,
             workers,
         })
@@ -179,6 +197,8 @@ impl App {
         } = self;
         let mut tasks = JoinSet::new();
         tasks.spawn(self.listener.run(stop.child_token()));
+        let calls = self.switchboard.run(self.questions, stop.child_token());
+        tasks.spawn(calls);
         let watching = stop.child_token();
         let saver = keep_saved(self.watch.data.clone(), self.watch.to_save.subscribe());
         tasks.spawn(saver);

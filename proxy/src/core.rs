@@ -7,35 +7,94 @@
 //! [`retry`] and [`hold`] decide what happens to requests while a shard changes its primary; they
 //! stand alone and are used by the simulation too.
 
+mod accounts;
+mod acl;
 mod answer;
+mod blocking;
+mod busy;
+pub mod call;
 pub mod client;
+mod clients;
+mod cluster;
+mod computed;
+mod config;
 mod dispatch;
+mod extra;
+mod fanout;
+mod fanout_merge;
+mod filter;
 mod gather;
+mod health;
 pub mod hold;
+mod idle;
+mod info;
+mod info_text;
+mod job;
 pub mod lane;
+pub mod line;
 mod local;
 mod login;
+mod monitor;
+mod monitor_line;
 mod multi;
 pub mod outbox;
+mod pause;
 mod pool;
+mod private;
+mod pubsub;
+pub mod pubsub_count;
+mod pubsub_frame;
+mod pubsub_query;
+mod pubsub_topics;
 mod queue;
 pub mod retry;
+mod script_check;
+pub mod scripts;
 pub mod sessions;
+mod sort;
 mod spec;
+mod special;
 mod split;
 mod stash;
+mod subscriber;
+mod subscriber_limits;
+mod subscriber_move;
+mod tails;
+mod tally;
+mod timeout;
+mod tracking;
+mod tracking_ear;
+mod tracking_options;
+mod tracking_remote;
+mod tracking_script;
+mod tracking_table;
 mod transaction;
+mod unblock;
+mod unknown;
+mod waiting;
+mod walk;
+mod watching;
+mod weave;
+mod weave_blocks;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
+use slotmesh_acl::AclLog;
 use slotmesh_resp::Args;
 
 use self::client::{ClientState, Pause};
 use self::gather::Gathers;
+use self::health::Health;
+use self::job::Jobs;
 use self::lane::{Lane, LaneNo};
+use self::line::{Lines, is_line};
 use self::outbox::Outbox;
+use self::private::Privates;
+use self::scripts::ScriptCache;
 use self::sessions::{CloseReason, Sessions};
+use self::waiting::Waits;
+use self::weave::Weaves;
 use crate::routing::{RoutingTable, ShardNo};
 
 pub use self::answer::NodeFault;
@@ -59,6 +118,12 @@ pub struct Counters {
     pub held_max_us: u64,
     pub closed_backlog: u64,
     pub node_losses: u64,
+    /// Clients that did not read their messages fast enough.
+    pub closed_subscribers: u64,
+    /// Connections for messages that were lost; their shards' messages may be missing.
+    pub subscriber_lines_lost: u64,
+    /// Changes of a primary in which the old one's messages could not be followed to their end.
+    pub subscriber_moves_forced: u64,
 }
 
 /// Facts of the process that replies mention.
@@ -68,6 +133,8 @@ pub struct Identity {
     pub run_id: String,
     pub port: u16,
     pub pid: u32,
+    /// host:port that operators want clients to be told, if it is not the one they came by.
+    pub advertise: Option<String>,
 }
 
 /// See the module.
@@ -79,6 +146,24 @@ pub struct Core {
     identity: Arc<Identity>,
     lanes: Vec<Lane>,
     gathers: Gathers,
+    jobs: Jobs,
+    lines: Lines,
+    scripts: Arc<ScriptCache>,
+    seen_scripts: scripts::Seen,
+    tally: tally::Tally,
+    learned: unknown::Learned,
+    busy: busy::Busy,
+    pubsub: subscriber::PubSub,
+    monitors: monitor::Monitors,
+    trackers: tracking::Trackers,
+    privates: Privates,
+    waits: Waits,
+    health: Health,
+    weaves: Weaves,
+    paused: Option<pause::Paused>,
+    acl_log: Arc<Mutex<AclLog>>,
+    /// When to look for idle clients again.
+    idle_at_us: u64,
     table: Arc<RoutingTable>,
     /// A table was put in force. Before that nobody can say who may do what.
     ready: bool,
@@ -103,6 +188,23 @@ impl Core {
             identity,
             lanes: Vec::new(),
             gathers: Gathers::default(),
+            jobs: Jobs::default(),
+            lines: Lines::default(),
+            scripts: Arc::default(),
+            seen_scripts: scripts::Seen::default(),
+            tally: tally::Tally::default(),
+            learned: unknown::Learned::default(),
+            busy: busy::Busy::default(),
+            privates: Privates::default(),
+            waits: Waits::default(),
+            health: Health::default(),
+            weaves: Weaves::default(),
+            pubsub: subscriber::PubSub::default(),
+            monitors: monitor::Monitors::default(),
+            trackers: tracking::Trackers::default(),
+            paused: None,
+            acl_log: Arc::default(),
+            idle_at_us: 0,
             table: Arc::default(),
             ready: false,
             held_sum,
@@ -115,6 +217,11 @@ impl Core {
         }
     }
 
+    /// Uses a log of denials that other workers use too.
+    pub fn share_acl_log(&mut self, log: Arc<Mutex<AclLog>>) {
+        self.acl_log = log;
+    }
+
     /// The time of this turn: since some start, and since the epoch of Unix.
     pub fn set_now(&mut self, now_us: u64, now_unix_us: u64) {
         self.now_us = now_us.max(1);
@@ -125,14 +232,18 @@ impl Core {
     pub fn apply(&mut self, table: Arc<RoutingTable>) {
         let lanes = table.shards.len() * 2;
         while self.lanes.len() < lanes {
-            let lane = Lane::new(self.lanes.len() as LaneNo, Arc::clone(&self.held_sum));
+            let (held_sum, scripts) = (Arc::clone(&self.held_sum), Arc::clone(&self.scripts));
+            let lane = Lane::new(self.lanes.len() as LaneNo, held_sum, scripts);
             self.lanes.push(lane);
         }
-        let was_open = self.is_open();
+        let before = Arc::clone(self.users());
+        let began = !std::mem::replace(&mut self.ready, true);
         self.table = Arc::clone(&table);
-        self.ready = true;
-        if self.is_open() && !was_open {
-            self.sessions.authenticate_all(); // those that came when it was not known, or was asked
+        let parameters = &table.settings.parameters;
+        self.sessions.in_flight_max = parameters.session_processing_max;
+        self.jobs.bytes_max = parameters.job_bytes_max;
+        if began || before != *self.users() {
+            self.refresh_accounts(&before); // with those that came when nobody knew
         }
         for (no, route) in table.shards.iter().enumerate() {
             for lane in [no * 2, no * 2 + 1] {
@@ -143,6 +254,14 @@ impl Core {
             }
         }
         self.settle_abandoned();
+        self.apply_pubsub(&table);
+        self.apply_monitors();
+        self.apply_tracking();
+        self.renew_privates();
+        self.renew_waits();
+        self.renew_watches();
+        self.renew_health();
+        self.out.unsteady = true; // a parameter may have a deadline
         self.out.freed = true;
     }
 
@@ -154,22 +273,36 @@ impl Core {
         (a == b).then_some(a)
     }
 
-    /// True if it is known that clients need no password.
-    fn is_open(&self) -> bool {
-        self.ready && self.table.settings.password_sha256.is_none()
-    }
-
     /// Takes a client in; returns its slot.
-    pub fn open_client(&mut self, mut state: ClientState) -> u32 {
-        if self.is_open() {
-            state.authenticated = true;
+    pub fn open_client(&mut self, state: ClientState) -> u32 {
+        let known = state.authenticated;
+        let user = self.users().get(state.user().as_bytes()).cloned();
+        let slot = self.sessions.open(state);
+        if let Some(client) = self.sessions.get_mut(slot) {
+            client.heard_us = self.now_us;
         }
-        self.sessions.open(state)
+        match user {
+            Some(user) if known || self.is_open() => self.log_in(slot, &user),
+            _ => {}
+        }
+        self.restore_topics(slot);
+        slot
     }
 
     /// A client is gone. Its requests run on; their replies are dropped.
     pub fn close_client(&mut self, slot: u32) -> Option<ClientState> {
-        self.sessions.close(slot)
+        self.release_private(slot);
+        let left = self.leave_topics(slot);
+        self.end_monitoring(slot);
+        self.end_tracking(slot);
+        let mut state = self.sessions.close(slot)?;
+        state.subscriptions = left.map(|left| {
+            let copied = left
+                .names
+                .map(|names| names.iter().map(|name| name.to_vec()).collect());
+            Box::new(copied)
+        });
+        Some(state)
     }
 
     /// The client sends no more; what it asked for is still answered.
@@ -183,11 +316,17 @@ impl Core {
     /// What is to be sent to a node.
     #[must_use]
     pub fn lane_unsent(&self, lane: LaneNo) -> &[u8] {
+        if is_line(lane) {
+            return self.line_unsent(lane);
+        }
         self.lanes[lane as usize].flight.unsent()
     }
 
     /// The node's socket took that much.
     pub fn lane_sent(&mut self, lane: LaneNo, bytes: usize) {
+        if is_line(lane) {
+            return self.line_sent(lane, bytes);
+        }
         let lane = &mut self.lanes[lane as usize];
         lane.flight.mark_sent(bytes);
         if !lane.flight.unsent().is_empty() {
@@ -197,27 +336,54 @@ impl Core {
 
     /// The lane is no longer in the list of touched ones.
     pub fn lane_untouch(&mut self, lane: LaneNo) {
+        if is_line(lane) {
+            return self.line_untouch(lane);
+        }
         self.lanes[lane as usize].untouch();
     }
 
     /// The node's socket takes bytes again.
     pub fn lane_touch(&mut self, lane: LaneNo) {
+        if is_line(lane) {
+            return self.touch_line(lane);
+        }
         self.lanes[lane as usize].touch(&mut self.out);
     }
 
     /// Gives a connection up: its requests are settled, and the worker is told to close it.
     pub fn lane_abandon(&mut self, lane: LaneNo) {
+        if is_line(lane) {
+            return self.line_lost(lane);
+        }
         self.out.abandoned.push(lane);
         self.settle_abandoned();
     }
 
-    /// The beginning of a reply that is kept for this lane; give it back with what follows.
-    pub fn lane_input(&mut self, lane: LaneNo) -> &mut Vec<u8> {
-        &mut self.lanes[lane as usize].input
+    /// Takes the beginning of a reply that is kept for this lane.
+    pub fn take_lane_input(&mut self, lane: LaneNo) -> Vec<u8> {
+        if is_line(lane) {
+            return self
+                .line_input(lane)
+                .map(std::mem::take)
+                .unwrap_or_default();
+        }
+        std::mem::take(&mut self.lanes[lane as usize].input)
+    }
+
+    /// Keeps the beginning of a reply.
+    pub fn keep_lane_input(&mut self, lane: LaneNo, input: Vec<u8>) {
+        if !is_line(lane) {
+            self.lanes[lane as usize].input = input;
+        } else if let Some(kept) = self.line_input(lane) {
+            *kept = input;
+        }
     }
 
     /// The connection that was ordered stands.
     pub fn lane_connected(&mut self, lane: LaneNo) {
+        if is_line(lane) {
+            return self.line_connected(lane);
+        }
         self.lanes[lane as usize].connected(self.now_us, &mut self.out);
     }
 
@@ -243,15 +409,33 @@ impl Core {
                 .min();
         }
         self.settle_abandoned();
+        let lines = self.lines_on_time();
+        let busy = self.busy_on_time();
+        let pubsub = self.pubsub_on_time();
+        let monitors = self.monitors_on_time();
+        let tracking = self.tracking_on_time();
+        let private = self.private_on_time();
+        let paused = self.pause_on_time();
+        let idle = self.close_idle();
         self.out.unsteady = false;
-        next
+        [
+            next, busy, lines, pubsub, monitors, tracking, private, paused, idle,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
-    /// Clients that waited for room are read again if there is some.
+    /// Jobs go on whose answers came. Clients that waited for room are read again if there is some.
     pub fn resume_stalled(&mut self) {
+        self.send_redirected();
+        self.run_jobs();
+        self.run_weaves();
+        self.resume_waits();
         if !std::mem::take(&mut self.out.freed) {
             return;
         }
+        self.resume_parked();
         for (slot, generation) in std::mem::take(&mut self.stalled) {
             if let Some(client) = self.sessions.get_same(slot, generation)
                 && client.pause == Pause::Stalled

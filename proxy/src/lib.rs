@@ -13,6 +13,7 @@ pub mod progress;
 pub mod routing;
 pub mod saved;
 pub mod settings;
+pub mod switchboard;
 pub mod topology;
 pub mod watch;
 pub mod worker;

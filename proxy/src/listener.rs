@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::core::client::ClientState;
+use crate::routing::Routing;
 use crate::worker::{Accepted, WorkerHandle};
 
 /// Out of descriptors, or no worker takes a client: accepting again at once would only spin.
@@ -30,7 +31,9 @@ pub struct Listener {
     pub workers: Arc<Vec<WorkerHandle>>,
     /// Clients of the process.
     pub clients: Arc<AtomicUsize>,
+    /// Unless the instance's parameter says otherwise.
     pub max_clients: usize,
+    pub routing: Arc<Routing>,
     pub rejected: Arc<AtomicU64>,
 }
 
@@ -60,7 +63,9 @@ impl Listener {
     }
 
     async fn place(&self, mut socket: TcpStream, id: u64) -> io::Result<()> {
-        if self.clients.load(Ordering::Relaxed) >= self.max_clients {
+        let parameter = self.routing.load().settings.parameters.clients_max;
+        let max_clients = parameter.unwrap_or(self.max_clients);
+        if self.clients.load(Ordering::Relaxed) >= max_clients {
             self.rejected.fetch_add(1, Ordering::Relaxed);
             let _ = timeout(FAREWELL_LIMIT, socket.write_all(TOO_MANY)).await;
             return Ok(());

@@ -22,6 +22,9 @@ pub struct Published {
     held_max_us: AtomicU64,
     closed_backlog: AtomicU64,
     node_losses: AtomicU64,
+    closed_subscribers: AtomicU64,
+    subscriber_lines_lost: AtomicU64,
+    subscriber_moves_forced: AtomicU64,
 }
 
 impl Published {
@@ -41,6 +44,12 @@ impl Published {
         self.held_max_us.store(counters.held_max_us, Relaxed);
         self.closed_backlog.store(counters.closed_backlog, Relaxed);
         self.node_losses.store(counters.node_losses, Relaxed);
+        self.closed_subscribers
+            .store(counters.closed_subscribers, Relaxed);
+        let lost = counters.subscriber_lines_lost;
+        self.subscriber_lines_lost.store(lost, Relaxed);
+        let forced = counters.subscriber_moves_forced;
+        self.subscriber_moves_forced.store(forced, Relaxed);
     }
 
     /// Clients of this worker.
@@ -62,6 +71,9 @@ impl Published {
             held_max_us: self.held_max_us.load(Relaxed),
             closed_backlog: self.closed_backlog.load(Relaxed),
             node_losses: self.node_losses.load(Relaxed),
+            closed_subscribers: self.closed_subscribers.load(Relaxed),
+            subscriber_lines_lost: self.subscriber_lines_lost.load(Relaxed),
+            subscriber_moves_forced: self.subscriber_moves_forced.load(Relaxed),
         }
     }
 }

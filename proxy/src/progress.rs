@@ -185,6 +185,8 @@ mod tests {
             password: String::new(),
             hold: None,
             target: None,
+            observer: None,
+            replicas: Vec::new(),
         };
         let shards = vec![Some(Arc::new(route))];
         routing.publish(RoutingTable::new(

@@ -2,11 +2,13 @@
 //!
 //! Invariants: a shard keeps its number for the life of the process; its epoch never falls.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use slotmesh_acl::Users;
 use slotmesh_topology::{SLOT_COUNT, Slot};
 
 use crate::core::hold::HoldOrder;
@@ -29,6 +31,23 @@ pub struct ShardRoute {
     pub hold: Option<HoldOrder>,
     /// Whom to connect to beforehand while held.
     pub target: Option<SocketAddr>,
+    /// The user that sees messages at every node of the shard, at any epoch.
+    pub observer: Option<Login>,
+    /// The other nodes, by node id.
+    pub replicas: Vec<SocketAddr>,
+}
+
+/// How to log in at a node.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Login {
+    pub username: String,
+    pub password: String,
+}
+
+impl std::fmt::Debug for Login {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Login").field(&self.username).finish()
+    }
 }
 
 impl std::fmt::Debug for ShardRoute {
@@ -46,19 +65,104 @@ impl std::fmt::Debug for ShardRoute {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstanceSettings {
     pub databases: u16,
-    /// SHA-256 of the password of `default`; none is needed without it.
-    pub password_sha256: Option<[u8; 32]>,
+    /// Accounts of clients.
+    pub users: Arc<Users>,
     pub hold_budget_us: u64,
     pub hold_bytes_max: u64,
+    /// Parameters of proxies as they were given, for CONFIG GET.
+    pub proxy_parameters: BTreeMap<String, String>,
+    pub parameters: Parameters,
+}
+
+/// Parameters of proxies, read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Parts of split commands are made for each slot instead of each shard.
+    pub split_by_slot: bool,
+    /// Scripts must name their keys by KEYS alone.
+    pub script_check: bool,
+    /// Dedicated connections to one node in one worker.
+    pub private_connections_max: usize,
+    /// What a slow subscriber may leave unread: at once, or for so many seconds.
+    pub pubsub_hard_bytes: usize,
+    pub pubsub_soft_bytes: usize,
+    pub pubsub_soft_s: u64,
+    /// An idle client is closed after this; 0: never.
+    pub timeout_s: u64,
+    /// READONLY, READWRITE and CLUSTER are answered.
+    pub cluster_compat: bool,
+    /// Requests of a client without a reply, before it is no longer read.
+    pub session_processing_max: u32,
+    /// Bytes of operands that a command over several shards may gather.
+    pub job_bytes_max: usize,
+    /// Clients of a proxy; `None`: as the process was told.
+    pub clients_max: Option<usize>,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            split_by_slot: false,
+            script_check: false,
+            private_connections_max: 512,
+            pubsub_hard_bytes: 32 * 1024 * 1024,
+            pubsub_soft_bytes: 8 * 1024 * 1024,
+            pubsub_soft_s: 60,
+            timeout_s: 0,
+            cluster_compat: true,
+            session_processing_max: 1024,
+            job_bytes_max: 256 * 1024 * 1024,
+            clients_max: None,
+        }
+    }
+}
+
+impl Parameters {
+    /// Reads what was given. The controller has checked names and ranges; a newer one's names, and
+    /// what cannot be read, leave the default.
+    #[must_use]
+    pub fn read(given: &BTreeMap<String, String>) -> Self {
+        let mut all = Self::default();
+        for (name, value) in given {
+            let flag = value == "1";
+            match name.as_str() {
+                "split" => all.split_by_slot = value == "slot",
+                "script_check_enable" => all.script_check = flag,
+                "cluster_compat_enable" => all.cluster_compat = flag,
+                "private_connections_max" => read_into(value, &mut all.private_connections_max),
+                "timeout" => read_into(value, &mut all.timeout_s),
+                "max_session_processing" => read_into(value, &mut all.session_processing_max),
+                "job_bytes_max" => read_into(value, &mut all.job_bytes_max),
+                "maxclients" => all.clients_max = value.parse().ok(),
+                "client_output_buffer_limit_pubsub" => {
+                    let mut words = value.split_ascii_whitespace();
+                    let mut word = || words.next().unwrap_or_default();
+                    read_into(word(), &mut all.pubsub_hard_bytes);
+                    read_into(word(), &mut all.pubsub_soft_bytes);
+                    read_into(word(), &mut all.pubsub_soft_s);
+                }
+                _ => {}
+            }
+        }
+        all
+    }
+}
+
+fn read_into<T: std::str::FromStr>(value: &str, field: &mut T) {
+    if let Ok(value) = value.parse() {
+        *field = value;
+    }
 }
 
 impl Default for InstanceSettings {
     fn default() -> Self {
         Self {
             databases: 256,
-            password_sha256: None,
+            users: Arc::new(Users::open(None)),
             hold_budget_us: 5_000_000,
             hold_bytes_max: 64 * 1024 * 1024,
+            proxy_parameters: BTreeMap::new(),
+            parameters: Parameters::default(),
         }
     }
 }
@@ -110,6 +214,28 @@ impl RoutingTable {
     #[must_use]
     pub fn shard_of(&self, key: &[u8]) -> ShardNo {
         self.slots[usize::from(Slot::of(key).number())]
+    }
+
+    /// The shard that serves a slot (below 16,384), or [`NO_SHARD`].
+    #[must_use]
+    pub fn shard_of_slot(&self, slot: u16) -> ShardNo {
+        self.slots[usize::from(slot)]
+    }
+
+    /// The slot ranges (both ends included) of each shard that has some, by index.
+    #[must_use]
+    pub fn slot_ranges(&self) -> Vec<Vec<(u16, u16)>> {
+        let mut ranges: BTreeMap<ShardNo, Vec<(u16, u16)>> = BTreeMap::new();
+        for (slot, no) in self.slots.iter().enumerate() {
+            let slot = slot as u16;
+            let own = ranges.entry(*no).or_default();
+            match own.last_mut() {
+                Some((_, last)) if *last + 1 == slot => *last = slot,
+                _ => own.push((slot, slot)),
+            }
+        }
+        let shards = self.all_shards().into_iter();
+        shards.filter_map(|no| ranges.remove(&no)).collect()
     }
 
     /// The shard of commands that name no key: that of slot 0.

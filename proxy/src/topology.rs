@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use slotmesh_acl::Users;
 use slotmesh_proto::topology::v1 as pb;
 
 use crate::core::hold::HoldOrder;
-use crate::routing::{InstanceSettings, RoutingTable, ShardNo, ShardRoute};
+use crate::routing::{InstanceSettings, Login, Parameters, RoutingTable, ShardNo, ShardRoute};
 
 /// Most shards of an instance: as many as there are slots would be, and numbers fit.
 const SHARDS_MAX: usize = 16_384;
@@ -143,9 +144,12 @@ impl Topology {
             .values()
             .flat_map(|route| {
                 let target = route.hold.as_ref().map(|h| h.target_address.as_str());
+                let replicas = route.replicas.iter().map(|r| r.address.as_str());
                 [Some(route.primary_address.as_str()), target]
+                    .into_iter()
+                    .flatten()
+                    .chain(replicas)
             })
-            .flatten()
             .filter(|address| !address.is_empty())
     }
 
@@ -186,6 +190,13 @@ impl Topology {
                     .hold
                     .as_ref()
                     .and_then(|hold| resolve(&hold.target_address)),
+                observer: (!route.observer_username.is_empty()).then(|| Login {
+                    username: route.observer_username.clone(),
+                    password: route.observer_password.clone(),
+                }),
+                replicas: (route.replicas.iter())
+                    .filter_map(|replica| resolve(&replica.address))
+                    .collect(),
             }));
             for (first, last) in ranges(route)? {
                 slots.push((number, first, last));
@@ -225,19 +236,47 @@ fn instance_settings(settings: &pb::InstanceSettings) -> Result<InstanceSettings
                 .map_err(|_| Refused::Settings("password_sha256"))?,
         ),
     };
+    let proxy_parameters = settings.proxy_parameters.clone().into_iter().collect();
     Ok(InstanceSettings {
         // The highest number means "unknown" inside a lane.
         databases: u16::try_from(databases)
             .ok()
             .filter(|d| *d < u16::MAX)
             .ok_or(Refused::Settings("databases"))?,
-        password_sha256: password,
+        users: Arc::new(users(&settings.accounts, password)),
         hold_budget_us: or(
             settings.hold_budget_ms.saturating_mul(1000),
             default.hold_budget_us,
         ),
         hold_bytes_max: or(settings.hold_bytes_max, default.hold_bytes_max),
+        parameters: Parameters::read(&proxy_parameters),
+        proxy_parameters,
     })
+}
+
+/// The accounts; one whose rules cannot be read may do nothing, so that neither the others nor the
+/// topology suffer.
+fn users(accounts: &[pb::Account], default_password: Option<[u8; 32]>) -> Users {
+    let readable = |account: &&pb::Account| {
+        let one = [(account.name.as_str(), &account.rules)];
+        match Users::new(one, None) {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::error!(%error, "an account cannot be read and is off");
+                false
+            }
+        }
+    };
+    const OFF: [String; 0] = [];
+    let all = accounts.iter().map(|account| {
+        let rules = if readable(&account) {
+            &account.rules[..]
+        } else {
+            &OFF
+        };
+        (account.name.as_str(), rules)
+    });
+    Users::new(all, default_password).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -12,16 +12,21 @@ mod clients;
 mod nodes;
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mio::{Events, Poll, Registry, Token, Waker};
+use slotmesh_acl::AclLog;
+use tokio::sync::oneshot;
 
+use crate::core::call::{Call, PeerRequest, Ticket};
 use crate::core::client::ClientState;
 use crate::core::hold::Level;
 use crate::core::outbox::HoldSample;
+use crate::core::pubsub_count::Audience;
+use crate::core::scripts::ScriptCache;
 use crate::core::{Core, Counters, Identity};
 use crate::metrics::Published;
 use crate::routing::{Routing, ShardNo};
@@ -35,13 +40,16 @@ const READ_BYTES: usize = 256 * 1024;
 const EVENTS: usize = 1024;
 /// New sockets that may wait for a worker; over it the acceptor waits, and then the kernel.
 const INBOX: usize = 1024;
+/// Calls of a worker that may be open; there is always room for their answers in the inbox. They are
+/// operators' commands (CLIENT LIST, ACL SETUSER): over it the command is refused.
+const CALLS_MAX: usize = 1024;
 /// What a worker has to tell that was not taken yet; a slow watch makes it keep it.
 const REPORTS: usize = 4096;
 /// How long a worker that was told to stop goes on serving what is in flight.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 const WAKE: Token = Token(usize::MAX);
-/// Tokens from here on are lanes; below, clients.
+/// Tokens from here on are connections to nodes; below, clients.
 const LANES: usize = 1 << 40;
 
 /// A client that was accepted.
@@ -49,6 +57,24 @@ const LANES: usize = 1 << 40;
 pub struct Accepted {
     pub socket: std::net::TcpStream,
     pub state: ClientState,
+}
+
+/// What others want of a worker.
+#[derive(Debug)]
+enum Errand {
+    Client(Accepted),
+    /// A question of any worker; answered with one RESP2 frame.
+    Peer(PeerRequest, oneshot::Sender<Vec<u8>>),
+    /// The answer to a call of this worker.
+    Answer(Ticket, Vec<u8>),
+}
+
+/// A call of a worker, on its way to the switchboard.
+#[derive(Debug)]
+pub struct Question {
+    pub worker: usize,
+    pub ticket: Ticket,
+    pub call: Call,
 }
 
 /// What a worker tells the watch.
@@ -67,7 +93,7 @@ pub enum Notice {
 /// What others see of a worker.
 #[derive(Debug)]
 pub struct WorkerHandle {
-    inbox: SyncSender<Accepted>,
+    inbox: SyncSender<Errand>,
     waker: Arc<Waker>,
     /// Given and not yet taken.
     waiting: Arc<AtomicU64>,
@@ -81,13 +107,27 @@ pub struct Shared {
     pub routing: Arc<Routing>,
     pub identity: Arc<Identity>,
     pub held_sum: Arc<AtomicU64>,
+    pub audience: Arc<Audience>,
     /// Clients of the process.
     pub clients: Arc<AtomicUsize>,
     pub stop: Arc<AtomicBool>,
     pub notices: tokio::sync::mpsc::Sender<Notice>,
+    pub questions: tokio::sync::mpsc::Sender<Question>,
+    /// Texts of clients' scripts.
+    pub scripts: Arc<ScriptCache>,
+    pub acl_log: Arc<Mutex<AclLog>>,
 }
 
 impl Shared {
+    /// The channel to the switchboard, with its bound.
+    #[must_use]
+    pub fn questions() -> (
+        tokio::sync::mpsc::Sender<Question>,
+        tokio::sync::mpsc::Receiver<Question>,
+    ) {
+        tokio::sync::mpsc::channel(CALLS_MAX)
+    }
+
     /// The sending half of the channel that the watch reads, with its bound.
     #[must_use]
     pub fn notices() -> (
@@ -114,14 +154,18 @@ pub fn start(index: usize, shared: Shared) -> Result<WorkerHandle, StartError> {
     let failed = |source| StartError { index, source };
     let poll = Poll::new().map_err(failed)?;
     let waker = Arc::new(Waker::new(poll.registry(), WAKE).map_err(failed)?);
-    let (inbox, accepted) = sync_channel(INBOX);
+    let (inbox, errands) = sync_channel(INBOX + CALLS_MAX);
     let published = Arc::new(Published::default());
     let waiting = Arc::new(AtomicU64::new(0));
-    let core = Core::new(Arc::clone(&shared.identity), Arc::clone(&shared.held_sum));
+    let mut core = Core::new(Arc::clone(&shared.identity), Arc::clone(&shared.held_sum));
+    core.share_scripts(Arc::clone(&shared.scripts));
+    core.share_audience(Arc::clone(&shared.audience));
+    core.share_acl_log(Arc::clone(&shared.acl_log));
     let worker = Worker {
         index,
         poll,
-        accepted,
+        errands,
+        calls_open: 0,
         core,
         clients: Clients::default(),
         nodes: Nodes::default(),
@@ -157,16 +201,40 @@ impl WorkerHandle {
         use std::sync::mpsc::TrySendError;
         // Before the send: the worker takes off what it takes out.
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        match self.inbox.try_send(client) {
+        if self.waiting.load(Ordering::Relaxed) > INBOX as u64 {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            return Some(client);
+        }
+        match self.inbox.try_send(Errand::Client(client)) {
             Ok(()) => {
                 self.wake();
                 None
             }
-            Err(TrySendError::Full(client) | TrySendError::Disconnected(client)) => {
+            Err(TrySendError::Full(errand) | TrySendError::Disconnected(errand)) => {
                 self.waiting.fetch_sub(1, Ordering::Relaxed);
-                Some(client)
+                match errand {
+                    Errand::Client(client) => Some(client),
+                    _ => None,
+                }
             }
         }
+    }
+
+    /// Asks the worker about its clients. `None` if it cannot take the question now.
+    #[must_use]
+    pub fn ask(&self, request: PeerRequest) -> Option<oneshot::Receiver<Vec<u8>>> {
+        let (answer, answered) = oneshot::channel();
+        self.inbox.try_send(Errand::Peer(request, answer)).ok()?;
+        self.wake();
+        Some(answered)
+    }
+
+    /// Gives the worker the answer to one of its calls. False if its inbox is full at the moment.
+    #[must_use]
+    pub fn answer(&self, ticket: Ticket, reply: Vec<u8>) -> bool {
+        let sent = self.inbox.try_send(Errand::Answer(ticket, reply));
+        self.wake();
+        sent.is_ok()
     }
 
     /// Its clients, with those that wait in its inbox.
@@ -195,7 +263,9 @@ impl WorkerHandle {
 struct Worker {
     index: usize,
     poll: Poll,
-    accepted: Receiver<Accepted>,
+    errands: Receiver<Errand>,
+    /// Calls without an answer.
+    calls_open: usize,
     core: Core,
     clients: Clients,
     nodes: Nodes,
@@ -227,9 +297,9 @@ impl Worker {
             for event in &events {
                 match event.token() {
                     WAKE => {}
-                    Token(lane) if lane >= LANES => {
-                        self.nodes
-                            .note((lane - LANES) as u32, event, &mut self.core);
+                    Token(token) if token >= LANES => {
+                        let lane = nodes::at_place(token - LANES);
+                        self.nodes.note(lane, event, &mut self.core);
                     }
                     Token(client) => self.clients.note(client as u32, event, &mut self.core),
                 }
@@ -265,6 +335,7 @@ impl Worker {
             self.next_due_us = self.core.on_time();
         }
         self.core.resume_stalled();
+        self.send_calls();
         self.clients.resume(&mut self.core);
         self.nodes.obey(&mut self.core, self.poll.registry());
         self.nodes.send(&mut self.core);
@@ -309,13 +380,42 @@ impl Worker {
             self.generation = generation;
             self.core.apply(self.shared.routing.load());
         }
-        while let Ok(accepted) = self.accepted.try_recv() {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
-            if !self
-                .clients
-                .open(accepted, &mut self.core, self.poll.registry())
-            {
-                self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+        while let Ok(errand) = self.errands.try_recv() {
+            match errand {
+                Errand::Client(accepted) => self.take_in(accepted),
+                Errand::Peer(request, answer) => {
+                    // Whoever asked may have stopped waiting.
+                    let _ = answer.send(self.core.peer_request(&request));
+                }
+                Errand::Answer(ticket, reply) => {
+                    self.calls_open -= 1;
+                    self.core.call_answered(ticket, &reply);
+                }
+            }
+        }
+    }
+
+    fn take_in(&mut self, accepted: Accepted) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        let registry = self.poll.registry();
+        if !self.clients.open(accepted, &mut self.core, registry) {
+            self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Hands calls to the switchboard.
+    fn send_calls(&mut self) {
+        const BUSY: &[u8] = b"-ERR slotmesh: too many commands wait for the control plane\r\n";
+        while let Some((ticket, call)) = self.core.out.calls.pop() {
+            let question = Question {
+                worker: self.index,
+                ticket,
+                call,
+            };
+            if self.calls_open < CALLS_MAX && self.shared.questions.try_send(question).is_ok() {
+                self.calls_open += 1;
+            } else {
+                self.core.call_answered(ticket, BUSY);
             }
         }
     }

@@ -8,21 +8,22 @@ use slotmesh_resp::{ReplyKind, Scan, write};
 use super::Core;
 use super::hold::Event;
 use super::lane::{LaneNo, Link};
+use super::line::is_line;
 use super::queue::{Entry, Kind};
 use super::retry::{self, Loss, Verdict};
 use super::sessions::{NoOutlet, Outlet};
 use super::transaction::{BlockStep, BlockVerdict};
 
 /// Error replies of our own on the way to a node.
-const OUTCOME_UNKNOWN: &str = "ERR slotmesh: connection to the shard's primary was lost; \
+pub(super) const OUTCOME_UNKNOWN: &str = "ERR slotmesh: connection to the shard's primary was lost; \
      the outcome of this command is unknown";
-const OVERDUE: &str = "ERR slotmesh: the shard's primary could not be reached in time; \
+pub(super) const OVERDUE: &str = "ERR slotmesh: the shard's primary could not be reached in time; \
      this command was not executed";
 const OVERTAKEN: &str = "ERR slotmesh: the shard's primary refused this command and then took a \
      later one of this client; this command was not executed";
-const TORN: &str = "ERR slotmesh: the shard changed its primary within this transaction; \
+pub(super) const TORN: &str = "ERR slotmesh: the shard changed its primary within this transaction; \
      its outcome is unknown";
-const SHARD_REMOVED: &str = "ERR slotmesh: the shard of this command was removed; \
+pub(super) const SHARD_REMOVED: &str = "ERR slotmesh: the shard of this command was removed; \
      this command was not executed";
 
 /// A node's connection cannot be used any further.
@@ -48,8 +49,14 @@ impl Core {
         buf: &[u8],
         outlet: &mut O,
     ) -> Result<usize, NodeFault> {
+        if is_line(no) {
+            return self.line_bytes(no, buf);
+        }
         let mut at = 0;
         self.lanes[no as usize].note_alive(self.now_us);
+        if self.lanes[no as usize].is_busy() {
+            self.end_busy(no);
+        }
         while at < buf.len() {
             let lane = &mut self.lanes[no as usize];
             match lane.scanner.scan(&buf[at..])? {
@@ -71,6 +78,7 @@ impl Core {
         let held_max = self.table.settings.hold_bytes_max;
         self.lanes[no as usize].check_room(held_max, self.now_us, &mut self.out);
         self.settle_abandoned();
+        self.run_jobs();
         Ok(at)
     }
 
@@ -85,13 +93,23 @@ impl Core {
         let kind = lane.flight.front().ok_or(NodeFault::Unasked)?.kind;
         let plain = reply[0] != b'-' && lane.gate.admits();
         match kind {
-            Kind::Single | Kind::Part if plain => self.finish(no, reply, outlet),
-            Kind::Single | Kind::Part => self.answer_judged(no, reply, outlet),
-            Kind::Block => self.answer_block(no, reply, outlet),
+            Kind::Single | Kind::Part | Kind::Job if plain => self.finish(no, reply, outlet),
+            Kind::Script if plain => self.finish(no, reply, outlet),
+            Kind::Single | Kind::Part | Kind::Job | Kind::Script => {
+                self.answer_judged(no, reply, outlet);
+            }
+            Kind::Publish => self.answer_publish(no, reply, outlet),
+            Kind::Block | Kind::JobBlock | Kind::Weave => self.answer_block(no, reply, outlet),
             Kind::Select => {
                 lane.flight.pop();
                 if reply[0] == b'-' {
                     return Err(NodeFault::Select);
+                }
+            }
+            Kind::Load => {
+                lane.flight.pop();
+                if reply[0] == b'-' {
+                    lane.known_scripts.forget();
                 }
             }
             Kind::Login => {
@@ -100,6 +118,15 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// As any single request, once its reply is what the client gets.
+    pub(super) fn answer_published<O: Outlet>(&mut self, no: LaneNo, reply: &[u8], outlet: &mut O) {
+        if reply[0] != b'-' && self.lanes[no as usize].gate.admits() {
+            self.finish(no, reply, outlet);
+        } else {
+            self.answer_judged(no, reply, outlet);
+        }
     }
 
     /// The oldest request is answered.
@@ -116,16 +143,16 @@ impl Core {
     /// Gives a reply to its client, or to the gather that it is a part of.
     #[inline]
     fn give<O: Outlet>(&mut self, entry: &Entry, reply: &[u8], outlet: &mut O) {
-        if entry.kind != Kind::Part {
-            let Entry {
-                client,
-                generation,
-                seq,
-                ..
-            } = *entry;
-            self.sessions
-                .deliver(client, generation, seq, reply, outlet);
-            return;
+        match entry.kind {
+            Kind::Part => {}
+            Kind::Job | Kind::JobBlock => return self.jobs.answer(entry.aux, entry.seq, reply),
+            Kind::Weave => return self.weave_part(entry.aux, entry.seq, reply),
+            _ => {
+                let (client, generation, seq) = (entry.client, entry.generation, entry.seq);
+                self.sessions
+                    .deliver(client, generation, seq, reply, outlet);
+                return;
+            }
         }
         self.scratch.clear();
         if let Some(owner) = self
@@ -153,6 +180,9 @@ impl Core {
 
     fn deliver_judged<O: Outlet>(&mut self, no: LaneNo, reply: &[u8], outlet: &mut O) {
         self.counters.errors += u64::from(reply[0] == b'-');
+        if reply.starts_with(b"-NOSCRIPT") {
+            self.lanes[no as usize].known_scripts.forget(); // somebody else may have flushed them
+        }
         self.fail_overtaken(no);
         self.finish(no, reply, outlet);
         let lane = &mut self.lanes[no as usize];
@@ -206,9 +236,11 @@ impl Core {
         let Some(front) = lane.flight.front().copied() else {
             return;
         };
-        let step = lane
-            .block
-            .reply(reply, front.aux, lane.flight.front_frame());
+        let total = match front.kind {
+            Kind::JobBlock | Kind::Weave => u32::from(front.part),
+            _ => front.aux,
+        };
+        let step = lane.block.reply(reply, total, lane.flight.front_frame());
         let BlockStep::Done(verdict) = step else {
             return;
         };
@@ -221,6 +253,7 @@ impl Core {
                 let error = error_line(TORN);
                 self.deliver_judged(no, &error, outlet);
             }
+            BlockVerdict::Aborted(reply) => self.deliver_judged(no, &reply, outlet),
             BlockVerdict::Deliver => match lane.gate.judge(reply, front.effect, b"") {
                 Verdict::ReadAgain => self.retry_front(no, Verdict::ReadAgain),
                 _ => self.deliver_judged(no, reply, outlet),
@@ -230,6 +263,9 @@ impl Core {
 
     /// The connection of a lane is gone, or could not be made.
     pub fn lane_lost(&mut self, no: LaneNo) {
+        if is_line(no) {
+            return self.line_lost(no);
+        }
         self.counters.node_losses += 1;
         self.settle_flight(no);
         self.lanes[no as usize].lost(self.now_us, &mut self.out);
@@ -244,11 +280,12 @@ impl Core {
                 break;
             };
             let delivery = lane.flight.front_delivery();
-            if matches!(front.kind, Kind::Login | Kind::Select) {
+            if matches!(front.kind, Kind::Login | Kind::Select | Kind::Load) {
                 lane.flight.pop();
                 continue;
             }
-            let torn = front.kind == Kind::Block && std::mem::take(&mut lane.block).is_torn();
+            let block = matches!(front.kind, Kind::Block | Kind::JobBlock | Kind::Weave);
+            let torn = block && std::mem::take(&mut lane.block).is_torn();
             if !torn && retry::after_loss(front.effect, delivery) == Loss::Retry {
                 if std::mem::take(&mut lane.probing) {
                     lane.flight.pop_before(&mut lane.retry, now_us);
@@ -304,7 +341,7 @@ impl Core {
     }
 }
 
-fn error_line(text: &str) -> Vec<u8> {
+pub(super) fn error_line(text: &str) -> Vec<u8> {
     let mut line = Vec::with_capacity(text.len() + 3);
     write::write_error(&mut line, text);
     line

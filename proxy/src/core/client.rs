@@ -6,13 +6,17 @@
 use std::net::SocketAddr;
 
 use prost::Message as _;
+use slotmesh_command::Command;
 use slotmesh_proto::handover::v1 as pb;
 use slotmesh_resp::{Protocol, RequestParser};
 
+use super::extra::Extra;
 use super::stash::Stash;
 
 /// Schema of the written form. A reader refuses a higher one.
 const SCHEMA: u32 = 1;
+/// The account of clients that name none.
+pub const DEFAULT_USER: &str = "default";
 
 /// Commands queued since MULTI.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +30,8 @@ pub struct Transaction {
     pub shard_id: Option<String>,
     /// Every command so far only reads.
     pub read_only: bool,
+    /// Not one block for one shard as it is.
+    pub mixed: bool,
 }
 
 /// What a client called itself. Rare, so boxed away from the common case.
@@ -46,11 +52,19 @@ pub struct ClientState {
     pub authenticated: bool,
     pub names: Option<Box<Names>>,
     pub transaction: Option<Box<Transaction>>,
+    /// Channels, patterns and shard channels, of a client that is between two processes.
+    pub subscriptions: Option<Box<[Vec<Vec<u8>>; 3]>>,
     /// Received and not executed.
     pub input: Vec<u8>,
     /// Replies that were not sent yet.
     pub output: Vec<u8>,
     pub connected_unix_ms: u64,
+    /// `None`: `default`.
+    pub user: Option<Box<str>>,
+    pub no_evict: bool,
+    pub no_touch: bool,
+    /// It wants no replies.
+    pub muted: bool,
 }
 
 /// Bytes that are not a client's state.
@@ -76,15 +90,31 @@ impl ClientState {
             authenticated: false,
             names: None,
             transaction: None,
+            subscriptions: None,
             input: Vec::new(),
             output: Vec::new(),
             connected_unix_ms,
+            user: None,
+            no_evict: false,
+            no_touch: false,
+            muted: false,
         }
+    }
+
+    /// The account that it logged in with.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        self.user.as_deref().unwrap_or(DEFAULT_USER)
     }
 
     /// Its names, for writing.
     pub fn names_mut(&mut self) -> &mut Names {
         self.names.get_or_insert_default()
+    }
+
+    fn subscribed(&self, kind: usize) -> Vec<Vec<u8>> {
+        let names = self.subscriptions.as_ref();
+        names.map(|names| names[kind].clone()).unwrap_or_default()
     }
 
     /// The written form, a contract between proxy processes of any two releases.
@@ -98,7 +128,7 @@ impl ClientState {
             database: u32::from(self.db),
             resp3: self.protocol == Protocol::Resp3,
             authenticated: self.authenticated,
-            user: "default".to_owned(),
+            user: self.user().to_owned(),
             name: names.name,
             library_name: names.library_name,
             library_version: names.library_version,
@@ -108,10 +138,17 @@ impl ClientState {
                 dirty: t.dirty,
                 shard_id: t.shard_id.clone().unwrap_or_default(),
                 read_only: t.read_only,
+                mixed: t.mixed,
             }),
             input: self.input.clone(),
             output: self.output.clone(),
             connected_unix_ms: self.connected_unix_ms,
+            no_evict: self.no_evict,
+            no_touch: self.no_touch,
+            muted: self.muted,
+            channels: self.subscribed(0),
+            patterns: self.subscribed(1),
+            shard_channels: self.subscribed(2),
         }
         .encode_to_vec()
     }
@@ -152,11 +189,24 @@ impl ClientState {
                     dirty: t.dirty,
                     shard_id: Some(t.shard_id).filter(|s| !s.is_empty()),
                     read_only: t.read_only,
+                    mixed: t.mixed,
                 })
             }),
             input: state.input,
             output: state.output,
             connected_unix_ms: state.connected_unix_ms,
+            user: Some(state.user.as_str())
+                .filter(|user| !user.is_empty() && *user != DEFAULT_USER)
+                .map(Box::from),
+            no_evict: state.no_evict,
+            no_touch: state.no_touch,
+            muted: state.muted,
+            subscriptions: Some(Box::new([
+                state.channels,
+                state.patterns,
+                state.shard_channels,
+            ]))
+            .filter(|names| names.iter().any(|names| !names.is_empty())),
         })
     }
 }
@@ -172,6 +222,9 @@ pub enum Pause {
     Stalled,
     /// Its next command waits until nothing of it is in flight.
     Quiet,
+    /// A command of it waits at a node, on a connection of its own: if it goes away, the command is
+    /// given up.
+    Blocked,
     /// It leaves once its replies are sent.
     Leaving,
 }
@@ -185,6 +238,10 @@ pub struct Client {
     pub head: u32,
     /// The next request.
     pub tail: u32,
+    /// By how much a request moves `tail`: 0 if the client wants no replies.
+    step: u32,
+    /// What replies must carry: the generation, or one that no client has.
+    reply_generation: u32,
     /// How far `state.output` was sent.
     pub sent: usize,
     pub pause: Pause,
@@ -192,9 +249,48 @@ pub struct Client {
     pub touched: bool,
     pub parser: RequestParser,
     pub stash: Option<Box<Stash>>,
+    /// The address that it connected to.
+    pub local: Option<SocketAddr>,
+    /// When bytes of it were last taken.
+    pub heard_us: u64,
+    pub last_command: Option<&'static Command>,
+    /// Length of the last command's frame, up to what fits.
+    pub last_bytes: u16,
+    /// What few clients have. With it every command takes the long way.
+    pub extra: Option<Box<Extra>>,
 }
 
+/// A generation that no client has.
+pub(super) const NOBODY: u32 = 0;
+/// In the generation of replies that are not sent, but become a part of EXEC's.
+pub(super) const CAPTURED: u32 = 1 << 31;
+
 impl Client {
+    pub fn new(state: ClientState, generation: u32) -> Self {
+        let unsent = !state.output.is_empty();
+        let muted = state.muted;
+        let mut client = Self {
+            state,
+            generation,
+            head: 0,
+            tail: 0,
+            step: 1,
+            reply_generation: generation,
+            sent: 0,
+            pause: Pause::None,
+            touched: unsent,
+            parser: RequestParser::default(),
+            stash: None,
+            local: None,
+            heard_us: 0,
+            last_command: None,
+            last_bytes: 0,
+            extra: None,
+        };
+        client.set_muted(muted);
+        client
+    }
+
     pub fn in_flight(&self) -> u32 {
         self.tail.wrapping_sub(self.head)
     }
@@ -208,12 +304,41 @@ impl Client {
         self.unsent() + self.stash.as_ref().map_or(0, |s| s.bytes_len())
     }
 
-    /// Numbers the next request.
+    /// Numbers the next request: the generation and number that its reply must carry. Those of a
+    /// client that wants no replies belong to nobody.
     #[inline]
-    pub fn next_seq(&mut self) -> u32 {
+    pub fn ticket(&mut self) -> (u32, u32) {
         let seq = self.tail;
-        self.tail = self.tail.wrapping_add(1);
-        seq
+        self.tail = self.tail.wrapping_add(self.step);
+        (self.reply_generation, seq)
+    }
+
+    /// Whether replies to the requests that are numbered from now on reach the client.
+    pub fn set_muted(&mut self, muted: bool) {
+        self.state.muted = muted;
+        self.step = u32::from(!muted);
+        self.reply_generation = if muted { NOBODY } else { self.generation };
+    }
+
+    /// From now on replies are captured, with this number (31 bits).
+    pub(super) fn begin_capture(&mut self, number: u32) {
+        self.set_muted(true);
+        self.reply_generation = CAPTURED | number;
+    }
+
+    /// Replies reach the client again.
+    pub(super) fn end_capture(&mut self) {
+        if self.is_captured() {
+            self.set_muted(false);
+        }
+    }
+
+    pub(super) fn is_captured(&self) -> bool {
+        self.reply_generation & CAPTURED != 0
+    }
+
+    pub fn is_muted(&self) -> bool {
+        self.step == 0
     }
 }
 
@@ -229,14 +354,18 @@ mod tests {
         state.protocol = Protocol::Resp3;
         state.authenticated = true;
         state.names_mut().name = b"worker".to_vec();
+        state.user = Some("ann".into());
+        state.no_evict = true;
         state.input = b"*2\r\n$3\r\nGE".to_vec();
         state.output = vec![0xff, 0, b'\r'];
+        state.subscriptions = Some(Box::new([vec![b"a".to_vec()], vec![], vec![vec![0xff]]]));
         state.transaction = Some(Box::new(Transaction {
             frames: b"*1\r\n$4\r\nPING\r\n".to_vec(),
             commands: 1,
             dirty: true,
             shard_id: Some("0".to_owned()),
             read_only: true,
+            mixed: true,
         }));
         assert_eq!(ClientState::decode(&state.encode()).unwrap(), state);
     }

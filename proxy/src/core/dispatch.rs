@@ -3,7 +3,7 @@
 //! Invariant: a command is either taken whole (numbered, and answered some day) or not at all
 //! (the client waits for room and its bytes stay).
 
-use slotmesh_command::{Class, Command, Flag};
+use slotmesh_command::{Class, Command};
 use slotmesh_resp::{Args, Limits, Parsed, ProtocolError, rewrite_inline, write};
 
 use super::Core;
@@ -17,7 +17,7 @@ use crate::routing::{NO_SHARD, ShardNo};
 
 pub(super) const CROSS_SLOT: &str = "CROSSSLOT Keys in request don't hash to the same slot";
 pub(super) const NOT_SERVED: &str = "CLUSTERDOWN Hash slot not served";
-const NO_AUTH: &str = "NOAUTH Authentication required.";
+pub(super) const NO_AUTH: &str = "NOAUTH Authentication required.";
 /// Clients take the word for a reason to come again soon.
 pub(super) const NOT_READY: &str =
     "LOADING slotmesh: the proxy has not yet been told about this instance";
@@ -39,6 +39,9 @@ impl Core {
     pub fn client_bytes(&mut self, slot: u32, buf: &[u8]) -> usize {
         let mut at = 0;
         let mut args = std::mem::take(&mut self.args);
+        if let Some(client) = self.sessions.get_mut(slot) {
+            client.heard_us = self.now_us;
+        }
         while at < buf.len() && self.sessions.may_take(slot) {
             let Some(client) = self.sessions.get_mut(slot) else {
                 break;
@@ -118,7 +121,7 @@ impl Core {
 
     fn protocol_error(&mut self, slot: u32, error: ProtocolError) {
         self.counters.protocol_errors += 1;
-        self.reply_error(slot, format!("ERR {error}").as_bytes());
+        self.reply_error(slot, &error.reply());
         self.sessions.leave(slot);
     }
 
@@ -132,27 +135,41 @@ impl Core {
                     self.sessions.doom(slot, CloseReason::Protocol);
                     return Flow::Taken;
                 }
-                Err(error) => return self.refuse(slot, &error.text()),
+                Err(error) => return self.unresolved(slot, request, &error),
             },
         };
+        let Some(client) = self.sessions.get_mut(slot) else {
+            return Flow::Taken;
+        };
+        client.last_command = Some(command);
+        client.last_bytes = request.frame.len().min(usize::from(u16::MAX)) as u16;
+        if self.paused.is_some() && self.must_pause(slot, command) {
+            return Flow::NoRoom;
+        }
         let Some(client) = self.sessions.get(slot) else {
             return Flow::Taken;
         };
-        if !client.state.authenticated && !command.flags.has(Flag::NoAuth) {
-            let text = if self.ready { NO_AUTH } else { NOT_READY };
-            return self.refuse(slot, text.as_bytes());
-        }
-        let flow = if client.state.transaction.is_some() {
-            self.in_transaction(slot, command, request)
-        } else {
+        let flow = if client.is_plain() {
             self.route(slot, command, request)
+        } else {
+            let skips = client.extra.as_ref().is_some_and(|extra| extra.skips_reply);
+            let flow = self.command_special(slot, command, request);
+            if skips && flow == Flow::Taken {
+                self.skipped(slot);
+            }
+            flow
         };
         self.counters.commands += u64::from(flow == Flow::Taken);
         flow
     }
 
     #[inline]
-    fn route(&mut self, slot: u32, command: &'static Command, request: Request<'_>) -> Flow {
+    pub(super) fn route(
+        &mut self,
+        slot: u32,
+        command: &'static Command,
+        request: Request<'_>,
+    ) -> Flow {
         if command.class == Class::SingleKey
             && let Some(key) = command.only_key()
         {
@@ -166,44 +183,49 @@ impl Core {
     /// Everything but a command with one key.
     fn route_rare(&mut self, slot: u32, command: &'static Command, request: Request<'_>) -> Flow {
         match command.class {
-            Class::Proxy => return self.local(slot, command, request),
-            Class::Transaction => return self.begin_transaction(slot, command),
-            Class::Refused(instead) => {
+            Class::Proxy if let Some(flow) = self.refused_while_busy(slot, command) => return flow,
+            Class::Proxy => {
+                let errors = self.counters.errors;
+                let flow = self.local(slot, command, request);
+                if flow == Flow::Taken {
+                    self.tally.called(command, self.counters.errors > errors);
+                }
+                return flow;
+            }
+            Class::Transaction => return self.begin_transaction(slot, command, request),
+            Class::Refused(instead) if !self.may_pass(command) => {
                 let name = spec::shown(command);
                 let text = format!("ERR slotmesh: '{name}' is not for clients: {instead}");
                 return self.refuse(slot, text.as_bytes());
             }
-            // Redis-benchmark and client libraries ask; nodes' settings are not a client's business.
-            Class::Keyless if command.name == "config|get" => {
-                return self.config_get(slot, request);
+            Class::ByIndex if !command.name.ends_with("monitor") => {
+                return self.by_index(slot, command, request);
             }
+            Class::ByIndex | Class::Monitor => return self.monitor(slot, command, request),
             _ if !spec::is_permitted(command) => return self.unsupported(slot, command),
             _ => {}
         }
         match command.class {
             Class::SplitMerge(merge) => self.split(slot, command, merge, request),
-            Class::AllShards(gather) => self.send_to_all(slot, command, gather, request),
-            Class::SingleKey | Class::Computed | Class::SameSlot | Class::Keyless => {
+            Class::AllShards(gather) => self.fan_out(slot, command, gather, request),
+            Class::Keyless => self.keyless(slot, command, request),
+            Class::SameSlot if matches!(command.name.get(..4), Some("eval" | "fcal")) => {
+                self.script(slot, command, request)
+            }
+            Class::SingleKey | Class::Computed | Class::SameSlot | Class::Refused(_) => {
                 self.send_to_owner(slot, command, request)
             }
             Class::Blocking if !command.may_wait(&request) => {
                 self.send_to_owner(slot, command, request)
             }
-            // One shard: as Redis does it.
-            Class::Walk if self.table.only_shard().is_some() => {
-                self.send_to_owner(slot, command, request)
-            }
-            Class::PubSub
-                if self.table.only_shard().is_some()
-                    && matches!(command.name, "publish" | "spublish") =>
-            {
-                self.send_to_owner(slot, command, request)
-            }
+            Class::Blocking => self.block(slot, command, request),
+            Class::Walk => self.walk(slot, command, request),
+            Class::PubSub => self.pubsub_command(slot, command, request),
             _ => self.unsupported(slot, command),
         }
     }
 
-    fn send_to_owner(
+    pub(super) fn send_to_owner(
         &mut self,
         slot: u32,
         command: &'static Command,
@@ -214,6 +236,7 @@ impl Core {
                 let effect = spec::effect(command);
                 self.forward(slot, shard, Kind::Single, effect, 0, request.frame)
             }
+            Err(_) if command.class == Class::Computed => self.compute(slot, command, request),
             Err(text) => self.refuse(slot, text.as_bytes()),
         }
     }
@@ -240,7 +263,9 @@ impl Core {
             }
             shard = Some(own);
         }
-        Ok(shard.unwrap_or(self.table.keyless_shard()))
+        let shard = shard.unwrap_or(self.table.keyless_shard());
+        self.check_patterns(command, request, shard)?;
+        Ok(shard)
     }
 
     /// Sends a frame to a shard as the client's next request.
@@ -263,12 +288,17 @@ impl Core {
         let lane = &mut self.lanes[lane_no(shard, client.state.protocol) as usize];
         if !lane.has_room(self.table.settings.hold_bytes_max) {
             lane.note_full(self.now_us, &mut self.out);
+            let no = lane_no(shard, client.state.protocol);
+            if let Some(words) = self.busy_words(no) {
+                return self.refuse(slot, &words);
+            }
             return Flow::NoRoom;
         }
+        let (generation, seq) = client.ticket();
         let entry = Entry {
             client: slot,
-            generation: client.generation,
-            seq: client.next_seq(),
+            generation,
+            seq,
             len: 0,
             aux,
             part: 0,
@@ -290,11 +320,16 @@ impl Core {
         {
             transaction.dirty = true;
         }
+        let last = self.sessions.get(slot).and_then(|c| c.last_command);
+        if let Some(command) = last {
+            self.tally.rejected(command);
+        }
         self.reply_error(slot, text)
     }
 
     pub(super) fn reply_error(&mut self, slot: u32, text: &[u8]) -> Flow {
         self.counters.errors += 1;
+        self.tally.error(text);
         self.reply_with(slot, |out| write::write_error(out, text))
     }
 
@@ -307,7 +342,7 @@ impl Core {
         self.scratch.clear();
         write(&mut self.scratch);
         if let Some(client) = self.sessions.get_mut(slot) {
-            let (generation, seq) = (client.generation, client.next_seq());
+            let (generation, seq) = client.ticket();
             self.sessions
                 .deliver(slot, generation, seq, &self.scratch, &mut NoOutlet);
         }

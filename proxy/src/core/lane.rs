@@ -15,6 +15,7 @@ use slotmesh_resp::{Protocol, ReplyScanner, write};
 use super::hold::{Action, Actions, Event, Level, ShardGate};
 use super::outbox::{HoldSample, Order, Outbox};
 use super::queue::{Entry, FrameQueue, Kind};
+use super::scripts::{KnownScripts, ScriptCache};
 use super::transaction::BlockWatch;
 use crate::routing::{ShardNo, ShardRoute};
 
@@ -99,6 +100,10 @@ pub struct Lane {
     /// The request in flight asks whether the node executes again.
     pub probing: bool,
     pub level: Option<Level>,
+    pub scripts: Arc<ScriptCache>,
+    pub known_scripts: KnownScripts,
+    /// [`FLIGHT_BYTES_MAX`], or 0 while the node is busy with what is in flight.
+    room_bytes: usize,
     db: u16,
     route: Option<Arc<ShardRoute>>,
     touched: bool,
@@ -120,7 +125,7 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(no: LaneNo, held_sum: Arc<AtomicU64>) -> Self {
+    pub fn new(no: LaneNo, held_sum: Arc<AtomicU64>, scripts: Arc<ScriptCache>) -> Self {
         Self {
             no,
             protocol: if no % 2 == 1 {
@@ -139,6 +144,9 @@ impl Lane {
             in_flight: 0,
             probing: false,
             level: None,
+            scripts,
+            known_scripts: KnownScripts::default(),
+            room_bytes: FLIGHT_BYTES_MAX,
             db: DB_UNKNOWN,
             route: None,
             touched: false,
@@ -165,7 +173,7 @@ impl Lane {
     #[inline]
     pub fn has_room(&self, hold_bytes_max: u64) -> bool {
         if self.gate.admits() {
-            self.flight.bytes_len() <= FLIGHT_BYTES_MAX
+            self.flight.bytes_len() <= self.room_bytes
         } else {
             self.held_sum.load(Ordering::Relaxed) <= hold_bytes_max
         }
@@ -198,6 +206,9 @@ impl Lane {
         if self.db != entry.db {
             self.select(entry.db);
         }
+        if matches!(entry.kind, Kind::Script | Kind::Block | Kind::JobBlock) {
+            self.load_scripts(entry.kind, frame);
+        }
         self.flight.push(entry, frame);
         self.in_flight += 1;
     }
@@ -215,6 +226,20 @@ impl Lane {
     /// The node said something, or took more of what it could not take at once.
     pub fn note_alive(&mut self, now_us: u64) {
         self.silent_since_us = now_us;
+    }
+
+    /// How long the node has said nothing.
+    pub fn silent_for(&self, now_us: u64) -> u64 {
+        now_us.saturating_sub(self.silent_since_us)
+    }
+
+    /// The node is busy with the script in flight: nothing more is taken.
+    pub fn set_busy(&mut self, busy: bool) {
+        self.room_bytes = if busy { 0 } else { FLIGHT_BYTES_MAX };
+    }
+
+    pub fn is_busy(&self) -> bool {
+        self.room_bytes == 0
     }
 
     fn select(&mut self, db: u16) {
@@ -319,6 +344,8 @@ impl Lane {
         self.in_flight = 0;
         self.probing = false;
         self.db = DB_UNKNOWN;
+        self.known_scripts.forget();
+        self.room_bytes = FLIGHT_BYTES_MAX;
         self.login_refusals = 0;
     }
 
@@ -475,7 +502,7 @@ impl Lane {
             return;
         }
         let room = if self.gate.admits() {
-            self.flight.bytes_len() <= FLIGHT_BYTES_MAX / 2
+            self.flight.bytes_len() <= self.room_bytes / 2
         } else {
             self.has_room(hold_bytes_max)
         };

@@ -3,9 +3,9 @@
 //! Invariant: a client changes its protocol only while nothing of it is in flight, because the
 //! versions use different lanes and its order must hold.
 
-use sha2::{Digest as _, Sha256};
+use std::sync::Arc;
+
 use slotmesh_resp::{Protocol, write};
-use subtle::ConstantTimeEq as _;
 
 use super::Core;
 use super::dispatch::{Flow, NOT_READY};
@@ -26,32 +26,33 @@ impl Core {
             return self.reply_error(slot, NOT_READY.as_bytes());
         }
         let (user, password): (&[u8], &[u8]) = match request.len() {
-            2 if self.table.settings.password_sha256.is_none() => {
-                return self.reply_error(slot, NO_PASSWORD_SET);
-            }
             2 => (b"default", request.arg(1)),
             3 => (request.arg(1), request.arg(2)),
             _ => return self.reply_error(slot, b"ERR syntax error"),
         };
-        if !self.is_valid(user, password) {
-            return self.reply_error(slot, WRONG_PASS);
+        let mut found = self.users().authenticate(user, password).cloned();
+        let mut open = false;
+        if request.len() == 2 {
+            open = self.users().default_user().is_nopass();
+            let named = memchr::memchr(b':', password);
+            if let Some(colon) = named.filter(|_| open || found.is_none()) {
+                // One word for both, for clients that know nothing of users.
+                let (user, password) = (&password[..colon], &password[colon + 1..]);
+                found = self.users().authenticate(user, password).cloned();
+            } else if open {
+                found = None;
+            }
         }
-        self.set_authenticated(slot);
-        self.reply_simple(slot, "OK")
-    }
-
-    /// Compares in constant time, so that the answer's time tells nothing of the password.
-    fn is_valid(&self, user: &[u8], password: &[u8]) -> bool {
-        let Some(wanted) = &self.table.settings.password_sha256 else {
-            return user == b"default"; // open: any password will do, as in Redis
-        };
-        let given: [u8; 32] = Sha256::digest(password).into();
-        bool::from(given.ct_eq(wanted)) && user == b"default"
-    }
-
-    fn set_authenticated(&mut self, slot: u32) {
-        if let Some(client) = self.sessions.get_mut(slot) {
-            client.state.authenticated = true;
+        match found {
+            Some(user) => {
+                self.log_in(slot, &user);
+                self.reply_simple(slot, "OK")
+            }
+            None if open => self.reply_error(slot, NO_PASSWORD_SET),
+            None => {
+                self.log_refused_login(slot, request.arg(0), user);
+                self.reply_error(slot, WRONG_PASS)
+            }
         }
     }
 
@@ -92,10 +93,13 @@ impl Core {
             }
         }
         match login {
-            Some((user, password)) if !self.is_valid(user, password) => {
-                return self.reply_error(slot, WRONG_PASS);
+            Some((name, password)) => {
+                let Some(user) = self.users().authenticate(name, password).cloned() else {
+                    self.log_refused_login(slot, request.arg(0), name);
+                    return self.reply_error(slot, WRONG_PASS);
+                };
+                self.log_in(slot, &user);
             }
-            Some(_) => self.set_authenticated(slot),
             None if !authenticated => return self.reply_error(slot, HELLO_NO_AUTH),
             None => {}
         }
@@ -103,6 +107,9 @@ impl Core {
             && let Err(text) = self.set_name(slot, name)
         {
             return self.reply_error(slot, text);
+        }
+        if let Some(flow) = self.wait_for_version(slot) {
+            return flow;
         }
         self.greet(slot, protocol)
     }
@@ -113,6 +120,7 @@ impl Core {
         };
         client.state.protocol = protocol;
         let id = client.state.id;
+        let version = self.server_version().to_owned();
         self.reply_with(slot, |out| {
             let text = |out: &mut Vec<u8>, key: &str, value: &str| {
                 write::write_bulk(out, key.as_bytes());
@@ -120,7 +128,7 @@ impl Core {
             };
             write::write_map_header(out, protocol, 7);
             text(out, "server", "redis");
-            text(out, "version", SERVER_VERSION);
+            text(out, "version", &version);
             write::write_bulk(out, b"proto");
             write::write_int(out, if protocol == Protocol::Resp3 { 3 } else { 2 });
             write::write_bulk(out, b"id");
@@ -141,12 +149,24 @@ impl Core {
         if client.state.protocol == Protocol::Resp3 && client.in_flight() > 0 {
             return Flow::NotYet;
         }
+        self.leave_topics(slot);
+        self.end_monitoring(slot);
+        self.end_tracking(slot);
+        self.release_watch(slot);
+        let Some(client) = self.sessions.get_mut(slot) else {
+            return Flow::Taken;
+        };
         client.state.transaction = None;
         client.state.db = 0;
         client.state.protocol = Protocol::Resp2;
-        client.state.authenticated = open;
+        client.log_out();
         if let Some(names) = &mut client.state.names {
             names.name.clear();
+        }
+        client.set_muted(false);
+        if open {
+            let user = Arc::clone(self.users().default_user());
+            self.log_in(slot, &user);
         }
         self.reply_simple(slot, "RESET")
     }

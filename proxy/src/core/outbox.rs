@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use super::call::{Call, Ticket};
 use super::hold::Level;
 use super::lane::LaneNo;
 use crate::routing::ShardNo;
@@ -36,6 +37,8 @@ pub struct Outbox {
     pub touched: Vec<LaneNo>,
     /// Lanes whose connection must be given up.
     pub abandoned: Vec<LaneNo>,
+    /// Questions to the rest of the process.
+    pub calls: Vec<(Ticket, Call)>,
     /// Some lane has a deadline.
     pub unsteady: bool,
     /// A full queue has room again.

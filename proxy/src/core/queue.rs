@@ -19,12 +19,25 @@ const COMPACT_BYTES: usize = 64 * 1024;
 pub enum Kind {
     /// One command of a client: its reply is the client's.
     Single,
+    /// As `Single`, but the node's number of receivers is made the client's.
+    Publish,
     /// A part of a split command; `aux` is the gather, `part` the position in it.
     Part,
+    /// As `Single`, of a script by its digest: its text goes ahead if the node may not have it.
+    Script,
     /// MULTI … EXEC in one piece; `aux` is the number of replies to come.
     Block,
+    /// A request of a job; `aux` is the job, `seq` the position in its round.
+    Job,
+    /// MULTI … EXEC of a job, as `Job`; `part` is the number of replies to come.
+    JobBlock,
+    /// A block of an EXEC in several parts; `aux` is the EXEC, `seq` the part, `part` the number of
+    /// replies to come.
+    Weave,
     /// Ours: the reply is swallowed.
     Select,
+    /// Ours: makes a script known to the node.
+    Load,
     /// Ours: opens the connection.
     Login,
 }
@@ -119,6 +132,11 @@ impl FrameQueue {
     #[inline]
     pub fn front(&self) -> Option<&Entry> {
         self.entries.front()
+    }
+
+    /// Oldest first.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
     }
 
     pub fn front_frame(&self) -> &[u8] {

@@ -3,12 +3,13 @@
 //! Invariants: replies leave in the order of the requests; a reply for a client that left is
 //! dropped (slot and generation); an idle client owns no buffer.
 
-use super::client::{Client, ClientState, Pause};
+use super::client::{CAPTURED, Client, ClientState, Pause};
 use super::pool::Pool;
 use super::stash::Stash;
 
-/// A client's requests in flight before it is no longer read; read again at half of it. Enough to
-/// keep a pipe full, small enough that one client cannot own a node's queue.
+/// A client's requests in flight before it is no longer read, unless a parameter says otherwise; read
+/// again at half of it. Enough to keep a pipe full, small enough that one client cannot own a node's
+/// queue.
 pub const IN_FLIGHT_MAX: u32 = 1024;
 /// Unsent bytes of a client before it is no longer read; read again at half of it.
 pub const BACKLOG_PAUSE_BYTES: usize = 1024 * 1024;
@@ -43,6 +44,12 @@ pub enum CloseReason {
     Protocol,
     /// It did not read its replies.
     Backlog,
+    /// It did not read what it subscribed to.
+    Subscriber,
+    /// Somebody with the right to said so.
+    Killed,
+    /// It said nothing for too long.
+    Idle,
 }
 
 #[derive(Debug, Default)]
@@ -52,8 +59,10 @@ struct Slot {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sessions {
+    /// The bound of a client's requests in flight.
+    pub in_flight_max: u32,
     slots: Vec<Slot>,
     free: Vec<u32>,
     live: usize,
@@ -67,6 +76,25 @@ pub struct Sessions {
     pub resumed: Vec<(u32, u32)>,
     /// Clients that must be closed now.
     pub doomed: Vec<(u32, u32, CloseReason)>,
+    /// Replies to commands that EXEC runs here, with the number that was given for them.
+    pub(super) captured: Vec<(u32, Vec<u8>)>,
+}
+
+impl Default for Sessions {
+    fn default() -> Self {
+        Self {
+            in_flight_max: IN_FLIGHT_MAX,
+            slots: Vec::new(),
+            free: Vec::new(),
+            live: 0,
+            pool: Pool::default(),
+            stashes: Vec::new(),
+            touched: Vec::new(),
+            resumed: Vec::new(),
+            doomed: Vec::new(),
+            captured: Vec::new(),
+        }
+    }
 }
 
 impl Sessions {
@@ -85,19 +113,9 @@ impl Sessions {
             (self.slots.len() - 1) as u32
         });
         let entry = &mut self.slots[slot as usize];
-        entry.generation = entry.generation.wrapping_add(1);
+        entry.generation = (entry.generation.wrapping_add(1) & !CAPTURED).max(1);
         let unsent = !state.output.is_empty();
-        entry.client = Some(Client {
-            state,
-            generation: entry.generation,
-            head: 0,
-            tail: 0,
-            sent: 0,
-            pause: Pause::None,
-            touched: unsent,
-            parser: Default::default(),
-            stash: None,
-        });
+        entry.client = Some(Client::new(state, entry.generation));
         if unsent {
             self.touched.push(slot);
         }
@@ -133,11 +151,26 @@ impl Sessions {
         self.get_mut(slot).filter(|c| c.generation == generation)
     }
 
-    /// The instance needs no password.
-    pub fn authenticate_all(&mut self) {
-        for client in self.slots.iter_mut().filter_map(|s| s.client.as_mut()) {
-            client.state.authenticated = true;
-        }
+    /// Slots of all clients.
+    pub fn slots(&self) -> impl Iterator<Item = u32> {
+        let taken = |(slot, one): (usize, &Slot)| one.client.is_some().then_some(slot as u32);
+        self.slots.iter().enumerate().filter_map(taken)
+    }
+
+    /// Where the client of an id is.
+    pub fn slot_of(&self, id: u64) -> Option<u32> {
+        let is_it = |slot: &Slot| slot.client.as_ref().is_some_and(|c| c.state.id == id);
+        self.slots.iter().position(is_it).map(|slot| slot as u32)
+    }
+
+    pub fn numbered(&self) -> impl Iterator<Item = (u32, &Client)> {
+        let taken = self.slots.iter().enumerate();
+        taken.filter_map(|(slot, one)| Some((slot as u32, one.client.as_ref()?)))
+    }
+
+    pub fn numbered_mut(&mut self) -> impl Iterator<Item = (u32, &mut Client)> {
+        let taken = self.slots.iter_mut().enumerate();
+        taken.filter_map(|(slot, one)| Some((slot as u32, one.client.as_mut()?)))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Client> {
@@ -162,6 +195,9 @@ impl Sessions {
             return;
         };
         if client.generation != generation {
+            if generation & CAPTURED != 0 {
+                self.captured.push((generation & !CAPTURED, reply.to_vec()));
+            }
             return;
         }
         if seq != client.head {
@@ -267,13 +303,14 @@ impl Sessions {
     /// True if another command of this client may be taken; pauses it if not.
     #[inline]
     pub fn may_take(&mut self, slot: u32) -> bool {
+        let in_flight_max = self.in_flight_max;
         let Some(client) = self.get_mut(slot) else {
             return false;
         };
         if client.pause != Pause::None {
             return false;
         }
-        if client.in_flight() >= IN_FLIGHT_MAX || client.backlog() > BACKLOG_PAUSE_BYTES {
+        if client.in_flight() >= in_flight_max || client.backlog() > BACKLOG_PAUSE_BYTES {
             client.pause = Pause::Full;
             return false;
         }
@@ -281,21 +318,50 @@ impl Sessions {
     }
 
     fn maybe_resume(&mut self, slot: u32) {
+        let in_flight_max = self.in_flight_max;
         let Some(client) = self.get_mut(slot) else {
             return;
         };
         let small =
-            client.in_flight() <= IN_FLIGHT_MAX / 2 && client.backlog() <= BACKLOG_PAUSE_BYTES / 2;
+            client.in_flight() <= in_flight_max / 2 && client.backlog() <= BACKLOG_PAUSE_BYTES / 2;
         let resume = match client.pause {
             Pause::Full => small,
             Pause::Quiet => client.in_flight() == 0,
-            Pause::None | Pause::Stalled | Pause::Leaving => false,
+            Pause::None | Pause::Stalled | Pause::Blocked | Pause::Leaving => false,
         };
         if resume {
             client.pause = Pause::None;
             let generation = client.generation;
             self.resumed.push((slot, generation));
         }
+    }
+
+    /// A client whose request had no number goes on, if nothing else of it is in flight.
+    pub fn resume_quiet(&mut self, slot: u32, generation: u32) {
+        if self
+            .get_same(slot, generation)
+            .is_some_and(|client| client.pause == Pause::Quiet)
+        {
+            self.maybe_resume(slot);
+        }
+    }
+
+    /// Puts bytes between a client's replies: a message, an invalidation. Never within one.
+    pub fn push(&mut self, slot: u32, generation: u32, bytes: &[u8]) {
+        let Some(client) = self.get_same(slot, generation) else {
+            return;
+        };
+        let empty = client.state.output.capacity() == 0;
+        if empty {
+            let buffer = self.pool.take();
+            if let Some(client) = self.get_mut(slot) {
+                client.state.output = buffer;
+            }
+        }
+        if let Some(client) = self.get_mut(slot) {
+            client.state.output.extend_from_slice(bytes);
+        }
+        self.after_delivery(slot);
     }
 
     /// The socket took `bytes` of the client's output.

@@ -11,8 +11,48 @@ use super::retry::Effect;
 /// Commands that engines file under "dangerous" and that proxies' users may call all the same.
 /// The agents' rule for `px-*` users names the same ones.
 const DANGEROUS_ALLOWED: &[&str] = &[
+    "keys",
+    "sort",
+    "sort_ro",
+    "flushall",
+    "flushdb",
+    "swapdb",
+    "restore",
+    "info",
+    "role",
+    "debug",
+    "pfdebug",
+    "pfselftest",
+    "config|get",
+    "config|resetstat",
+    "slowlog|get",
+    "slowlog|len",
+    "slowlog|reset",
+    "slowlog|help",
+    "latency|doctor",
+    "latency|graph",
+    "latency|help",
+    "latency|histogram",
+    "latency|history",
+    "latency|latest",
+    "latency|reset",
+    "client|list",
+    "client|no-evict",
+    "client|unblock",
+    "module|list",
+    "save",
+    "bgsave",
+    "bgrewriteaof",
+    "lastsave",
+];
+
+/// Those of them that belong to users' data: what scripts may call.
+pub(super) const DANGEROUS_DATA: &[&str] = &[
     "keys", "sort", "sort_ro", "flushall", "flushdb", "swapdb", "restore", "info", "role",
 ];
+
+/// Refused on a cluster, where no single answer would be true; one shard answers for itself.
+pub(super) const FOR_ONE_SHARD: &[&str] = &["save", "bgsave", "bgrewriteaof", "lastsave"];
 
 /// One command as it was parsed.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +96,8 @@ pub(super) fn effect(command: &Command) -> Effect {
     {
         return effect;
     }
-    if command.flags.has(Flag::ReadOnly) {
+    // What the proxy can answer itself (PING in a transaction) changes nothing at a node either.
+    if command.flags.has(Flag::ReadOnly) || command.class == Class::Proxy {
         Effect::Read
     } else {
         Effect::Write
@@ -103,6 +144,6 @@ mod tests {
     #[test]
     fn administration_is_never_sent_to_a_node() {
         assert!(is_permitted(named("set")) && is_permitted(named("flushall")));
-        assert!(!is_permitted(named("config|get")) && !is_permitted(named("slowlog|get")));
+        assert!(!is_permitted(named("config|set")) && !is_permitted(named("shutdown")));
     }
 }

@@ -1,10 +1,14 @@
 //! Commands over several shards: MGET and its kin by key, others to every shard.
 //!
+//! A part is what one unit has of the keys: a shard, or a slot if the instance says so. Parts of one
+//! shard follow each other on its lane.
+//!
 //! Invariant: all parts are taken, or none is. A part is an ordinary request of its lane, so later
 //! commands of the client to that shard stay behind it, also when it is sent again.
 
 use slotmesh_command::{Command, Gather};
 use slotmesh_resp::write;
+use slotmesh_topology::Slot;
 
 use super::Core;
 use super::dispatch::Flow;
@@ -18,13 +22,15 @@ use crate::routing::{NO_SHARD, ShardNo};
 /// Which key goes where. One per worker; it means nothing between commands.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// The shards that have a key, in order of their first.
+    /// The units that have a key, in order of their first.
+    units: Vec<u16>,
+    /// The shard of each of `units`.
     shards: Vec<ShardNo>,
-    /// Keys of each of `shards`.
+    /// Keys of each of `units`.
     counts: Vec<u32>,
     /// The part of each key.
     places: Vec<u16>,
-    /// Number of a shard's part, by shard.
+    /// Number of a unit's part, by unit.
     part_of: Vec<u16>,
     /// Indices of the keys, sorted by part, in order inside a part.
     sorted: Vec<u32>,
@@ -37,9 +43,10 @@ const RETAINED: usize = 64 * 1024;
 
 impl Plan {
     fn clear(&mut self) {
-        for shard in self.shards.drain(..) {
-            self.part_of[usize::from(shard)] = NO_PART;
+        for unit in self.units.drain(..) {
+            self.part_of[usize::from(unit)] = NO_PART;
         }
+        self.shards.clear();
         self.counts.clear();
         self.places.clear();
         self.sorted.clear();
@@ -49,13 +56,14 @@ impl Plan {
         self.frame.shrink_to(RETAINED);
     }
 
-    fn add(&mut self, shard: ShardNo) {
-        let at = usize::from(shard);
+    fn add(&mut self, unit: u16, shard: ShardNo) {
+        let at = usize::from(unit);
         if self.part_of.len() <= at {
             self.part_of.resize(at + 1, NO_PART);
         }
         if self.part_of[at] == NO_PART {
-            self.part_of[at] = self.shards.len() as u16;
+            self.part_of[at] = self.units.len() as u16;
+            self.units.push(unit);
             self.shards.push(shard);
             self.counts.push(0);
         }
@@ -83,6 +91,7 @@ impl Plan {
 
 impl Core {
     /// A command whose keys are at every `step`th place from 1 on. Each shard gets its keys.
+    /// An instance with one shard gets the command as it is.
     pub(super) fn split(
         &mut self,
         slot: u32,
@@ -97,12 +106,20 @@ impl Core {
             slotmesh_command::Merge::Sum => (Merge::Sum, 1),
         };
         self.split.clear();
+        let by_slot =
+            self.table.settings.parameters.split_by_slot && self.table.only_shard().is_none();
         for index in (1..request.len()).step_by(step) {
-            let shard = self.table.shard_of(request.arg(index));
+            let key = request.arg(index);
+            let shard = self.table.shard_of(key);
             if shard == NO_SHARD {
                 return self.forward(slot, shard, Kind::Single, effect, 0, request.frame);
             }
-            self.split.add(shard);
+            let unit = if by_slot {
+                Slot::of(key).number()
+            } else {
+                shard
+            };
+            self.split.add(unit, shard);
         }
         if let [shard] = self.split.shards[..] {
             return self.forward(slot, shard, Kind::Single, effect, 0, request.frame);
@@ -163,7 +180,7 @@ impl Core {
         };
         self.split.clear();
         for shard in self.table.all_shards() {
-            self.split.add(shard);
+            self.split.add(shard, shard);
         }
         match self.split.shards[..] {
             [] => return self.forward(slot, NO_SHARD, Kind::Single, effect, 0, &[]),
@@ -210,7 +227,7 @@ impl Core {
 
     fn begin(&mut self, slot: u32, effect: Effect) -> Option<(Entry, Owner)> {
         let client = self.sessions.get_mut(slot)?;
-        let (generation, seq) = (client.generation, client.next_seq());
+        let (generation, seq) = client.ticket();
         let protocol = client.state.protocol;
         let entry = Entry {
             client: slot,

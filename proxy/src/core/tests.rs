@@ -4,4 +4,5 @@ mod endurance;
 mod losses;
 mod order;
 mod scenarios;
+mod sorting;
 mod world;

@@ -16,7 +16,7 @@ use super::spec;
 pub(super) const TRANSACTION_BYTES_MAX: usize = 512 * 1024 * 1024;
 
 /// What one more reply to a block says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BlockStep {
     /// More replies are to come; this one is not for the client.
     More,
@@ -25,10 +25,13 @@ pub enum BlockStep {
 }
 
 /// What to do with a block whose last reply came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BlockVerdict {
     /// EXEC's reply is the client's.
     Deliver,
+    /// The node refused to queue a command that the client was told is queued: as if EXEC itself had
+    /// met the error, this is the client's.
+    Aborted(Vec<u8>),
     /// Nothing took effect: send the whole block again.
     NotExecuted(Refusal),
     /// Some of it took effect outside a transaction.
@@ -43,6 +46,8 @@ pub struct BlockWatch {
     /// MULTI itself was refused: the effects of the commands that then came alone.
     alone: Option<Vec<Effect>>,
     torn: bool,
+    /// Why a command was not queued.
+    unqueued: Option<Vec<u8>>,
 }
 
 impl BlockWatch {
@@ -62,6 +67,8 @@ impl BlockWatch {
                 self.alone = Some(effects_of(frame));
             }
             self.refused.get_or_insert(refusal);
+        } else if reply.first() == Some(&b'-') && self.seen < total && self.alone.is_none() {
+            self.unqueued.get_or_insert_with(|| reply.to_vec());
         } else if index > 0
             && index + 1 < total
             && let Some(effects) = &self.alone
@@ -81,11 +88,24 @@ impl BlockWatch {
             _ if self.torn => BlockVerdict::Torn,
             Some(refusal) if reply.first() == Some(&b'-') => BlockVerdict::NotExecuted(refusal),
             None if aborted_by_fence => BlockVerdict::NotExecuted(Refusal::Fenced),
+            None if reply == ABORTED_LINE => match self.unqueued.take() {
+                Some(error) => BlockVerdict::Aborted(because(&error)),
+                None => BlockVerdict::Deliver,
+            },
             _ => BlockVerdict::Deliver,
         };
         *self = Self::default();
         BlockStep::Done(verdict)
     }
+}
+
+const ABORTED_LINE: &[u8] = b"-EXECABORT Transaction discarded because of previous errors.\r\n";
+
+/// EXEC's reply when it meets this error.
+pub(super) fn because(error: &[u8]) -> Vec<u8> {
+    let mut line = b"-EXECABORT Transaction discarded because of: ".to_vec();
+    line.extend_from_slice(error.get(1..).unwrap_or_default());
+    line
 }
 
 /// Writes the block of a transaction; returns how many replies it has.
@@ -148,8 +168,19 @@ mod tests {
         let abort = "-EXECABORT Transaction discarded because of previous errors.\r\n";
         check(
             &[SET],
-            &["+OK\r\n", "-ERR wrong\r\n", abort],
+            &["+OK\r\n", "+QUEUED\r\n", abort],
             BlockVerdict::Deliver,
+        );
+    }
+
+    #[test]
+    fn what_a_node_does_not_queue_is_the_reason_that_exec_gives() {
+        let abort = "-EXECABORT Transaction discarded because of previous errors.\r\n";
+        let want = b"-EXECABORT Transaction discarded because of: OOM full.\r\n".to_vec();
+        check(
+            &[SET, GET],
+            &["+OK\r\n", "-OOM full.\r\n", "+QUEUED\r\n", abort],
+            BlockVerdict::Aborted(want),
         );
     }
 
@@ -160,16 +191,20 @@ mod tests {
         check(
             &[GET, SET],
             &["+OK\r\n", "+QUEUED\r\n", NOPERM, abort],
-            want,
+            want.clone(),
         );
         let exec = "-EXECABORT Transaction discarded because of: NOPERM no\r\n";
-        check(&[SET], &["+OK\r\n", "+QUEUED\r\n", exec], want);
+        check(&[SET], &["+OK\r\n", "+QUEUED\r\n", exec], want.clone());
         // Reads outside the transaction do no harm.
-        check(&[GET, SET], &[NOPERM, "$1\r\n1\r\n", NOPERM, NOPERM], want);
+        check(
+            &[GET, SET],
+            &[NOPERM, "$1\r\n1\r\n", NOPERM, NOPERM],
+            want.clone(),
+        );
         check(
             &[GET],
             &[NOPERM, "$-1\r\n", "-ERR EXEC without MULTI\r\n"],
-            want,
+            want.clone(),
         );
     }
 

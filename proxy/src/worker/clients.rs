@@ -44,6 +44,9 @@ impl Clients {
     pub(super) fn open(&mut self, new: Accepted, core: &mut Core, registry: &Registry) -> bool {
         let mut socket = TcpStream::from_std(new.socket);
         let slot = core.open_client(new.state);
+        if let Some(session) = core.sessions.get_mut(slot) {
+            session.local = socket.local_addr().ok();
+        }
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(error) = registry.register(&mut socket, Token(slot as usize), interest) {
             tracing::warn!(%error, "a client cannot be watched");
@@ -113,6 +116,13 @@ impl Clients {
                 client.readable = false;
                 if client.read_closed {
                     core.client_hung_up(slot);
+                }
+                return;
+            }
+            // What it waits for is given up when it goes away, as Redis does it.
+            Pause::Blocked => {
+                if client.read_closed {
+                    core.sessions.doom(slot, CloseReason::Done);
                 }
                 return;
             }

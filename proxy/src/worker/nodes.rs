@@ -12,6 +12,7 @@ use super::clients::Clients;
 use super::{LANES, deregister};
 use crate::core::Core;
 use crate::core::lane::LaneNo;
+use crate::core::line::{LINE_BIT, is_line};
 use crate::core::outbox::Order;
 
 /// A longer beginning of a reply stays where it is instead of being copied to the read buffer.
@@ -33,7 +34,19 @@ struct NodeSocket {
     read_closed: bool,
 }
 
-/// See the module. Indexed by lane.
+/// Where the socket of a lane or line is kept: lanes at even places, lines at odd ones.
+fn place(no: LaneNo) -> usize {
+    let index = (no & !LINE_BIT) as usize;
+    index * 2 + usize::from(is_line(no))
+}
+
+/// The lane or line whose socket is at a place.
+pub(super) fn at_place(place: usize) -> LaneNo {
+    let line = if place % 2 == 1 { LINE_BIT } else { 0 };
+    (place / 2) as LaneNo | line
+}
+
+/// See the module. Indexed by [`place`].
 #[derive(Debug, Default)]
 pub(super) struct Nodes {
     sockets: Vec<Option<NodeSocket>>,
@@ -45,7 +58,7 @@ pub(super) struct Nodes {
 
 impl Nodes {
     fn get(&mut self, lane: LaneNo) -> Option<&mut NodeSocket> {
-        self.sockets.get_mut(lane as usize)?.as_mut()
+        self.sockets.get_mut(place(lane))?.as_mut()
     }
 
     pub(super) fn has_ready(&self) -> bool {
@@ -104,7 +117,7 @@ impl Nodes {
     }
 
     fn hang_up(&mut self, lane: LaneNo, registry: &Registry) {
-        if let Some(mut node) = self.sockets.get_mut(lane as usize).and_then(Option::take) {
+        if let Some(mut node) = self.sockets.get_mut(place(lane)).and_then(Option::take) {
             deregister(registry, &mut node.socket);
         }
     }
@@ -132,7 +145,7 @@ impl Nodes {
         let made = ready.map_or_else(|| TcpStream::connect(address), Ok);
         let registered = made.and_then(|mut socket| {
             let interest = Interest::READABLE | Interest::WRITABLE;
-            registry.register(&mut socket, Token(LANES + lane as usize), interest)?;
+            registry.register(&mut socket, Token(LANES + place(lane)), interest)?;
             Ok(socket)
         });
         let socket = match registered {
@@ -148,7 +161,7 @@ impl Nodes {
         let _ = options.set_tcp_nodelay(true);
         let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
         let _ = options.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(KEEPALIVE));
-        let at = lane as usize;
+        let at = place(lane);
         if self.sockets.len() <= at {
             self.sockets.resize_with(at + 1, || None);
         }
@@ -216,13 +229,13 @@ impl Nodes {
         buffer: &mut [u8],
         clients: &mut Clients,
     ) {
-        let Some(node) = self.sockets.get_mut(lane as usize).and_then(Option::as_mut) else {
+        let Some(node) = self.sockets.get_mut(place(lane)).and_then(Option::as_mut) else {
             return;
         };
         if !node.connected {
             return; // listed for the connection before this one
         }
-        let mut input = std::mem::take(core.lane_input(lane));
+        let mut input = core.take_lane_input(lane);
         let carried = if input.len() <= CARRY_BYTES_MAX {
             input.len()
         } else {
@@ -233,7 +246,7 @@ impl Nodes {
             Ok(0) => return core.lane_abandon(lane),
             Ok(count) => count,
             Err(error) => {
-                *core.lane_input(lane) = input;
+                core.keep_lane_input(lane, input);
                 match error.kind() {
                     io::ErrorKind::WouldBlock if !node.read_closed => {}
                     io::ErrorKind::Interrupted => {
@@ -272,6 +285,6 @@ impl Nodes {
                 return core.lane_abandon(lane);
             }
         }
-        *core.lane_input(lane) = input;
+        core.keep_lane_input(lane, input);
     }
 }

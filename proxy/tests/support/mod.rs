@@ -5,6 +5,7 @@
 pub(crate) mod controller;
 pub(crate) mod node;
 pub(crate) mod raw;
+pub(crate) mod talk;
 
 use std::net::SocketAddr;
 use std::path::Path;

@@ -11,6 +11,29 @@ use super::LIMIT;
 
 pub(crate) const ADMIN: &str = "admin-of-the-test";
 pub(crate) const SECRET: &str = "secret-of-the-epoch";
+pub(crate) const OBSERVER: &str = "secret-of-the-observer";
+/// As agents give them: it listens and asks, and sees no key.
+const OBSERVER_RIGHTS: &[&str] = &[
+    "resetkeys",
+    "&*",
+    "-@all",
+    "+subscribe",
+    "+psubscribe",
+    "+ssubscribe",
+    "+unsubscribe",
+    "+punsubscribe",
+    "+sunsubscribe",
+    "+ping",
+    "+monitor",
+    "+info",
+    "+select",
+    "+auth",
+    "+hello",
+    "+client|tracking",
+    "+client|caching",
+    "+client|id",
+    "+client|setname",
+];
 
 pub(crate) struct Node {
     process: Child,
@@ -27,15 +50,24 @@ impl Drop for Node {
 
 impl Node {
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// With more arguments for the redis-server.
+    pub(crate) fn start_with(extra: &[&str]) -> Self {
         // The listener is gone before the node starts, or the port would be taken.
         let free = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
             .unwrap();
-        Self::start_at(free)
+        Self::launch(free, extra)
     }
 
     pub(crate) fn start_at(address: SocketAddr) -> Self {
+        Self::launch(address, &[])
+    }
+
+    fn launch(address: SocketAddr, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = address.port().to_string();
         let process = Command::new("redis-server")
@@ -49,6 +81,7 @@ impl Node {
                 "--databases",
                 "256",
             ])
+            .args(["--enable-debug-command", "yes"])
             .args(["--repl-diskless-sync-delay", "0", "--appendonly", "no"])
             .args(["--user", "default", "off"])
             .args([
@@ -60,8 +93,11 @@ impl Node {
                 "&*",
                 "+@all",
             ])
+            .args(["--user", "observer", "on", &format!(">{OBSERVER}")])
+            .args(OBSERVER_RIGHTS)
             .args(["--masteruser", "admin", "--masterauth", ADMIN])
             .args(["--dir", dir.path().to_str().unwrap()])
+            .args(extra)
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is installed");
@@ -90,6 +126,16 @@ impl Node {
             "+keys",
             "+flushall",
             "+flushdb",
+            "+swapdb",
+            "+restore",
+            "+info",
+            "+debug",
+            "+config|get",
+            "+config|resetstat",
+            "+slowlog",
+            "+latency",
+            "+sort",
+            "+client|unblock",
         ];
         let fixed = ["ACL", "SETUSER", &user, "reset", "on", &secret, "~*", "&*"];
         let words: Vec<&str> = fixed.into_iter().chain(rights).collect();
@@ -178,7 +224,9 @@ impl Node {
             primary_address: self.address.to_string(),
             username: format!("px-{epoch}"),
             password: SECRET.to_owned(),
-            hold: None,
+            observer_username: "observer".to_owned(),
+            observer_password: OBSERVER.to_owned(),
+            ..Default::default()
         }
     }
 }

@@ -43,6 +43,30 @@ impl Raw {
         }
     }
 
+    /// Reads a line, without its end.
+    pub(crate) async fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\r\n") {
+            let byte = timeout(LIMIT, self.stream.read_u8()).await;
+            line.push(byte.expect("waited for a line").unwrap());
+        }
+        String::from_utf8_lossy(&line[..line.len() - 2]).into_owned()
+    }
+
+    /// Reads a bulk string.
+    pub(crate) async fn bulk(&mut self) -> String {
+        let line = self.line().await;
+        let len: usize = line
+            .strip_prefix('$')
+            .expect("a bulk string")
+            .parse()
+            .unwrap();
+        let mut bytes = vec![0; len + 2];
+        let read = timeout(LIMIT, self.stream.read_exact(&mut bytes)).await;
+        read.expect("waited for a bulk string").unwrap();
+        String::from_utf8_lossy(&bytes[..len]).into_owned()
+    }
+
     /// True if nothing comes within a short time.
     pub(crate) async fn is_silent(&mut self) -> bool {
         let mut byte = [0];
@@ -58,4 +82,53 @@ impl Raw {
         let _ = read.expect("the connection ends");
         String::from_utf8_lossy(&rest).into_owned()
     }
+}
+
+impl Raw {
+    /// What comes until nothing comes any more for a while.
+    pub(crate) async fn heard(&mut self) -> String {
+        let mut all = Vec::new();
+        let mut part = vec![0; 64 * 1024];
+        let mut patience = Duration::from_millis(500);
+        while let Ok(read) = timeout(patience, self.stream.read(&mut part)).await {
+            match read.unwrap() {
+                0 => break,
+                count => all.extend_from_slice(&part[..count]),
+            }
+            patience = Duration::from_millis(30);
+        }
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
+    /// The next bytes, at least one.
+    pub(crate) async fn some(&mut self) -> String {
+        let mut part = vec![0; 64 * 1024];
+        let read = timeout(LIMIT, self.stream.read(&mut part)).await;
+        let count = read.expect("waited for some bytes").unwrap();
+        assert!(count > 0, "the connection ended");
+        String::from_utf8_lossy(&part[..count]).into_owned()
+    }
+
+    /// An integer reply.
+    pub(crate) async fn integer(&mut self) -> i64 {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\r\n") {
+            let mut byte = [0];
+            let read = timeout(LIMIT, self.stream.read_exact(&mut byte)).await;
+            read.expect("waited for an integer").unwrap();
+            line.push(byte[0]);
+        }
+        let text = String::from_utf8_lossy(&line).into_owned();
+        let digits = text.strip_prefix(':').map(str::trim_end);
+        let number = digits.and_then(|digits| digits.parse().ok());
+        number.unwrap_or_else(|| panic!("wanted an integer, got {text:?}"))
+    }
+}
+
+/// The body of an answer of the admin port.
+pub(crate) async fn http_get(address: SocketAddr, path: &str) -> String {
+    let mut raw = Raw::connect(address).await;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    raw.send(request.as_bytes()).await;
+    raw.rest().await
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use slotmesh_acl::Users;
+
 use super::world::{World, command};
 use crate::core::client::ClientState;
 use crate::core::lane::SILENCE_LIMIT_US;
@@ -113,6 +115,7 @@ fn a_client_that_came_before_the_topology_must_log_in_like_any_other() {
         run_id: "r".to_owned(),
         port: 1,
         pid: 1,
+        advertise: None,
     };
     let mut core = Core::new(Arc::new(identity), Arc::new(AtomicU64::new(0)));
     let slot = core.open_client(ClientState::new(1, None, 0));
@@ -138,7 +141,7 @@ fn a_client_that_came_before_the_topology_must_log_in_like_any_other() {
     }
     let put = |core: &mut Core, password_sha256| {
         let settings = InstanceSettings {
-            password_sha256,
+            users: Arc::new(Users::open(password_sha256)),
             ..InstanceSettings::default()
         };
         core.apply(Arc::new(RoutingTable::new(1, settings, Vec::new(), &[])));
@@ -171,7 +174,7 @@ fn a_leaving_client_that_does_not_read_is_closed_at_the_bound_too() {
     let slot = sessions.open(ClientState::new(1, None, 0));
     let client = sessions.get_mut(slot).unwrap();
     let (generation, count) = (client.generation, 5);
-    (0..count).for_each(|_| _ = client.next_seq());
+    (0..count).for_each(|_| _ = client.ticket());
     sessions.leave(slot);
     let reply = vec![b'x'; BACKLOG_CLOSE_BYTES / 3];
     for seq in 0..count - 1 {
@@ -187,7 +190,7 @@ fn what_a_slow_reader_takes_is_freed_in_large_pieces() {
     let slot = sessions.open(ClientState::new(1, None, 0));
     let client = sessions.get_mut(slot).unwrap();
     let generation = client.generation;
-    client.next_seq();
+    client.ticket();
     let len = 64 * BACKLOG_PAUSE_BYTES;
     sessions.deliver(slot, generation, 0, &vec![b'x'; len], &mut NoOutlet);
     let (mut moved, mut kept) = (0, len);

@@ -1,5 +1,9 @@
 //! One story per test: holds, fences, lost connections, transactions, splits.
 
+use std::sync::Arc;
+
+use slotmesh_acl::Users;
+
 use super::world::{Rights, World, command};
 use crate::core::hold::Level;
 
@@ -364,7 +368,7 @@ fn nothing_is_answered_before_login_when_a_password_is_set() {
     use sha2::Digest as _;
     let mut world = World::new(1);
     let hash: [u8; 32] = sha2::Sha256::digest(b"hunter2").into();
-    world.set_settings(|settings| settings.password_sha256 = Some(hash));
+    world.set_settings(|settings| settings.users = Arc::new(Users::open(Some(hash))));
     let client = world.connect();
     world.send(client, &command(&["GET", "k"]));
     world.send(client, &command(&["AUTH", "nope"]));

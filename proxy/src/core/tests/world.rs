@@ -90,6 +90,7 @@ impl World {
             run_id: "r".to_owned(),
             port: 1,
             pid: 1,
+            advertise: None,
         };
         let held_sum = Arc::new(AtomicU64::new(0));
         let core = Core::new(Arc::new(identity), Arc::clone(&held_sum));
@@ -117,6 +118,8 @@ impl World {
                 password: "secret".to_owned(),
                 hold: None,
                 target: None,
+                observer: None,
+                replicas: Vec::new(),
             });
         }
         world.publish();
