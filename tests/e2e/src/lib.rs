@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: clients, witnesses that see every error, the ctl as a program.
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     io::ErrorKind,
     path::Path,
@@ -257,7 +258,13 @@ fn text(bytes: &[u8]) -> String {
 /// When the API does not answer.
 pub async fn snapshot(mesh: &Mesh) -> anyhow::Result<String> {
     let mut api: Api = mesh.api().await?;
-    let instances = api.describe_instances(&[]).await?;
+    let mut instances = api.describe_instances(&[]).await?;
+    // In one order.
+    let parameters: Vec<_> = instances
+        .iter_mut()
+        .flat_map(|i| [&mut i.engine_parameters, &mut i.proxy_parameters])
+        .map(|map| std::mem::take(map).into_iter().collect::<BTreeMap<_, _>>())
+        .collect();
     let mut shards = api.describe_shards(mesh.instance()).await?;
     for node in shards.iter_mut().flat_map(|s| &mut s.nodes) {
         // It moves by itself: replicas ping their primary.
@@ -265,7 +272,7 @@ pub async fn snapshot(mesh: &Mesh) -> anyhow::Result<String> {
     }
     let tasks = ctl(mesh, &["--output", "json", "task", "list"]).await?;
     Ok(format!(
-        "{instances:#?}\n{shards:#?}\n{}",
+        "{instances:#?}\n{parameters:#?}\n{shards:#?}\n{}",
         text(&tasks.stdout)
     ))
 }
