@@ -177,6 +177,8 @@ async fn writers_notice_nothing_of_ten_switchovers() {
 
 /// Fence, then move the role, as the agent of the old primary does.
 fn fail_over(from: &Node, to: &Node, epoch: u64) {
+    // The replica says that it is linked a moment before its primary knows.
+    from.wait_info("state=online");
     from.fence(epoch);
     let port = to.address.port().to_string();
     assert_eq!(
