@@ -395,6 +395,8 @@ async fn no_message_is_lost_or_repeated_over_six_switchovers() {
         }
         let shared = Arc::clone(&nodes);
         tokio::task::spawn_blocking(move || {
+            // The replica says that it is linked a moment before its primary knows.
+            shared[from].wait_info("state=online");
             shared[from].fence(epoch);
             let port = shared[to].address.port().to_string();
             let words = ["FAILOVER", "TO", "127.0.0.1", &port, "TIMEOUT", "4000"];
