@@ -12,7 +12,6 @@ use slotmesh_resp::{Args, Parsed, Protocol, RequestParser, write};
 use super::Core;
 use super::client::Transaction;
 use super::line::{LineEvent, LineNo, Use};
-use super::retry::{self, Effect, Verdict};
 use super::spec::Request;
 use crate::routing::ShardNo;
 
@@ -22,6 +21,8 @@ const FINE_US: u64 = 5_000;
 const REFUSED_US: u64 = 2_000;
 /// How long to wait for an answer. Longer than a node usually pauses, shorter than clients wait.
 const ANSWER_LIMIT_US: u64 = 1_000_000;
+/// What a node says that would refuse the commands too.
+const REFUSALS: [&[u8]; 3] = [b"-OOM ", b"-BUSY ", b"-MISCONF "];
 /// A write of nothing to a key that nobody has: refused by a full node and by a busy one.
 const QUESTION: &[&[u8]] = &[b"SETRANGE", b"__slotmesh:health", b"0", b""];
 
@@ -153,9 +154,10 @@ impl Core {
 
     /// Notes the answer, and shows it to those who wait for it.
     fn know_health(&mut self, refusal: Option<&[u8]>) {
-        // Refused because the primary changes: the block will be sent to the next one.
-        let passes = |reply: &&[u8]| retry::classify(reply, Effect::Write, b"") == Verdict::Deliver;
-        let refusal = refusal.filter(passes);
+        // Anything else is not about the commands that wait here: a primary that changes, or a question
+        // that the node does not know.
+        let matters = |reply: &&[u8]| REFUSALS.iter().any(|word| reply.starts_with(word));
+        let refusal = refusal.filter(matters);
         self.health.refusal = refusal.map(<[u8]>::to_vec);
         let holds_us = if refusal.is_some() {
             REFUSED_US
