@@ -50,9 +50,24 @@ pub(crate) fn settings(controller: &Controller, host: &str, data: PathBuf) -> Se
     }
 }
 
+/// The agent before this one lets go of its journal a moment after it has ended.
+async fn bind(settings: Settings) -> App {
+    let deadline = tokio::time::Instant::now() + WAIT;
+    loop {
+        match App::bind(settings.clone()).await {
+            Err(error) if format!("{error:?}").contains("InUse") => {
+                let late = tokio::time::Instant::now() >= deadline;
+                assert!(!late, "waited for the journal of the agent before: {error}");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            bound => return bound.unwrap(),
+        }
+    }
+}
+
 impl Agent {
     pub(crate) async fn start(settings: Settings) -> Self {
-        let app = App::bind(settings).await.unwrap();
+        let app = bind(settings).await;
         let address = app.address().to_string();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
