@@ -137,6 +137,15 @@ impl Mesh {
     pub(crate) async fn provisioned(engine: &str) -> Self {
         let mesh = Self::start(engine).await;
         mesh.controller.provision().await;
+        // The replica reports its link a moment before the primary takes it for online.
+        let mut admin = mesh.admin(0).await;
+        eventually("the primary to know its replica", async || {
+            let info = slotmesh_agent::probe::Info::read(&mut admin, "replication")
+                .await
+                .unwrap();
+            info.text("slave0").contains("state=online")
+        })
+        .await;
         mesh
     }
 
