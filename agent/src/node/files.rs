@@ -31,6 +31,14 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 /// Enough random tries on a host whose ports are mostly taken.
 const PORT_TRIES: u32 = 200;
 
+/// What a failover relies on, in every process.
+pub const KEPT_SINCE_START: [(&str, &str); 2] = [
+    // A primary that was cut off keeps the writes that only it has until somebody reads them.
+    ("repl-backlog-ttl", "0"),
+    // A replica notices within two seconds that its primary is silent.
+    ("repl-ping-replica-period", "1"),
+];
+
 /// Where one node lives.
 #[derive(Debug, Clone)]
 pub struct NodeDir {
@@ -224,8 +232,10 @@ fn boot_config(
         format!("dir \"{path}\""),
         format!("logfile \"{path}/redis.log\""),
         format!("pidfile \"{path}/redis.pid\""),
-        // Born fenced: nobody but this host's agent can log in.
-        "user default off".to_owned(),
+        // Born fenced: nobody but this host's agent can log in. The rights are for the engine itself:
+        // while it loads its append-only file it executes as this user, and would skip the
+        // transactions in it.
+        "user default off ~* &* +@all".to_owned(),
         format!(
             "user {ADMIN_USER} on #{} ~* &* +@all",
             password_sha256(admin_secret)
@@ -245,6 +255,7 @@ fn boot_config(
         // Ends of blocking commands are looked for so often in a second: right to 20 ms.
         "hz 50".to_owned(),
     ];
+    lines.extend(KEPT_SINCE_START.map(|(name, value)| format!("{name} {value}")));
     if version >= Version::REDIS_7_0 {
         // How long SHUTDOWN waits for replicas.
         lines.push("shutdown-timeout 2".to_owned());
@@ -275,7 +286,7 @@ pub fn make_private_dir(path: &Path) -> io::Result<()> {
 
 /// In the node's directory where that is short enough; otherwise in a private directory with a short
 /// name, made from the long one.
-fn socket_path(dir: &Path) -> io::Result<PathBuf> {
+pub(crate) fn socket_path(dir: &Path) -> io::Result<PathBuf> {
     let inside = dir.join("admin.sock");
     if inside.as_os_str().len() <= SOCKET_PATH_MAX {
         return Ok(inside);

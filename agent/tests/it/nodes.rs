@@ -169,3 +169,33 @@ async fn an_agent_that_stops_all_leaves_no_process_and_loses_no_data() {
         .until("data", 0, |n| is_running(n) && n.pid != pid && n.keys == 1)
         .await;
 }
+
+/// What it loads, the engine executes as its default user, in transactions with that user's rights.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_process_has_the_transactions_of_its_append_only_file() {
+    let mut mesh = Mesh::provisioned("").await;
+    let mut connection = mesh.proxy_connection().await;
+    let script = "redis.call('SET', 'c', '3') redis.call('SET', 'd', '4')";
+    for command in [
+        &["MULTI"][..],
+        &["SET", "a", "1"],
+        &["SET", "b", "2"],
+        &["EXEC"],
+        &["EVAL", script, "0"],
+    ] {
+        connection.call(command).await.unwrap();
+    }
+    let pid = mesh.controller.node(0).unwrap().pid;
+    mesh.stop_agent(0).await;
+    mesh.start_agent(0, AtExit::StopAll).await;
+    mesh.controller
+        .until("adoption", 0, |n| is_running(n) && n.pid == pid)
+        .await;
+    mesh.stop_agent(0).await;
+    mesh.start_agent(0, AtExit::LeaveRunning).await;
+    mesh.controller
+        .until("data", 0, |n| is_running(n) && n.pid != pid && n.keys == 4)
+        .await;
+    let anybody = Control::tcp(&mesh.controller.node(0).unwrap().address, "default", "").await;
+    assert!(anybody.is_err());
+}
