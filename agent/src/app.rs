@@ -21,8 +21,10 @@ use crate::{
     artifact::Engines,
     controllers::Controllers,
     executor::Executor,
+    fencer::{FencerError, client::FencerClient},
     host::Host,
     journal::{Journal, JournalError, SCHEMA_VERSION},
+    lease::{Lease, guard::Guard},
     metrics::Metrics,
     node::{
         files::{check_schema, make_private_dir},
@@ -49,6 +51,8 @@ pub enum AppError {
     },
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(transparent)]
+    Fencer(#[from] FencerError),
     #[error("gRPC server")]
     Server(#[from] tonic::transport::Error),
     #[error("set up gRPC reflection")]
@@ -62,6 +66,7 @@ pub struct App {
     listener: Option<TcpListener>,
     address: SocketAddr,
     host: Arc<Host>,
+    fencer: Option<FencerClient>,
 }
 
 #[derive(Serialize)]
@@ -81,6 +86,14 @@ impl App {
         check_schema(&root, SCHEMA_VERSION).map_err(data)?;
         let journal = Journal::open(&root)?;
         let (nodes_dir, proxies_dir) = (root.join("nodes"), root.join("proxies"));
+        let lost_dir = root.join("lost");
+        make_private_dir(&lost_dir).map_err(data)?;
+        let reports = Reports::default();
+        journal.read(|memory| {
+            for captured in memory.captures() {
+                reports.lost(&lost_dir, captured.lost.clone());
+            }
+        });
         make_private_dir(&nodes_dir).map_err(data)?;
         make_private_dir(&proxies_dir).map_err(data)?;
         let address = settings.listen;
@@ -92,19 +105,26 @@ impl App {
             host_id: settings.host_id.clone(),
             advertise_ip: settings.advertise_ip,
             nodes_dir,
+            lost_dir,
             proxies_dir,
             proxy_binary: settings.proxy_binary.clone(),
             engines: Engines::new(settings.engine_default.clone(), settings.engines.clone()),
             journal,
-            reports: Reports::default(),
-            controllers: Controllers::new(settings.controllers.clone()),
+            lease: Lease::default(),
+            reports,
+            controllers: Controllers::kept_in(
+                settings.controllers.clone(),
+                root.join("controllers.json"),
+            ),
             metrics: Arc::new(Metrics::default()),
         });
+        let fencer = FencerClient::new(settings.fencer_binary.clone(), root)?;
         Ok(Self {
             settings,
             listener: Some(listener),
             address,
             host,
+            fencer: Some(fencer),
         })
     }
 
@@ -127,6 +147,10 @@ impl App {
             let stop = stop.clone();
             async move { supervisor.run(receiver, stop).await }
         });
+        let guard = self.fencer.take().map(|fencer| {
+            let guard = Guard::new(self.host.clone(), fencer);
+            tokio::spawn(guard.run(assignments.subscribe(), stop.clone()))
+        });
         let register = self.register();
         let session = tokio::spawn(session::run(
             self.host.clone(),
@@ -146,7 +170,7 @@ impl App {
             true => Farewell::Stop,
             false => Farewell::LeaveRunning,
         };
-        for worker in [reconcile, session] {
+        for worker in [reconcile, session].into_iter().chain(guard) {
             let _ = worker.await;
         }
         supervisor.stop(farewell).await;
@@ -204,6 +228,8 @@ impl App {
             engines: self.host.engines.names(),
             zone: self.settings.zone.clone(),
             pid: std::process::id(),
+            // Of each session: set when it opens.
+            opened_unix_us: 0,
         }
     }
 }

@@ -6,13 +6,16 @@
 use std::{sync::Arc, time::Duration};
 
 use slotmesh_proto::agent::v1::{
-    ExecuteStepRequest, ExecuteStepResponse, SetParametersRequest, SetParametersResponse,
-    StepOutcome, agent_service_server::AgentService, execute_step_request::Act,
+    ExecuteStepRequest, ExecuteStepResponse, PromiseNotToPromoteRequest,
+    PromiseNotToPromoteResponse, ReadLostWritesRequest, ReadLostWritesResponse,
+    SetParametersRequest, SetParametersResponse, StepOutcome, agent_service_server::AgentService,
+    execute_step_request::Act,
 };
 use tokio::{sync::oneshot, time::timeout};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    capture::serve as capture,
     handover::driver::chain,
     host::{Host, is_id},
     journal::{
@@ -113,6 +116,26 @@ impl AgentService for Executor {
         self.execute(request.into_inner()).await.map(Response::new)
     }
 
+    async fn promise_not_to_promote(
+        &self,
+        request: Request<PromiseNotToPromoteRequest>,
+    ) -> Result<Response<PromiseNotToPromoteResponse>, Status> {
+        let (lease, journal) = (&self.host.lease, &self.host.journal);
+        Ok(Response::new(lease.promise(request.get_ref(), journal)))
+    }
+
+    type ReadLostWritesStream =
+        tokio_stream::wrappers::ReceiverStream<Result<ReadLostWritesResponse, Status>>;
+
+    async fn read_lost_writes(
+        &self,
+        request: Request<ReadLostWritesRequest>,
+    ) -> Result<Response<Self::ReadLostWritesStream>, Status> {
+        let name = request.into_inner().file;
+        let stream = capture::read(&self.host.lost_dir, &name).await?;
+        Ok(Response::new(stream))
+    }
+
     async fn set_parameters(
         &self,
         request: Request<SetParametersRequest>,
@@ -174,6 +197,7 @@ fn node_of(request: &ExecuteStepRequest) -> Result<&str, Status> {
         Some(Act::EnsureUsers(it)) => &it.node_id,
         Some(Act::HandOver(it)) => &it.node_id,
         Some(Act::TakeBack(it)) => &it.node_id,
+        Some(Act::Promote(it)) => &it.node_id,
         None => return Err(Status::invalid_argument("act: one must be set")),
     };
     if request.task_id.is_empty() || request.step.is_empty() {

@@ -5,7 +5,7 @@
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use crate::{
-    artifact::Engines, controllers::Controllers, journal::Journal, metrics::Metrics,
+    artifact::Engines, controllers::Controllers, journal::Journal, lease::Lease, metrics::Metrics,
     reports::Reports,
 };
 
@@ -15,10 +15,13 @@ pub struct Host {
     pub host_id: String,
     pub advertise_ip: IpAddr,
     pub nodes_dir: PathBuf,
+    /// Files of lost writes.
+    pub lost_dir: PathBuf,
     pub proxies_dir: PathBuf,
     pub proxy_binary: PathBuf,
     pub engines: Engines,
     pub journal: Journal,
+    pub lease: Lease,
     pub reports: Reports,
     pub controllers: Controllers,
     pub metrics: Arc<Metrics>,

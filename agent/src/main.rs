@@ -1,18 +1,50 @@
 //! `slotmesh-agent`: flags, telemetry, bind, run, exit code.
 
-use std::process::ExitCode;
+use std::{io::Write, path::Path, process::ExitCode};
 
 use clap::Parser;
 use slotmesh_agent::{
     app::App,
+    fencer,
     handover::driver::chain,
-    settings::{Flags, Settings},
+    settings::{Command, Flags, Settings},
 };
 use slotmesh_runtime::{settings::EXIT_USAGE, shutdown, telemetry};
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let flags = Flags::parse();
+    let mut builder = match flags.command.is_some() {
+        // Locked in memory and idle: one thread is enough.
+        true => tokio::runtime::Builder::new_current_thread(),
+        false => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = match builder.enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(async {
+        match flags.command {
+            Some(Command::Fencer { data }) => guard(&data).await,
+            None => agent(flags).await,
+        }
+    })
+}
+
+async fn guard(data: &Path) -> ExitCode {
+    let _telemetry = telemetry::init("slotmesh-fencer");
+    match fencer::run(data).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = %chain(&error), "fencer ends with an error");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn agent(flags: Flags) -> ExitCode {
     let _telemetry = telemetry::init("slotmesh-agent");
     let settings = match Settings::resolve(flags) {
         Ok(settings) => settings,

@@ -14,6 +14,8 @@ pub struct Metrics {
     pub steps: Counter,
     /// Answered from the journal: repeated, or from the past.
     pub steps_settled: Counter,
+    /// Shards fenced because their primary's right to serve had run out.
+    pub self_fences: Counter,
     pub hand_overs_done: Counter,
     pub hand_overs_undone: Counter,
     pub hand_overs_uncertain: Counter,
@@ -36,7 +38,7 @@ impl Counter {
 
 impl Metrics {
     /// Every counter with its name, for an exporter.
-    pub fn all(&self) -> [(&'static str, u64); 10] {
+    pub fn all(&self) -> [(&'static str, u64); 11] {
         [
             ("slotmesh_agent_node_starts_total", self.node_starts.get()),
             (
@@ -53,6 +55,7 @@ impl Metrics {
                 "slotmesh_agent_steps_settled_total",
                 self.steps_settled.get(),
             ),
+            ("slotmesh_agent_self_fences_total", self.self_fences.get()),
             (
                 "slotmesh_agent_hand_overs_done_total",
                 self.hand_overs_done.get(),

@@ -2,7 +2,8 @@
 //!
 //! Pure and level-triggered: the same input gives the same actions, and when they have taken effect
 //! there are none left. Invariants: no users and no following for a process that the record does not
-//! name; never a promotion; proxy rights only for the primary of the record, of exactly its epoch.
+//! name; never a promotion; proxy rights only for the primary of the record, of exactly its epoch;
+//! while a failover is under way nobody is followed, and nobody is demoted.
 
 pub mod facts;
 pub mod files;
@@ -15,7 +16,7 @@ use slotmesh_proto::{
 
 use crate::{
     fence::{KnownUsers, UserKind, parse_user, password_sha256},
-    handover::{Failover, Role},
+    handover::{Failover, Link, Role},
     journal::record::{FenceMark, Standing},
 };
 
@@ -35,6 +36,13 @@ pub struct Observed<'a> {
     pub role: Role,
     pub failover: Failover,
     pub following: &'a str,
+    /// Of a replica to its primary.
+    pub link: Link,
+    /// Of the history that the process writes or follows, and its last byte there.
+    pub replid: &'a str,
+    pub offset: u64,
+    /// What this process has beyond its successor was looked at, so it may follow.
+    pub captured: bool,
     pub users: &'a KnownUsers,
     /// Login at its primary, as this agent last set it; `None`: not known.
     pub login: Option<&'a Login>,
@@ -45,10 +53,12 @@ pub struct Observed<'a> {
     pub standing: Option<&'a Standing>,
     /// Highest epoch of the shard in the journal.
     pub journaled_epoch: u64,
+    /// This host has the right to serve as the shard's primary.
+    pub serving_right: bool,
 }
 
-/// With which a node logs in at its primary.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// With which a node logs in at its primary; empty: with nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Login {
     pub user: String,
     pub password: String,
@@ -61,6 +71,13 @@ pub enum Action {
     /// Take rights from a proxy user that must not have them here any more.
     SoftFence(String),
     SetLogin(Login),
+    /// Break a replica's link for good: let it follow [`NOWHERE`].
+    Detach,
+    /// Keep what the process has written since `from` in history `replid`; following loses it.
+    Capture {
+        replid: String,
+        from: u64,
+    },
     Follow {
         host: String,
         port: String,
@@ -76,6 +93,10 @@ pub enum Decision {
     /// In this order; empty: converged.
     Act(Vec<Action>),
 }
+
+/// Whom a detached replica follows. A port that nobody listens at: at a primary that lives, every
+/// refused attempt would make it forget how far it has come, and with it its right to continue.
+pub const NOWHERE: &str = "127.0.0.1:1";
 
 pub const STALE: &str = "the assignment is older than the journal";
 pub const UNNAMED: &str = "the record does not name this process; it stays fenced";
@@ -101,6 +122,13 @@ pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
         return Decision::Leave(FROZEN);
     }
     let mut actions = revocations(spec, seen);
+    if spec.detached {
+        // A primary is the lost one, which is only fenced, or the next one, before its record.
+        if seen.role == Role::Replica && !is_detached(seen) {
+            actions.push(Action::Detach);
+        }
+        return Decision::Act(actions);
+    }
     let primary = spec.role() == NodeRole::Primary;
     if primary && seen.role == Role::Replica {
         // Its login belongs to whoever made it a replica.
@@ -120,6 +148,12 @@ pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
         && seen.following != spec.primary_address
         && let Some((host, port)) = spec.primary_address.rsplit_once(':')
     {
+        if outran_successor(spec, seen) {
+            actions.push(Action::Capture {
+                replid: spec.previous_replid.clone(),
+                from: spec.previous_offset,
+            });
+        }
         actions.push(Action::Follow {
             host: host.to_owned(),
             port: port.to_owned(),
@@ -140,6 +174,20 @@ fn act_or_leave(actions: Vec<Action>, why: &'static str) -> Decision {
     } else {
         Decision::Act(actions)
     }
+}
+
+fn is_detached(seen: &Observed<'_>) -> bool {
+    seen.link == Link::Down && seen.following == NOWHERE
+}
+
+/// Whether this process was the primary before a failover and has written more than the primary
+/// that took its place has.
+fn outran_successor(spec: &NodeSpec, seen: &Observed<'_>) -> bool {
+    seen.role == Role::Primary
+        && !seen.captured
+        && !spec.previous_replid.is_empty()
+        && spec.previous_replid == seen.replid
+        && seen.offset >= spec.previous_offset
 }
 
 /// Whether a process that is a primary against the assignment was made one by a hand-over of which
@@ -184,6 +232,9 @@ fn serves(spec: &NodeSpec, epoch: u64) -> bool {
 
 fn may_grant(user: &EpochUser, assigned: &Assigned, seen: &Observed<'_>) -> bool {
     let spec = &assigned.spec;
+    if !seen.serving_right {
+        return false;
+    }
     // The name decides what a user can do at the engine, so it must agree with the fields.
     let kind = if user.replication {
         UserKind::Replication

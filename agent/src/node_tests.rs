@@ -11,12 +11,17 @@ struct World {
     role: Role,
     failover: Failover,
     following: String,
+    link: Link,
+    replid: &'static str,
+    offset: u64,
+    captured: bool,
     users: KnownUsers,
     login: Option<Login>,
     fence: Option<FenceMark>,
     standing: Option<Standing>,
     target_online: bool,
     journaled_epoch: u64,
+    serving_right: bool,
 }
 
 fn user(name: &str, epoch: u64) -> EpochUser {
@@ -65,6 +70,10 @@ impl World {
             role: Role::Primary,
             failover: Failover::None,
             following: String::new(),
+            link: Link::Down,
+            replid: "r0",
+            offset: 500,
+            captured: false,
             users: users
                 .map(|(name, full)| (name.to_owned(), known(full)))
                 .into(),
@@ -73,6 +82,7 @@ impl World {
             standing: None,
             target_online: false,
             journaled_epoch: 3,
+            serving_right: true,
         }
     }
 
@@ -85,6 +95,7 @@ impl World {
         world.users.remove("px-3");
         world.role = Role::Replica;
         world.following = "n:1".to_owned();
+        world.link = Link::Up;
         world
     }
 
@@ -99,12 +110,17 @@ impl World {
             role: self.role,
             failover: self.failover,
             following: &self.following,
+            link: self.link,
+            replid: self.replid,
+            offset: self.offset,
+            captured: self.captured,
             users: &self.users,
             login: self.login.as_ref(),
             fence: self.fence.as_ref(),
             fence_target_online: self.target_online,
             standing: self.standing.as_ref(),
             journaled_epoch: self.journaled_epoch,
+            serving_right: self.serving_right,
         };
         let mut text = String::new();
         match decide(&self.assigned, &seen) {
@@ -115,6 +131,8 @@ impl World {
                         Action::Delete(users) => format!("delete {}", users.join(" ")),
                         Action::SoftFence(user) => format!("fence {user}"),
                         Action::SetLogin(login) => format!("login {}", login.user),
+                        Action::Detach => "detach".to_owned(),
+                        Action::Capture { replid, from } => format!("capture {replid} {from}"),
                         Action::Follow { host, port } => format!("follow {host}:{port}"),
                         Action::Grant(user) => format!("grant {}", user.name),
                     };
@@ -134,6 +152,14 @@ fn check(world: World, expected: &str) {
 fn a_converged_node_is_left_alone() {
     check(World::primary(), "");
     check(World::replica(), "");
+}
+
+#[test]
+fn nobody_is_given_anything_at_a_primary_whose_host_has_no_right_to_serve() {
+    let bare = |w: &mut World| w.users.clear();
+    let world = World::primary().with(bare);
+    check(world.with(|w| w.serving_right = false), "");
+    check(World::primary().with(bare), "grant px-3; grant rp-3-b");
 }
 
 #[test]
@@ -318,4 +344,87 @@ fn a_hand_overs_fence_is_lifted_only_with_proof_that_it_was_undone() {
     check(fenced(fence_mark(99)).with(|w| w.assigned.term = 4), "");
     let of_another_epoch = |w: &mut World| w.fence.as_mut().unwrap().epoch = 2;
     check(fenced(fence_mark(0)).with(of_another_epoch), "grant px-3");
+}
+
+/// A failover was declared: epoch 4 has begun and nobody has it.
+fn lost(world: &mut World) {
+    let spec = &mut world.assigned.spec;
+    (spec.epoch, spec.closed_epoch, spec.detached) = (4, 3, true);
+    spec.role = NodeRole::Replica.into();
+    (spec.primary_address, spec.users) = (String::new(), vec![]);
+    (spec.master_user, spec.master_password) = (String::new(), String::new());
+}
+
+#[test]
+fn a_detached_replica_first_takes_the_rights_of_the_lost_epoch_then_breaks_its_link_for_good() {
+    let detaching = World::replica().with(lost);
+    check(detaching, "delete rp-3-b; detach");
+    let bare = |w: &mut World| w.users.clear();
+    for (link, following) in [(Link::Down, "n:1"), (Link::Syncing, NOWHERE)] {
+        let half = |w: &mut World| (w.link, w.following) = (link, following.to_owned());
+        check(World::replica().with(lost).with(bare).with(half), "detach");
+    }
+    // An agent that has just started does not know the login; it does not matter.
+    for login in [None, Some(Login::default())] {
+        let cut = |w: &mut World| {
+            (w.link, w.login) = (Link::Down, login);
+            w.following = NOWHERE.to_owned();
+        };
+        check(World::replica().with(lost).with(bare).with(cut), "");
+    }
+}
+
+#[test]
+fn a_lost_primary_is_only_fenced_and_one_that_was_promoted_is_not_demoted() {
+    check(World::primary().with(lost), "delete px-3 rp-3-b");
+    let promoted = |w: &mut World| {
+        w.users.clear();
+        w.role = Role::Primary;
+        w.login = Some(Login::default());
+    };
+    check(World::replica().with(lost).with(promoted), "");
+}
+
+#[test]
+fn a_failover_that_went_to_another_one_makes_a_replica_of_whoever_was_promoted_before() {
+    let served = |w: &mut World| {
+        w.assigned.spec.epoch = 4;
+        w.assigned.spec.closed_epoch = 3;
+        w.assigned.spec.users = vec![];
+        w.users.clear();
+        w.role = Role::Primary;
+        // It agreed with the record as a replica of epoch 3; never in the failover.
+        w.standing = Some(Standing {
+            node_id: "a".to_owned(),
+            run_id: "run".to_owned(),
+            epoch: 3,
+            frozen_revision: 0,
+        });
+        w.following = String::new();
+    };
+    check(World::replica().with(served), "follow n:1");
+}
+
+#[test]
+fn a_lost_primary_keeps_what_only_it_has_before_it_follows_and_once() {
+    let back = |w: &mut World| {
+        w.role = Role::Primary;
+        w.following = String::new();
+        w.assigned.spec.previous_replid = "r0".to_owned();
+        w.assigned.spec.previous_offset = 401;
+    };
+    let returned = || World::replica().with(back);
+    check(returned(), "capture r0 401; follow n:1");
+    check(
+        returned().with(|w| w.offset = 401),
+        "capture r0 401; follow n:1",
+    );
+    for nothing_beyond in [
+        (|w: &mut World| w.offset = 400) as fn(&mut World),
+        |w| w.captured = true,
+        |w| w.replid = "r1",
+        |w| w.assigned.spec.previous_replid = String::new(),
+    ] {
+        check(returned().with(nothing_beyond), "follow n:1");
+    }
 }

@@ -82,7 +82,7 @@ impl Info {
         }
     }
 
-    fn link(&self) -> Link {
+    pub fn link(&self) -> Link {
         match (
             self.text("master_link_status"),
             self.text("master_sync_in_progress"),
@@ -91,6 +91,14 @@ impl Info {
             (_, "1") => Link::Syncing,
             _ => Link::Down,
         }
+    }
+
+    /// The last byte that a primary has written, or a replica has executed.
+    pub fn offset(&self) -> u64 {
+        self.number(match self.role() {
+            Some(Role::Primary) => "master_repl_offset",
+            _ => "slave_repl_offset",
+        })
     }
 
     /// Online replicas of a primary: address and acknowledged offset.
@@ -127,12 +135,13 @@ impl Info {
         };
         report.replid = self.text("master_replid").to_owned();
         let primary = self.role() == Some(Role::Primary);
-        report.offset = self.number(if primary {
-            "master_repl_offset"
-        } else {
-            "slave_repl_offset"
-        });
+        report.offset = self.offset();
         report.link_up = !primary && self.link() == Link::Up;
+        report.replid2 = self.text("master_replid2").to_owned();
+        // Both are -1 where there is none.
+        report.second_offset = self.number("second_repl_offset");
+        let silent = self.number("master_last_io_seconds_ago");
+        report.link_silent_s = u32::try_from(silent).unwrap_or(u32::MAX);
         report.following = if primary {
             String::new()
         } else {
@@ -152,6 +161,16 @@ impl Info {
             .map(|(_, offset)| report.offset.saturating_sub(offset))
             .max()
             .unwrap_or(0);
+    }
+
+    /// The only database that has keys; `None`: there are several, or none.
+    pub fn only_database(&self) -> Option<u32> {
+        let mut databases = self.fields.keys().filter_map(|key| {
+            let number = key.strip_prefix("db")?;
+            number.parse::<u32>().ok()
+        });
+        let first = databases.next()?;
+        databases.next().is_none().then_some(first)
     }
 
     fn keys(&self) -> u64 {

@@ -72,15 +72,26 @@ impl Process {
 
     /// The live process with this pid.
     pub fn find(pid: u32) -> Option<Self> {
+        Some(Self::look(pid)?.0)
+    }
+
+    /// What its main thread does, by the kernel's letter for it.
+    pub fn state(&self) -> Option<char> {
+        let (found, state) = Self::look(self.pid)?;
+        (found == *self).then_some(state)
+    }
+
+    fn look(pid: u32) -> Option<(Self, char)> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The command name may contain anything, so count from its closing parenthesis.
         let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
-        if matches!(fields.next()?, "Z" | "X") {
+        let state = fields.next()?.chars().next()?;
+        if matches!(state, 'Z' | 'X') {
             return None;
         }
         // State was field 3; start time is field 22.
         let start_time = fields.nth(18)?.parse().ok()?;
-        Some(Self { pid, start_time })
+        Some((Self { pid, start_time }, state))
     }
 
     /// Reads a record of [`Self::save`]; gives the process if it still runs.

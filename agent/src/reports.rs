@@ -5,10 +5,11 @@
 
 use std::{
     collections::BTreeMap,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use slotmesh_proto::agent::v1::{HostReport, NodeReport, ProxyReport};
+use slotmesh_proto::agent::v1::{HostReport, LostWrites, NodeReport, ProxyReport};
 use tokio::sync::watch;
 
 /// The newest report of everything.
@@ -22,6 +23,7 @@ pub struct Reports {
 struct Inner {
     nodes: BTreeMap<String, NodeReport>,
     proxies: BTreeMap<String, ProxyReport>,
+    lost: Vec<(PathBuf, LostWrites)>,
 }
 
 impl Default for Reports {
@@ -50,6 +52,16 @@ impl Reports {
         self.bump(news);
     }
 
+    /// Told for as long as its file is in `dir`.
+    pub fn lost(&self, dir: &Path, lost: LostWrites) {
+        let path = dir.join(&lost.file);
+        let news = path.is_file();
+        if news {
+            self.lock().lost.push((path, lost));
+        }
+        self.bump(news);
+    }
+
     /// The host has nothing to do with it any more.
     pub fn forget_node(&self, node_id: &str) {
         let gone = self.lock().nodes.remove(node_id).is_some();
@@ -62,10 +74,14 @@ impl Reports {
     }
 
     pub fn all(&self) -> HostReport {
-        let inner = self.lock();
+        let mut inner = self.lock();
+        // An operator who is done with a file deletes it.
+        inner.lost.retain(|(path, _)| path.is_file());
         HostReport {
             nodes: inner.nodes.values().cloned().collect(),
             proxies: inner.proxies.values().cloned().collect(),
+            lost_writes: inner.lost.iter().map(|(_, lost)| lost.clone()).collect(),
+            ..HostReport::default()
         }
     }
 
@@ -85,6 +101,9 @@ impl Reports {
     }
 }
 
+/// A primary is heard every second; so long a silence is news, more of it is not.
+const LINK_SILENT_S: u32 = 2;
+
 /// Without what changes all the time; that goes with the periodic report.
 fn gist(report: &NodeReport) -> NodeReport {
     NodeReport {
@@ -92,6 +111,11 @@ fn gist(report: &NodeReport) -> NodeReport {
         used_memory: 0,
         keys: 0,
         replica_lag_bytes: 0,
+        link_silent_s: if report.link_silent_s < LINK_SILENT_S {
+            0
+        } else {
+            LINK_SILENT_S
+        },
         ..report.clone()
     }
 }

@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use slotmesh_proto::agent::v1::{
-    Assignment, Register, SessionRequest, control_service_client::ControlServiceClient,
+    Assignment, HostReport, Register, SessionRequest, control_service_client::ControlServiceClient,
     session_request, session_response,
 };
 use slotmesh_runtime::backoff::Backoff;
@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{host::Host, journal::record::Fact};
 
-/// Also keeps the host's lease, whose TTL is 3 s.
-const REPORT_EVERY: Duration = Duration::from_millis(500);
+/// Also keeps the host's lease: each report may renew a right that lasts for 2.2 s.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
 /// Between reports of changes: a burst becomes one report, and the first of it waits for nothing.
 const REPORT_SPACING: Duration = Duration::from_millis(3);
 /// Reports that a controller has not taken yet. More than two mean that it is stuck.
@@ -43,6 +43,8 @@ enum SessionError {
     Silent,
     #[error("controller ended the session")]
     Ended,
+    #[error("controller does not keep this host's lease")]
+    NoLease,
     #[error("journal")]
     Journal(#[from] crate::journal::JournalError),
 }
@@ -93,19 +95,19 @@ async fn one_session(
     let mut client = ControlServiceClient::new(host.controllers.channel(address)?)
         .max_decoding_message_size(ASSIGNMENT_BYTES_MAX);
     let (sender, receiver) = mpsc::channel(UNSENT_MAX);
+    host.lease.begin_session();
     let mut changed = host.reports.subscribe();
     // Before the call: some servers answer a stream only after its first message.
     send(
         &sender,
-        session_request::Message::Register(register.clone()),
+        session_request::Message::Register(Register {
+            opened_unix_us: unix_us(),
+            ..register.clone()
+        }),
     )
     .await?;
     let mut reported = *changed.borrow_and_update();
-    send(
-        &sender,
-        session_request::Message::Report(host.reports.all()),
-    )
-    .await?;
+    send(&sender, report(host)).await?;
     let opened = timeout(OPEN_TIMEOUT, client.session(ReceiverStream::new(receiver))).await;
     let mut inbound = opened
         .map_err(|_| SessionError::Silent)?
@@ -122,22 +124,36 @@ async fn one_session(
                 let message = message
                     .map_err(|status| SessionError::Broken(status.message().to_owned()))?
                     .ok_or(SessionError::Ended)?;
-                if let Some(session_response::Message::Assignment(assignment)) = message.message {
-                    take(host, assignment, assignments).await?;
+                match message.message {
+                    Some(session_response::Message::Assignment(assignment)) => {
+                        take(host, assignment, assignments).await?;
+                    }
+                    Some(session_response::Message::LeaseKept(kept)) => host.lease.kept(&kept),
+                    None => {}
                 }
                 continue;
             }
-            _ = tick.tick() => {}
+            _ = tick.tick() => {
+                // It may be cut off from the store; another one may not be.
+                if host.lease.is_unheard() && host.controllers.addresses().len() > 1 {
+                    return Err(SessionError::NoLease);
+                }
+            }
             () = changed_spaced(&mut changed, reported, not_before) => {}
         }
         reported = *changed.borrow_and_update();
-        send(
-            &sender,
-            session_request::Message::Report(host.reports.all()),
-        )
-        .await?;
+        send(&sender, report(host)).await?;
         not_before = Instant::now() + REPORT_SPACING;
     }
+}
+
+/// Everything, with the number by which it is answered; its time counts from here.
+fn report(host: &Host) -> session_request::Message {
+    let number = host.lease.reporting();
+    session_request::Message::Report(HostReport {
+        number,
+        ..host.reports.all()
+    })
 }
 
 /// Waits for a report that differs from the one sent, and for its turn.
@@ -154,6 +170,12 @@ async fn changed_spaced(changed: &mut watch::Receiver<u64>, reported: u64, not_b
         std::future::pending::<()>().await;
     }
     tokio::time::sleep_until(not_before).await;
+}
+
+/// Orders the sessions of one agent, whichever controllers they are with.
+fn unix_us() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_micros()).unwrap_or(u64::MAX))
 }
 
 async fn send(

@@ -9,7 +9,7 @@ use std::{
     path::PathBuf,
 };
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Deserialize;
 use slotmesh_runtime::settings::{SettingsError, load};
 
@@ -51,6 +51,19 @@ pub struct Flags {
     /// At SIGTERM or SIGINT stop all proxies and nodes too.
     #[arg(long, env = "SLOTMESH_AGENT_STOP_ALL_ON_EXIT")]
     pub stop_all_on_exit: bool,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What else this program does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Kills primaries whose agent is gone when they have lost their replicas; an agent starts it.
+    Fencer {
+        /// The agent's data directory.
+        #[arg(long)]
+        data: PathBuf,
+    },
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -80,6 +93,8 @@ pub struct Settings {
     pub proxy_binary: PathBuf,
     pub zone: String,
     pub stop_all_on_exit: bool,
+    /// This program, as the fencer; `None`: there is none.
+    pub fencer_binary: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -157,6 +172,8 @@ impl Settings {
                 .unwrap_or_else(beside_us),
             zone: flags.zone.or(file.zone).unwrap_or_default(),
             stop_all_on_exit: flags.stop_all_on_exit || file.stop_all_on_exit.unwrap_or(false),
+            // Read now: after an upgrade the path would name what is not there any more.
+            fencer_binary: std::env::current_exe().ok(),
         })
     }
 }

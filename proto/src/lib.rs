@@ -47,6 +47,11 @@ package!(
     "Instances: create, delete, describe, switch over."
 );
 package!(
+    peer,
+    "slotmesh.peer.v1",
+    "Between controllers: what a follower's agents and proxies say."
+);
+package!(
     store,
     "slotmesh.store.v1",
     "Formats of the records in the store."

@@ -84,7 +84,7 @@ async fn ready(State(admin): State<Admin>) -> (StatusCode, &'static str) {
 fn register(metrics: &Metrics, observed: &Observed) {
     type Read = fn(&Counters) -> u64;
     let meter = metrics.meter("slotmesh-proxy");
-    let counters: [(&str, &str, Read); 13] = [
+    let counters: [(&str, &str, Read); 14] = [
         ("commands", "Commands of clients", |c| c.commands),
         ("errors", "Error replies of any cause", |c| c.errors),
         (
@@ -101,6 +101,11 @@ fn register(metrics: &Metrics, observed: &Observed) {
             "outcome_unknown",
             "Requests whose outcome nobody knows",
             |c| c.outcome_unknown,
+        ),
+        (
+            "unconfirmed",
+            "Durable writes that too few replicas confirmed in time",
+            |c| c.unconfirmed,
         ),
         ("hold_overdue", "Requests held for too long", |c| {
             c.hold_overdue

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Observed};
+use crate::controllers::Controllers;
 use crate::core::Identity;
 use crate::listener::Listener;
 use crate::progress::Progress;
@@ -112,9 +113,10 @@ impl App {
         let progress = Arc::new(Progress::new(published.clone(), Arc::clone(&routing)));
         let freshness = Arc::new(Freshness::default());
         let rejected = Arc::new(AtomicU64::new(0));
+        let controllers = Controllers::new(settings.controllers);
         let switchboard = Switchboard {
             instance: settings.instance.clone(),
-            controllers: settings.controllers.clone(),
+            controllers: controllers.clone(),
             routing: Arc::clone(&routing),
             workers: Arc::clone(&workers),
         };
@@ -126,7 +128,7 @@ impl App {
                 address: settings.advertise.unwrap_or_else(|| address.to_string()),
                 admin_address: admin_address.to_string(),
             },
-            controllers: settings.controllers,
+            controllers,
             data: settings.data.clone(),
             routing: Arc::clone(&routing),
             workers: Arc::clone(&workers),

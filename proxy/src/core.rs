@@ -18,7 +18,9 @@ mod clients;
 mod cluster;
 mod computed;
 mod config;
+mod confined;
 mod dispatch;
+mod durable;
 mod extra;
 mod fanout;
 mod fanout_merge;
@@ -31,6 +33,7 @@ mod info;
 mod info_text;
 mod job;
 pub mod lane;
+pub mod lanes;
 pub mod line;
 mod local;
 mod login;
@@ -49,6 +52,7 @@ mod pubsub_topics;
 mod queue;
 pub mod retry;
 mod script_check;
+mod script_flags;
 pub mod scripts;
 pub mod sessions;
 mod sort;
@@ -64,13 +68,16 @@ mod tally;
 mod timeout;
 mod tracking;
 mod tracking_ear;
+mod tracking_mail;
 mod tracking_options;
+mod tracking_own;
 mod tracking_remote;
 mod tracking_script;
 mod tracking_table;
 mod transaction;
 mod unblock;
 mod unknown;
+mod vacancy;
 mod waiting;
 mod walk;
 mod watching;
@@ -88,6 +95,7 @@ use self::gather::Gathers;
 use self::health::Health;
 use self::job::Jobs;
 use self::lane::{Lane, LaneNo};
+use self::lanes::Lanes;
 use self::line::{Lines, is_line};
 use self::outbox::Outbox;
 use self::private::Privates;
@@ -110,6 +118,8 @@ pub struct Counters {
     pub retries: u64,
     /// Requests answered with an error because nobody knows whether they were executed.
     pub outcome_unknown: u64,
+    /// Requests that were executed and not confirmed by enough replicas.
+    pub unconfirmed: u64,
     /// Requests that were held for too long.
     pub hold_overdue: u64,
     /// Requests that failed because a later one of their client ran before they could be repeated.
@@ -144,7 +154,7 @@ pub struct Core {
     pub counters: Counters,
     pub out: Outbox,
     identity: Arc<Identity>,
-    lanes: Vec<Lane>,
+    lanes: Lanes,
     gathers: Gathers,
     jobs: Jobs,
     lines: Lines,
@@ -161,6 +171,8 @@ pub struct Core {
     health: Health,
     weaves: Weaves,
     paused: Option<pause::Paused>,
+    /// Writes are confirmed by replicas.
+    durable: bool,
     acl_log: Arc<Mutex<AclLog>>,
     /// When to look for idle clients again.
     idle_at_us: u64,
@@ -186,7 +198,7 @@ impl Core {
             counters: Counters::default(),
             out: Outbox::default(),
             identity,
-            lanes: Vec::new(),
+            lanes: Lanes::default(),
             gathers: Gathers::default(),
             jobs: Jobs::default(),
             lines: Lines::default(),
@@ -203,6 +215,7 @@ impl Core {
             monitors: monitor::Monitors::default(),
             trackers: tracking::Trackers::default(),
             paused: None,
+            durable: false,
             acl_log: Arc::default(),
             idle_at_us: 0,
             table: Arc::default(),
@@ -231,13 +244,14 @@ impl Core {
     /// Puts a routing table in force.
     pub fn apply(&mut self, table: Arc<RoutingTable>) {
         let lanes = table.shards.len() * 2;
-        while self.lanes.len() < lanes {
+        while self.lanes.shared_len() < lanes {
             let (held_sum, scripts) = (Arc::clone(&self.held_sum), Arc::clone(&self.scripts));
-            let lane = Lane::new(self.lanes.len() as LaneNo, held_sum, scripts);
-            self.lanes.push(lane);
+            let lane = Lane::new(self.lanes.shared_len() as LaneNo, held_sum, scripts);
+            self.lanes.push_shared(lane);
         }
         let before = Arc::clone(self.users());
         let began = !std::mem::replace(&mut self.ready, true);
+        let vacated = self.vacated_by(&table);
         self.table = Arc::clone(&table);
         let parameters = &table.settings.parameters;
         self.sessions.in_flight_max = parameters.session_processing_max;
@@ -245,6 +259,7 @@ impl Core {
         if began || before != *self.users() {
             self.refresh_accounts(&before); // with those that came when nobody knew
         }
+        self.apply_durability();
         for (no, route) in table.shards.iter().enumerate() {
             for lane in [no * 2, no * 2 + 1] {
                 match route {
@@ -253,7 +268,9 @@ impl Core {
                 }
             }
         }
+        self.renew_own_lanes();
         self.settle_abandoned();
+        self.vacate(&vacated);
         self.apply_pubsub(&table);
         self.apply_monitors();
         self.apply_tracking();
@@ -270,7 +287,8 @@ impl Core {
     pub fn level_of(&self, shard: ShardNo) -> Option<&hold::Level> {
         let [a, b] = [0, 1].map(|i| self.lanes.get(usize::from(shard) * 2 + i));
         let (a, b) = (a?.level.as_ref()?, b?.level.as_ref()?);
-        (a == b).then_some(a)
+        let held = matches!(a, hold::Level::Held { .. });
+        (a == b && !(held && self.own_lanes_run(shard))).then_some(a)
     }
 
     /// Takes a client in; returns its slot.
@@ -395,13 +413,13 @@ impl Core {
             (settings.hold_budget_us, settings.hold_bytes_max)
         };
         let mut next: Option<u64> = None;
-        for no in 0..self.lanes.len() {
-            let lane = &mut self.lanes[no];
+        for no in self.lanes.numbers() {
+            let lane = &mut self.lanes[no as usize];
             if lane.on_time(self.now_us, &mut self.out) {
-                self.lane_abandon(no as LaneNo);
+                self.lane_abandon(no);
             }
-            self.fail_overdue(no as LaneNo, budget_us);
-            let lane = &mut self.lanes[no];
+            self.fail_overdue(no, budget_us);
+            let lane = &mut self.lanes[no as usize];
             lane.check_room(held_max, self.now_us, &mut self.out);
             next = [next, lane.deadline_us(budget_us)]
                 .into_iter()
@@ -428,6 +446,8 @@ impl Core {
 
     /// Jobs go on whose answers came. Clients that waited for room are read again if there is some.
     pub fn resume_stalled(&mut self) {
+        self.tell_forgotten();
+        self.close_own_lanes();
         self.send_redirected();
         self.run_jobs();
         self.run_weaves();

@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod controllers;
 pub mod core;
 pub mod listener;
 pub mod metrics;

@@ -16,6 +16,7 @@ pub struct Published {
     protocol_errors: AtomicU64,
     retries: AtomicU64,
     outcome_unknown: AtomicU64,
+    unconfirmed: AtomicU64,
     hold_overdue: AtomicU64,
     overtaken: AtomicU64,
     held_requests: AtomicU64,
@@ -38,6 +39,7 @@ impl Published {
         self.retries.store(counters.retries, Relaxed);
         self.outcome_unknown
             .store(counters.outcome_unknown, Relaxed);
+        self.unconfirmed.store(counters.unconfirmed, Relaxed);
         self.hold_overdue.store(counters.hold_overdue, Relaxed);
         self.overtaken.store(counters.overtaken, Relaxed);
         self.held_requests.store(counters.held_requests, Relaxed);
@@ -65,6 +67,7 @@ impl Published {
             protocol_errors: self.protocol_errors.load(Relaxed),
             retries: self.retries.load(Relaxed),
             outcome_unknown: self.outcome_unknown.load(Relaxed),
+            unconfirmed: self.unconfirmed.load(Relaxed),
             hold_overdue: self.hold_overdue.load(Relaxed),
             overtaken: self.overtaken.load(Relaxed),
             held_requests: self.held_requests.load(Relaxed),

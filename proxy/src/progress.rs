@@ -4,11 +4,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use slotmesh_proto::topology::v1 as pb;
 use tokio::sync::Notify;
 
 use crate::core::hold::Level;
+use crate::core::lane::LaneNo;
 use crate::core::outbox::HoldSample;
 use crate::metrics::Published;
 use crate::routing::{Routing, ShardNo};
@@ -33,6 +35,8 @@ struct State {
     levels: BTreeMap<ShardNo, Vec<Option<Level>>>,
     dirty: BTreeSet<ShardNo>,
     holds: BTreeMap<(ShardNo, u64), HoldSample>,
+    /// Per worker and lane: whose primary of which epoch does not answer it, and since when.
+    troubles: BTreeMap<(usize, LaneNo), (ShardNo, u64, Instant)>,
 }
 
 impl Progress {
@@ -84,6 +88,21 @@ impl Progress {
                 // The controller closes the change soon; it wants to know what it cost.
                 self.changed.notify_one();
             }
+            Notice::Trouble {
+                worker,
+                trouble,
+                since,
+            } => {
+                let lane = (worker, trouble.lane);
+                match since {
+                    Some(since) => {
+                        let seen = (trouble.shard, trouble.epoch, since);
+                        state.troubles.insert(lane, seen);
+                        self.changed.notify_one();
+                    }
+                    None => drop(state.troubles.remove(&lane)),
+                }
+            }
         }
     }
 
@@ -126,6 +145,16 @@ impl Progress {
                     })
                 })
                 .collect(),
+            troubles: troubles(&state)
+                .into_iter()
+                .filter_map(|(shard, (epoch, since))| {
+                    Some(pb::Trouble {
+                        shard_id: id(shard)?,
+                        epoch,
+                        since_ms: since.elapsed().as_millis() as u64,
+                    })
+                })
+                .collect(),
             ..pb::Report::default()
         };
         for worker in &self.workers {
@@ -159,6 +188,20 @@ impl Progress {
     }
 }
 
+/// Per shard the newest epoch at which a lane is in trouble, and since when.
+fn troubles(state: &State) -> BTreeMap<ShardNo, (u64, Instant)> {
+    let mut all: BTreeMap<ShardNo, (u64, Instant)> = BTreeMap::new();
+    for &(shard, epoch, since) in state.troubles.values() {
+        let seen = all.entry(shard).or_insert((epoch, since));
+        if epoch > seen.0 {
+            *seen = (epoch, since);
+        } else if epoch == seen.0 {
+            seen.1 = seen.1.min(since);
+        }
+    }
+    all
+}
+
 /// What all workers say, if it is the same.
 fn agreed(levels: &[Option<Level>]) -> Option<&Level> {
     let first = levels.first()?.as_ref()?;
@@ -171,6 +214,7 @@ fn agreed(levels: &[Option<Level>]) -> Option<&Level> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::outbox::Trouble;
     use crate::routing::{InstanceSettings, RoutingTable, ShardRoute};
 
     #[test]
@@ -215,6 +259,23 @@ mod tests {
         assert_eq!(report.shards.len(), 1);
         assert_eq!(report.shards[0].level(), pb::HoldLevel::Held);
         assert!(progress.report().shards.is_empty());
+        let trouble = |lane, since_us: Option<u64>| Notice::Trouble {
+            worker: 1,
+            trouble: Trouble {
+                lane,
+                shard: 0,
+                epoch: 1,
+                since_us,
+            },
+            since: since_us.map(|_| Instant::now()),
+        };
+        progress.note(trouble(0, Some(7)));
+        progress.note(trouble(1, Some(8)));
+        progress.note(trouble(0, None));
+        let troubles = progress.report().troubles;
+        assert_eq!((troubles.len(), troubles[0].epoch), (1, 1));
+        progress.note(trouble(1, None));
+        assert!(progress.report().troubles.is_empty());
         let sample = |longest_us, requests| {
             let sample = HoldSample {
                 shard: 0,

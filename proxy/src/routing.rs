@@ -69,9 +69,37 @@ pub struct InstanceSettings {
     pub users: Arc<Users>,
     pub hold_budget_us: u64,
     pub hold_bytes_max: u64,
+    /// Replicas that must have a write before it is acknowledged; 0: it is at once.
+    pub durability: u32,
     /// Parameters of proxies as they were given, for CONFIG GET.
     pub proxy_parameters: BTreeMap<String, String>,
     pub parameters: Parameters,
+}
+
+/// When a write counts as done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Durability {
+    /// Replicas that must have it; 0: none.
+    pub replicas: u32,
+    /// How long to wait for them.
+    pub timeout_ms: u32,
+    /// They must have it on their disks, and the primary too, where the engine can say so.
+    pub fsync: bool,
+    /// Reads wait for what they may have seen.
+    pub reads: bool,
+}
+
+impl InstanceSettings {
+    /// As durability and parameters say.
+    #[must_use]
+    pub fn durability(&self) -> Durability {
+        Durability {
+            replicas: self.durability,
+            timeout_ms: self.parameters.durability_timeout_ms,
+            fsync: self.parameters.durability_fsync,
+            reads: self.parameters.read_gate,
+        }
+    }
 }
 
 /// Parameters of proxies, read.
@@ -97,6 +125,10 @@ pub struct Parameters {
     pub job_bytes_max: usize,
     /// Clients of a proxy; `None`: as the process was told.
     pub clients_max: Option<usize>,
+    /// How long a write waits for its replicas.
+    pub durability_timeout_ms: u32,
+    pub durability_fsync: bool,
+    pub read_gate: bool,
 }
 
 impl Default for Parameters {
@@ -113,6 +145,9 @@ impl Default for Parameters {
             session_processing_max: 1024,
             job_bytes_max: 256 * 1024 * 1024,
             clients_max: None,
+            durability_timeout_ms: 1000,
+            durability_fsync: false,
+            read_gate: false,
         }
     }
 }
@@ -126,6 +161,9 @@ impl Parameters {
         for (name, value) in given {
             let flag = value == "1";
             match name.as_str() {
+                "durability-timeout-ms" => read_into(value, &mut all.durability_timeout_ms),
+                "durability-fsync" => all.durability_fsync = value == "yes",
+                "read-gate" => all.read_gate = value == "yes",
                 "split" => all.split_by_slot = value == "slot",
                 "script_check_enable" => all.script_check = flag,
                 "cluster_compat_enable" => all.cluster_compat = flag,
@@ -161,6 +199,7 @@ impl Default for InstanceSettings {
             users: Arc::new(Users::open(None)),
             hold_budget_us: 5_000_000,
             hold_bytes_max: 64 * 1024 * 1024,
+            durability: 0,
             proxy_parameters: BTreeMap::new(),
             parameters: Parameters::default(),
         }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::controllers::Controllers;
 use crate::core::call::{Call, PeerRequest};
 use crate::routing::{InstanceSettings, Routing};
 use crate::worker::{Question, WorkerHandle};
@@ -37,7 +38,7 @@ const TOO_LATE: &[u8] = b"-ERR slotmesh: no controller answered in time; try aga
 #[derive(Debug)]
 pub struct Switchboard {
     pub instance: String,
-    pub controllers: Vec<String>,
+    pub controllers: Controllers,
     pub routing: Arc<Routing>,
     pub workers: Arc<Vec<WorkerHandle>>,
 }
@@ -100,7 +101,7 @@ impl Switchboard {
     /// Asks one controller after the other until one has decided.
     async fn ask_controllers(&self, call: &Call) -> Vec<u8> {
         let mut problem = "there is none to ask".to_owned();
-        for controller in &self.controllers {
+        for controller in &self.controllers.addresses() {
             match timeout(CONTROLLER_LIMIT, self.ask_controller(controller, call)).await {
                 Ok(Ok(())) => {
                     self.caught_up(call).await;
@@ -130,6 +131,7 @@ impl Switchboard {
                     instance_id,
                     accounts: set.iter().map(account).collect(),
                     removed: removed.clone(),
+                    ..pb::UpdateAccountsRequest::default()
                 };
                 client.update_accounts(request).await?;
             }
@@ -138,6 +140,7 @@ impl Switchboard {
                     instance_id,
                     engine: engine.iter().cloned().collect::<HashMap<_, _>>(),
                     proxy: proxy.iter().cloned().collect::<HashMap<_, _>>(),
+                    ..pb::UpdateParametersRequest::default()
                 };
                 client.update_parameters(request).await?;
             }

@@ -52,6 +52,12 @@ impl Topology {
         self.revision
     }
 
+    /// All controllers, as the newest settings name them.
+    #[must_use]
+    pub fn controller_addresses(&self) -> &[String] {
+        &self.settings.controller_addresses
+    }
+
     /// The same as a message, for the disk.
     #[must_use]
     pub fn to_snapshot(&self) -> pb::Snapshot {
@@ -249,6 +255,7 @@ fn instance_settings(settings: &pb::InstanceSettings) -> Result<InstanceSettings
             default.hold_budget_us,
         ),
         hold_bytes_max: or(settings.hold_bytes_max, default.hold_bytes_max),
+        durability: settings.durability,
         parameters: Parameters::read(&proxy_parameters),
         proxy_parameters,
     })

@@ -23,6 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
+use crate::controllers::Controllers;
 use crate::progress::Progress;
 use crate::routing::Routing;
 use crate::saved;
@@ -59,7 +60,7 @@ pub struct Who {
 #[derive(Debug)]
 pub struct Watch {
     pub who: Who,
-    pub controllers: Vec<String>,
+    pub controllers: Controllers,
     pub data: PathBuf,
     pub routing: Arc<Routing>,
     pub workers: Arc<Vec<WorkerHandle>>,
@@ -139,8 +140,11 @@ impl Watch {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_CAP);
         let mut turn = 0;
-        while !self.controllers.is_empty() {
-            let controller = self.controllers[turn % self.controllers.len()].clone();
+        loop {
+            let addresses = self.controllers.addresses();
+            let Some(controller) = addresses.get(turn % addresses.len().max(1)).cloned() else {
+                break;
+            };
             turn += 1;
             let began = Instant::now();
             let end = tokio::select! {
@@ -225,6 +229,7 @@ impl Watch {
             host_id: self.who.host_id.clone(),
             pid: std::process::id(),
             shards: self.progress.all_shards(),
+            opened_unix_us: unix_us(),
         }
     }
 
@@ -269,6 +274,7 @@ impl Watch {
             }
         }
         let table = topology.table(|address| resolved.get(address).copied())?;
+        self.controllers.learn(topology.controller_addresses());
         self.routing.publish(table);
         self.workers.iter().for_each(WorkerHandle::wake);
         self.topology = topology;
@@ -296,6 +302,12 @@ pub async fn keep_saved(data: PathBuf, mut newest: watch::Receiver<Option<pb::Sn
             Err(error) => tracing::error!(%error, "topology not saved"),
         }
     }
+}
+
+/// Orders the streams of one proxy, whichever controller they go to.
+fn unix_us() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_micros() as u64)
 }
 
 async fn resolve(address: &str) -> Option<SocketAddr> {

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 use crate::core::call::{Call, PeerRequest, Ticket};
 use crate::core::client::ClientState;
 use crate::core::hold::Level;
-use crate::core::outbox::HoldSample;
+use crate::core::outbox::{HoldSample, Trouble};
 use crate::core::pubsub_count::Audience;
 use crate::core::scripts::ScriptCache;
 use crate::core::{Core, Counters, Identity};
@@ -88,6 +88,13 @@ pub enum Notice {
     },
     /// A hold has ended in one lane.
     Hold { shard: ShardNo, sample: HoldSample },
+    /// A primary stops to answer one lane, or answers again.
+    Trouble {
+        worker: usize,
+        trouble: Trouble,
+        /// When it stopped.
+        since: Option<Instant>,
+    },
 }
 
 /// What others see of a worker.
@@ -436,8 +443,7 @@ impl Worker {
     /// Counters for observers, levels and samples for the watch.
     fn publish(&mut self) {
         let mut shards: smallvec::SmallVec<[ShardNo; 8]> = smallvec::SmallVec::new();
-        for (lane, _) in self.core.out.levels.drain(..) {
-            let shard = (lane / 2) as ShardNo;
+        for (shard, _) in self.core.out.levels.drain(..) {
             if !shards.contains(&shard) {
                 shards.push(shard);
             }
@@ -458,6 +464,14 @@ impl Worker {
             self.unsent_notices.push(Notice::Hold {
                 shard: sample.shard,
                 sample,
+            });
+        }
+        for trouble in self.core.out.troubles.drain(..) {
+            let at = |us| self.started + Duration::from_micros(us);
+            self.unsent_notices.push(Notice::Trouble {
+                worker: self.index,
+                trouble,
+                since: trouble.since_us.map(at),
             });
         }
         self.send_notices();

@@ -406,6 +406,27 @@ async fn large_operands_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_zero_keeps_its_sign_where_one_engine_keeps_it() {
+    let test = |world: &pair::World| {
+        let mut pair = world.pair("2");
+        let long = "m".repeat(100);
+        // Small ones, one with a long member, and one with many members: engines keep these two alike.
+        for (count, more) in [(3, ""), (3, long.as_str()), (300, "")] {
+            let zeros: Vec<String> = (0..count).map(|n| format!("0 m{n}")).collect();
+            pair.both(&format!("ZADD k1 {} 5 x{more}", zeros.join(" ")));
+            pair.both("ZADD k2 7 y");
+            pair.same("ZUNION 2 k1 k2 WEIGHTS -1 1 WITHSCORES");
+            pair.same("ZUNIONSTORE d 2 k1 k2 WEIGHTS -1 1");
+            pair.same_key("d");
+            pair.same("ZUNIONSTORE d 2 k1 k2 WEIGHTS -0 -0");
+            pair.same_key("d");
+            pair.flush();
+        }
+    };
+    world().await.run(test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn commands_are_split_by_slot_if_the_instance_says_so() {
     world_with(&[("split", "slot")])
         .await

@@ -227,3 +227,67 @@ async fn a_script_that_never_ends_is_killed_and_others_hear_that_the_shard_is_bu
     assert!(killed.contains("Script killed by user"), "{killed}");
     talk.expect("GET k", "$-1\r\n").await;
 }
+
+/// Words with blanks in them.
+async fn call(talk: &mut Talk, words: &[&str]) -> String {
+    talk.tell(words).await;
+    talk.hear().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_of_writes_lets_scripts_that_cannot_write_go_on() {
+    let fixture = fixture(3).await;
+    let mut talk = Talk::connect(fixture.proxy.address).await;
+    let library = "#!lua name=quiet\nredis.register_function{function_name='quiet', \
+        callback=function() return 1 end, flags={'no-writes'}} \
+        redis.register_function('loud', function() return 2 end)";
+    let loaded = call(&mut talk, &["FUNCTION", "LOAD", "REPLACE", library]).await;
+    assert_eq!(loaded, "$5\r\nquiet\r\n");
+    talk.expect("CLIENT PAUSE 60000 WRITE", "+OK\r\n").await;
+    let flagged = "#!lua flags=no-writes\nreturn 7";
+    let sha = sha1_smol::Sha1::from(flagged).digest().to_string();
+    for words in [
+        &["EVAL", flagged, "0"][..],
+        &["EVAL_RO", "return 7", "0"],
+        &["EVALSHA", &sha, "0"],
+    ] {
+        assert_eq!(call(&mut talk, words).await, ":7\r\n", "{words:?}");
+    }
+    talk.expect("FCALL quiet 0", ":1\r\n").await;
+    talk.expect("MULTI", "+OK\r\n").await;
+    let queued = call(&mut talk, &["EVAL", flagged, "1", "k"]).await;
+    assert_eq!(queued, "+QUEUED\r\n");
+    talk.expect("EXEC", "*1\r\n:7\r\n").await;
+    // Those that may write wait, also in a transaction.
+    let mut waiting = Vec::new();
+    for words in [
+        &["FCALL", "loud", "0"][..],
+        &["EVAL", "return 2", "0"],
+        &["EVAL", "#!lua\nreturn 2", "0"],
+    ] {
+        let mut other = Talk::connect(fixture.proxy.address).await;
+        other.tell(words).await;
+        waiting.push((other, ":2\r\n"));
+    }
+    let mut other = Talk::connect(fixture.proxy.address).await;
+    other.expect("MULTI", "+OK\r\n").await;
+    let queued = call(&mut other, &["EVAL", "return 2", "0"]).await;
+    assert_eq!(queued, "+QUEUED\r\n");
+    other.tell(&["EXEC"]).await;
+    waiting.push((other, "*1\r\n:2\r\n"));
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while !talk
+        .ask("INFO clients")
+        .await
+        .contains("blocked_clients:4\r\n")
+    {
+        assert!(
+            std::time::Instant::now() < until,
+            "waited for four paused clients"
+        );
+    }
+    talk.expect("CLIENT UNPAUSE", "+OK\r\n").await;
+    for (mut other, want) in waiting {
+        assert_eq!(other.hear().await, want);
+    }
+}

@@ -5,14 +5,16 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use slotmesh_proto::agent::v1::{ExecuteStepRequest, ExecuteStepResponse};
+use slotmesh_proto::agent::v1::{ExecuteStepRequest, ExecuteStepResponse, LostWrites};
 
 /// A leader repeats a step within a task's life; one host never runs as many steps in that time.
 const OUTCOMES_MAX: usize = 1_000;
+/// One a failover of a primary on this host, until an operator has seen to it.
+const CAPTURES_MAX: usize = 256;
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Entry {
-    #[prost(oneof = "Fact", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "Fact", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub fact: Option<Fact>,
 }
 
@@ -36,6 +38,9 @@ pub enum Fact {
     Unfenced(String),
     #[prost(message, tag = "7")]
     Stood(Standing),
+    /// What a lost primary wrote beyond its successor was kept, or nothing could be.
+    #[prost(message, tag = "8")]
+    Captured(Captured),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -117,6 +122,17 @@ pub struct Standing {
     pub frozen_revision: u64,
 }
 
+/// See [`crate::capture`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Captured {
+    /// Of the lost primary; another process of the node has another history.
+    #[prost(string, tag = "1")]
+    pub run_id: String,
+    /// With no file: there was nothing to keep.
+    #[prost(message, required, tag = "2")]
+    pub lost: LostWrites,
+}
+
 /// The journal's sum.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
@@ -127,6 +143,8 @@ pub struct Memory {
     ended_order: VecDeque<StepKey>,
     fences: BTreeMap<String, FenceMark>,
     standings: BTreeMap<String, Standing>,
+    /// In the order in which they were made.
+    captures: VecDeque<Captured>,
 }
 
 impl Memory {
@@ -160,6 +178,18 @@ impl Memory {
         self.standings.get(node_id)
     }
 
+    pub fn captures(&self) -> impl Iterator<Item = &Captured> {
+        self.captures.iter()
+    }
+
+    /// Whether what a process had beyond its successor of `epoch` was looked at. A process can be
+    /// lost as the primary of more than one epoch.
+    pub fn has_captured(&self, node_id: &str, run_id: &str, epoch: u64) -> bool {
+        self.captures
+            .iter()
+            .any(|c| c.lost.node_id == node_id && c.run_id == run_id && c.lost.epoch == epoch)
+    }
+
     /// Facts that change nothing need not be written.
     pub fn knows(&self, fact: &Fact) -> bool {
         match fact {
@@ -168,6 +198,7 @@ impl Memory {
             Fact::Fenced(mark) => self.fences.get(&mark.node_id) == Some(mark),
             Fact::Unfenced(node_id) => !self.fences.contains_key(node_id),
             Fact::Stood(it) => self.standings.get(&it.node_id) == Some(it),
+            Fact::Captured(it) => self.captures.contains(it),
             Fact::Begun(_) | Fact::Ended(_) => false,
         }
     }
@@ -194,6 +225,12 @@ impl Memory {
             }
             Fact::Stood(it) => {
                 self.standings.insert(it.node_id.clone(), it);
+            }
+            Fact::Captured(it) => {
+                self.captures.push_back(it);
+                while self.captures.len() > CAPTURES_MAX {
+                    self.captures.pop_front();
+                }
             }
         }
     }
@@ -222,6 +259,7 @@ impl Memory {
         }));
         facts.extend(self.fences.values().cloned().map(Fact::Fenced));
         facts.extend(self.standings.values().cloned().map(Fact::Stood));
+        facts.extend(self.captures.iter().cloned().map(Fact::Captured));
         facts.extend(self.begun.values().cloned().map(Fact::Begun));
         facts.extend(self.ended_order.iter().filter_map(|key| {
             let response = self.ended.get(key)?.clone();

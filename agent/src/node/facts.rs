@@ -45,8 +45,18 @@ pub fn before_convergence(memory: &Memory, node_id: &str, assigned: &Assigned) -
     facts
 }
 
-/// When a process agrees with the record of `epoch`, before that is reported.
-pub fn when_converged(memory: &Memory, node_id: &str, run_id: &str, epoch: u64) -> Option<Fact> {
+/// When a process agrees with the record, before that is reported. Not in a failover: there is no
+/// role to agree with, and whoever is promoted but not named must become a replica again.
+pub fn when_converged(
+    memory: &Memory,
+    node_id: &str,
+    run_id: &str,
+    assigned: &Assigned,
+) -> Option<Fact> {
+    if assigned.spec.detached {
+        return None;
+    }
+    let epoch = assigned.spec.epoch;
     let stands = memory
         .standing(node_id)
         .is_some_and(|s| s.run_id == run_id && s.epoch >= epoch);

@@ -25,13 +25,17 @@ use crate::{
     host::Host,
     journal::record::{Begun, Fact},
     process::{Process, Restarts},
+    pulse::{self, Pulse},
 };
 
 use parameters::Ahead;
 
+mod capture;
 mod converge;
+mod force;
 mod lifecycle;
 mod parameters;
+mod promote;
 mod steps;
 
 /// How old what is known of a node may get.
@@ -134,6 +138,14 @@ struct Worker {
     removed: bool,
     /// Why the last start failed; shown until the node answers.
     trouble: Option<Trouble>,
+    /// Of the process, while there is one.
+    pulse: Option<Pulse>,
+    /// As the worker last looked: since when the process is unresponsive.
+    silent_since: Option<Instant>,
+    /// The process was started by an agent of before, so it may have users.
+    adopted: bool,
+    /// Of the last process that was seen to end.
+    exited_run_id: String,
 }
 
 #[derive(Debug, Clone)]
@@ -153,6 +165,12 @@ struct Run {
     /// As set, by their names in lower case.
     parameters: BTreeMap<String, String>,
     ahead: Option<Ahead>,
+    /// Since when what only it has can't be kept.
+    capture_fails_since: Option<Instant>,
+    /// Since when an assignment wants rights taken from it that it still has.
+    fence_owed_since: Option<Instant>,
+    /// As a last resort, because no fence could be placed.
+    killed: bool,
 }
 
 impl Run {
@@ -188,6 +206,10 @@ impl Worker {
             concluded: Vec::new(),
             removed: false,
             trouble: None,
+            pulse: None,
+            silent_since: None,
+            adopted: false,
+            exited_run_id: String::new(),
         }
     }
 
@@ -201,12 +223,14 @@ impl Worker {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let process = self.process;
+            let pulse = self.pulse.as_ref().map(Pulse::subscribe);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 Some(call) = calls.recv() => Box::pin(self.answer(call)).await,
                 Ok(()) = self.assigned.changed() => {}
                 () = ended(process) => {}
+                () = pulse::differs(pulse, self.silent_since) => {}
                 _ = tick.tick() => {}
             }
             Box::pin(self.turn()).await;
@@ -245,7 +269,12 @@ impl Worker {
         }
         self.removed = false;
         self.ensure_process(assigned.as_ref()).await;
-        if self.process.is_some() && self.probe().await {
+        self.feel_pulse();
+        self.fence_by_force(assigned.as_ref());
+        if let Some(assigned) = &assigned {
+            self.remember_freeze(assigned).await;
+        }
+        if self.process.is_some() && self.probe_if_responsive().await {
             Box::pin(self.resume_hand_over(assigned.as_ref())).await;
             if let Some(assigned) = &assigned {
                 self.converge(assigned).await;
@@ -263,6 +292,8 @@ impl Worker {
 
     fn publish(&mut self) {
         self.report.pid = self.process.map_or(0, |p| p.pid);
+        self.report.exited_run_id.clone_from(&self.exited_run_id);
+        self.report.unresponsive = self.silent_since.is_some();
         self.host.reports.node(self.report.clone());
     }
 

@@ -11,7 +11,8 @@ use std::{
 
 use slotmesh_proto::{
     agent::v1::{
-        Assignment, CommitHandoverRequest, CommitHandoverResponse, Desired, EpochUser, HostReport,
+        Assignment, CommitHandoverRequest, CommitHandoverResponse, ConfirmPromotionRequest,
+        ConfirmPromotionResponse, Desired, EpochUser, HostReport, LeaseKept, LostWrites,
         NodeReport, NodeSpec, ProcessState, ProxyReport, ProxySpec, Register, SessionRequest,
         SessionResponse,
         control_service_server::{ControlService, ControlServiceServer},
@@ -43,6 +44,14 @@ pub(crate) struct Record {
     pub(crate) parameters: HashMap<String, String>,
     pub(crate) parameters_version: u64,
     pub(crate) proxies: Vec<ProxySpec>,
+    /// A failover is under way; nobody has the epoch.
+    pub(crate) detached: bool,
+    /// Of that failover.
+    pub(crate) target: Option<usize>,
+    /// What the last failover's target said of the history before it.
+    pub(crate) previous: (String, u64),
+    /// Whose promises stand for the primary's lease; empty: it needs none.
+    pub(crate) replica_agents: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -51,6 +60,8 @@ struct State {
     reports: watch::Sender<HashMap<String, HostReport>>,
     registers: Mutex<HashMap<String, Register>>,
     refuse_commits: Mutex<bool>,
+    /// The revision at which the leases of hosts began; `None`: none is kept.
+    leases_since: Mutex<Option<u64>>,
 }
 
 /// The fake; the server ends when the last clone is dropped.
@@ -87,6 +98,7 @@ impl Controller {
             reports: watch::Sender::new(HashMap::new()),
             registers: Mutex::default(),
             refuse_commits: Mutex::new(false),
+            leases_since: Mutex::new(None),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -121,6 +133,11 @@ impl Controller {
         *self.state.refuse_commits.lock().unwrap() = true;
     }
 
+    /// From now on reports keep leases, or do not.
+    pub(crate) fn keep_leases(&self, since: Option<u64>) {
+        *self.state.leases_since.lock().unwrap() = since;
+    }
+
     pub(crate) fn register(&self, host: &str) -> Option<Register> {
         self.state.registers.lock().unwrap().get(host).cloned()
     }
@@ -150,6 +167,12 @@ impl Controller {
                 self.node(node)
             )
         })
+    }
+
+    pub(crate) fn lost_writes(&self, host: &str) -> Vec<LostWrites> {
+        let reports = self.state.reports.borrow();
+        let report = reports.get(host);
+        report.map(|r| r.lost_writes.clone()).unwrap_or_default()
     }
 
     pub(crate) async fn until_proxy(
@@ -220,6 +243,9 @@ impl Record {
                 users.push(user(format!("px-{epoch}"), epoch));
             }
         }
+        if self.detached {
+            return self.detached_spec(node);
+        }
         let master_user = format!("rp-{epoch}-{id}");
         let primary_address = match node == self.primary {
             true => String::new(),
@@ -246,6 +272,29 @@ impl Record {
             observer_user: "ob-1".to_owned(),
             observer_password: password("ob-1"),
             parameters_version: self.parameters_version,
+            detached: false,
+            replica_agents: match node == self.primary {
+                true => self.replica_agents.clone(),
+                false => vec![],
+            },
+            previous_replid: self.previous.0.clone(),
+            previous_offset: self.previous.1,
+        }
+    }
+
+    fn detached_spec(&self, node: usize) -> NodeSpec {
+        let serving = Self {
+            detached: false,
+            ..self.clone()
+        };
+        NodeSpec {
+            role: NodeRole::Replica.into(),
+            primary_address: String::new(),
+            users: vec![],
+            master_user: String::new(),
+            master_password: String::new(),
+            detached: true,
+            ..serving.spec(node)
         }
     }
 
@@ -283,9 +332,20 @@ impl ControlService for Service {
             .unwrap()
             .insert(host.clone(), register);
         let (state, reporter) = (self.0.clone(), host.clone());
+        let (answers, kept) = tokio::sync::mpsc::channel(16);
         tokio::spawn(async move {
             while let Ok(Some(message)) = inbound.message().await {
                 if let Some(session_request::Message::Report(report)) = message.message {
+                    let since = *state.leases_since.lock().unwrap();
+                    if let Some(revision) = since {
+                        let kept = LeaseKept {
+                            report_number: report.number,
+                            ttl_ms: 3_000,
+                            revision,
+                        };
+                        let message = Some(session_response::Message::LeaseKept(kept));
+                        let _ = answers.send(Ok(SessionResponse { message })).await;
+                    }
                     state.reports.send_modify(|all| {
                         all.insert(reporter.clone(), report);
                     });
@@ -297,7 +357,23 @@ impl ControlService for Service {
             let message = Some(session_response::Message::Assignment(assignment));
             Ok(SessionResponse { message })
         });
-        Ok(Response::new(Box::pin(assignments)))
+        let kept = tokio_stream::wrappers::ReceiverStream::new(kept);
+        Ok(Response::new(Box::pin(assignments.merge(kept))))
+    }
+
+    async fn confirm_promotion(
+        &self,
+        request: Request<ConfirmPromotionRequest>,
+    ) -> Result<Response<ConfirmPromotionResponse>, Status> {
+        let request = request.into_inner();
+        let record = self.0.record.borrow();
+        let named = record.target.is_some_and(|target| {
+            NODES[target] == request.node_id && record.run_ids[target] == request.run_id
+        });
+        Ok(Response::new(ConfirmPromotionResponse {
+            confirmed: record.detached && named && record.epoch == request.epoch,
+            reason: "the record names another one".to_owned(),
+        }))
     }
 
     async fn commit_handover(

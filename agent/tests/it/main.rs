@@ -5,8 +5,10 @@
 
 mod binary;
 mod controller;
+mod failover;
 mod hand_over;
 mod hosts;
+mod lease;
 mod nodes;
 mod parameters;
 mod processes;

@@ -207,6 +207,12 @@ impl CommandSet {
         known.iter().any(same)
     }
 
+    /// The first arguments that a command is allowed with although it is not by itself.
+    pub(crate) fn first_args(&self, command: &Command) -> &[String] {
+        let known = command.id().and_then(|id| self.first_args.get(&id));
+        known.map(Vec::as_slice).unwrap_or_default()
+    }
+
     fn allow_other(&self, name: &str) -> bool {
         let parent = name.split_once('|').map(|(parent, _)| parent);
         let named = [Some(name), parent].into_iter().flatten();

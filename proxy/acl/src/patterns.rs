@@ -66,6 +66,12 @@ impl KeyPatterns {
         self.all || self.patterns.iter().any(gives_all)
     }
 
+    /// Each pattern with what may be done to its keys; `None`: everything with every key.
+    pub(crate) fn listed(&self) -> Option<Vec<(String, Needs)>> {
+        let all = self.patterns.iter();
+        (!self.all).then(|| all.map(|one| (one.pattern.clone(), one.rights)).collect())
+    }
+
     /// As ACL LIST shows them.
     pub(crate) fn describe(&self) -> Vec<String> {
         if self.all {

@@ -282,7 +282,7 @@ impl User {
         old.every_selector().any(loses)
     }
 
-    fn every_selector(&self) -> impl Iterator<Item = &Selector> {
+    pub(crate) fn every_selector(&self) -> impl Iterator<Item = &Selector> {
         std::iter::once(&self.root).chain(&self.selectors)
     }
 

@@ -12,12 +12,12 @@ use slotmesh_command::{Command, Flag, Needs};
 
 use super::Core;
 use super::client::{Client, DEFAULT_USER};
-use super::retry::Effect;
 use super::sessions::CloseReason;
 use super::spec::{self, Request};
 
-const SCRIPTS: &str = "NOPERM slotmesh: commands inside a script cannot be checked, so scripts need \
-    an account that may run every command on every key; those that only read, every one that reads";
+const FUNCTIONS: &str = "NOPERM slotmesh: commands inside a function cannot be checked, so functions \
+    need an account that may run every command on every key; those that only read, every one that \
+    reads; EVAL is checked";
 
 impl Core {
     pub(super) fn users(&self) -> &Arc<Users> {
@@ -90,7 +90,7 @@ impl Core {
             self.log_denial(slot, denied, command, request);
             return Err(denied.text(command));
         }
-        check_script(&user, command)?;
+        check_function(&user, command)?;
         user.check_sort(command, &request).map_err(str::to_owned)
     }
 
@@ -150,11 +150,17 @@ impl Client {
         self.state.authenticated = true;
         self.state.user = (user.name() != DEFAULT_USER).then(|| Box::from(user.name()));
         if !user.is_unrestricted() {
-            self.extra_mut().account = Some(Arc::clone(user));
+            let extra = self.extra_mut();
+            (extra.account, extra.rules_in_lua) = (Some(Arc::clone(user)), None);
         } else if let Some(extra) = &mut self.extra {
-            extra.account = None;
+            (extra.account, extra.rules_in_lua) = (None, None);
             self.tidy_extra();
         }
+    }
+
+    /// The account, if it may not do everything.
+    pub(super) fn limited(&self) -> Option<&User> {
+        self.extra.as_ref()?.account.as_deref()
     }
 
     /// Nobody is logged in.
@@ -162,28 +168,34 @@ impl Client {
         self.state.authenticated = false;
         self.state.user = None;
         if let Some(extra) = &mut self.extra {
-            extra.account = None;
+            (extra.account, extra.rules_in_lua) = (None, None);
             self.tidy_extra();
         }
     }
 }
 
-/// What a script does at the node is done with the proxy's rights, so its user must be allowed whatever
-/// a script can do.
-fn check_script(user: &User, command: &Command) -> Result<(), String> {
-    let callable = |one: &Command| {
-        let harmless = !one.flags.has(Flag::Admin) && !one.flags.has(Flag::Dangerous);
-        let data =
-            spec::is_permitted(one) && (harmless || spec::DANGEROUS_DATA.contains(&one.name));
-        data && !one.flags.has(Flag::NoScript)
-    };
-    let fine = match spec::effect(command) {
-        Effect::Script => user.may_run_any(Needs::BOTH, callable),
-        Effect::ReadScript => {
-            let reads = |one: &Command| callable(one) && one.flags.has(Flag::ReadOnly);
+/// Whether a script can call the command.
+pub(super) fn is_callable(one: &Command) -> bool {
+    let harmless = !one.flags.has(Flag::Admin) && !one.flags.has(Flag::Dangerous);
+    let data = spec::is_permitted(one) && (harmless || spec::DANGEROUS_DATA.contains(&one.name));
+    data && !one.flags.has(Flag::NoScript)
+}
+
+/// Whether the user is allowed whatever a script can do, so that nobody needs to check its calls.
+pub(super) fn may_script(user: &User) -> bool {
+    user.may_run_any(Needs::BOTH, is_callable)
+}
+
+/// What a function does at the node is done with the proxy's rights, and its calls cannot be checked as
+/// those of a script, since it is everybody's.
+fn check_function(user: &User, command: &Command) -> Result<(), String> {
+    let fine = match command.name {
+        "fcall" => may_script(user),
+        "fcall_ro" => {
+            let reads = |one: &Command| is_callable(one) && one.flags.has(Flag::ReadOnly);
             user.may_run_any(Needs::READ, reads)
         }
-        Effect::Read | Effect::Write => true,
+        _ => true,
     };
-    fine.then_some(()).ok_or_else(|| SCRIPTS.to_owned())
+    fine.then_some(()).ok_or_else(|| FUNCTIONS.to_owned())
 }

@@ -33,7 +33,7 @@ pub enum NodeFault {
     Protocol(#[from] slotmesh_resp::ProtocolError),
     #[error("the node answered something that was not asked")]
     Unasked,
-    #[error("the node refused to select a database")]
+    #[error("the node refused to select a database, or to track")]
     Select,
 }
 
@@ -54,8 +54,8 @@ impl Core {
         }
         let mut at = 0;
         self.lanes[no as usize].note_alive(self.now_us);
-        if self.lanes[no as usize].is_busy() {
-            self.end_busy(no);
+        if self.lanes[no as usize].is_slow() {
+            self.end_slow(no);
         }
         while at < buf.len() {
             let lane = &mut self.lanes[no as usize];
@@ -65,7 +65,8 @@ impl Core {
                     let reply = &buf[at..at + consumed];
                     at += consumed;
                     if kind == ReplyKind::Push {
-                        continue; // nothing here subscribes; not an answer to anything
+                        self.lane_push(no, reply); // not an answer to anything
+                        continue;
                     }
                     self.answer(no, reply, outlet)?;
                 }
@@ -95,15 +96,18 @@ impl Core {
         match kind {
             Kind::Single | Kind::Part | Kind::Job if plain => self.finish(no, reply, outlet),
             Kind::Script if plain => self.finish(no, reply, outlet),
-            Kind::Single | Kind::Part | Kind::Job | Kind::Script => {
+            Kind::Single | Kind::Part | Kind::Job | Kind::Script | Kind::Touch => {
                 self.answer_judged(no, reply, outlet);
             }
             Kind::Publish => self.answer_publish(no, reply, outlet),
             Kind::Block | Kind::JobBlock | Kind::Weave => self.answer_block(no, reply, outlet),
-            Kind::Select => {
+            Kind::Select | Kind::Track => {
                 lane.flight.pop();
                 if reply[0] == b'-' {
                     return Err(NodeFault::Select);
+                }
+                if kind == Kind::Track {
+                    self.lane_tracks(no);
                 }
             }
             Kind::Load => {
@@ -116,8 +120,19 @@ impl Core {
                 lane.flight.pop();
                 lane.logged_in(reply, self.now_us, &mut self.out);
             }
+            Kind::Ping | Kind::Mark => drop(lane.flight.pop()),
+            Kind::Confirm => self.confirmed(no, reply, outlet),
         }
         Ok(())
+    }
+
+    /// A node that was busy, or silent for too long, says something.
+    #[cold]
+    fn end_slow(&mut self, no: LaneNo) {
+        if self.lanes[no as usize].is_busy() {
+            self.end_busy(no);
+        }
+        self.lanes[no as usize].end_stall(self.now_us, &mut self.out);
     }
 
     /// As any single request, once its reply is what the client gets.
@@ -142,12 +157,17 @@ impl Core {
 
     /// Gives a reply to its client, or to the gather that it is a part of.
     #[inline]
-    fn give<O: Outlet>(&mut self, entry: &Entry, reply: &[u8], outlet: &mut O) {
+    pub(super) fn give<O: Outlet>(&mut self, entry: &Entry, reply: &[u8], outlet: &mut O) {
         match entry.kind {
             Kind::Part => {}
             Kind::Job | Kind::JobBlock => return self.jobs.answer(entry.aux, entry.seq, reply),
             Kind::Weave => return self.weave_part(entry.aux, entry.seq, reply),
             _ => {
+                let reply = if entry.kind == Kind::Touch {
+                    &[]
+                } else {
+                    reply
+                };
                 let (client, generation, seq) = (entry.client, entry.generation, entry.seq);
                 self.sessions
                     .deliver(client, generation, seq, reply, outlet);
@@ -184,9 +204,13 @@ impl Core {
             self.lanes[no as usize].known_scripts.forget(); // somebody else may have flushed them
         }
         self.fail_overtaken(no);
-        self.finish(no, reply, outlet);
         let lane = &mut self.lanes[no as usize];
         lane.probing = false;
+        if lane.keep(reply) {
+            return;
+        }
+        self.finish(no, reply, outlet);
+        let lane = &mut self.lanes[no as usize];
         if !lane.gate.admits() {
             lane.step(Event::Executed, self.now_us, &mut self.out);
         }
@@ -274,13 +298,14 @@ impl Core {
     /// Decides about every request in flight of a connection that is gone.
     fn settle_flight(&mut self, no: LaneNo) {
         let now_us = self.now_us;
+        self.settle_kept(no);
         loop {
             let lane = &mut self.lanes[no as usize];
             let Some(front) = lane.flight.front().copied() else {
                 break;
             };
             let delivery = lane.flight.front_delivery();
-            if matches!(front.kind, Kind::Login | Kind::Select | Kind::Load) {
+            if front.kind.is_own() {
                 lane.flight.pop();
                 continue;
             }
@@ -335,7 +360,7 @@ impl Core {
         self.lanes[no as usize].forget_route(self.now_us, &mut self.out);
     }
 
-    fn fail(&mut self, entry: &Entry, text: &str) {
+    pub(super) fn fail(&mut self, entry: &Entry, text: &str) {
         self.counters.errors += 1;
         self.give(entry, &error_line(text), &mut NoOutlet);
     }

@@ -34,7 +34,7 @@ const RETRY_CAP_US: u64 = 80_000;
 /// A command that is issued later than this after it came carries the time that is left.
 const LATE_US: u64 = 5_000;
 /// A shard channel to which nobody subscribes.
-const WAIT_CHANNEL: &[u8] = b"__slotmesh:wait";
+pub(super) const WAIT_CHANNEL: &[u8] = b"__slotmesh:wait";
 /// What a node says to those who wait when it becomes a replica.
 const DEMOTED: &[u8] = b"-UNBLOCKED force unblock";
 
@@ -113,6 +113,7 @@ impl Core {
             },
             tries: 0,
             reply: Vec::new(),
+            confirming: false,
         };
         let wait = Wait {
             client: slot,
@@ -240,6 +241,9 @@ impl Core {
     }
 
     fn wait_answered(&mut self, no: LineNo, number: u32, at: usize, reply: &[u8]) {
+        if self.is_confirming(number, at) {
+            return self.wait_confirmed(no, number, at, reply);
+        }
         let demoted = reply.starts_with(DEMOTED);
         let refused = retry::classify(reply, Effect::Write, b"") != Verdict::Deliver;
         if demoted || refused {
@@ -252,6 +256,19 @@ impl Core {
         if wait.tails.is_asking() {
             return wait.tails.answered(reply);
         }
+        let (data, repeatable) = (wait.purpose == Purpose::Data, wait.repeatable);
+        if data && self.must_confirm(repeatable, reply) {
+            let until_us = self.ask_confirmation(no);
+            return self.keep_part(number, at, reply, until_us);
+        }
+        self.wait_done(no, number, at, reply);
+    }
+
+    /// The reply of a part is what its client gets.
+    fn wait_done(&mut self, no: LineNo, number: u32, at: usize, reply: &[u8]) {
+        let Some(wait) = self.waits.get(number) else {
+            return;
+        };
         let (client, generation) = (wait.client, wait.generation);
         if wait.purpose == Purpose::Watch && reply.first() != Some(&b'-') {
             self.keep_watch(client, generation, no);
@@ -261,6 +278,39 @@ impl Core {
             self.give_private(no);
         }
         self.part_answered(number, at, reply);
+    }
+
+    fn is_confirming(&mut self, number: u32, at: usize) -> bool {
+        let wait = self.waits.get(number);
+        wait.is_some_and(|wait| wait.parts[at].confirming)
+    }
+
+    /// Keeps a reply until replicas have confirmed what was done.
+    fn keep_part(&mut self, number: u32, at: usize, reply: &[u8], by_us: u64) {
+        let Some(wait) = self.waits.get(number) else {
+            return;
+        };
+        let part = &mut wait.parts[at];
+        part.reply = reply.to_vec();
+        part.confirming = true;
+        if let State::Issued { until_us, .. } = &mut part.state {
+            *until_us = Some(until_us.map_or(by_us, |at| at.min(by_us)));
+        }
+        self.waits.list(number);
+    }
+
+    /// What the node said of the replicas.
+    fn wait_confirmed(&mut self, no: LineNo, number: u32, at: usize, answer: &[u8]) {
+        let wait = self.waits.get(number);
+        let reply = wait.map(|wait| std::mem::take(&mut wait.parts[at].reply));
+        match self.judge_confirmation(no, answer, reply.unwrap_or_default()) {
+            Ok(reply) => self.wait_done(no, number, at, &reply),
+            Err(reply) => {
+                if let Some(wait) = self.waits.get(number) {
+                    wait.parts[at].reply = reply;
+                }
+            }
+        }
     }
 
     fn part_answered(&mut self, number: u32, at: usize, reply: &[u8]) {
@@ -312,6 +362,7 @@ impl Core {
         let part = &mut wait.parts[at];
         let pause_us = (PROBE_INTERVAL_US << part.tries.min(4)).min(RETRY_CAP_US);
         part.tries += 1;
+        part.confirming = false;
         part.state = State::Held {
             since_us: now_us,
             retry_at_us: now_us + pause_us,

@@ -16,7 +16,7 @@ use super::lane::{Lane, LaneNo, Link};
 use super::line::{LineEvent, LineNo, Opening, Use};
 use super::queue::{Entry, Kind};
 use super::retry::Effect;
-use crate::routing::{Login, ShardNo};
+use crate::routing::Login;
 
 /// A script that takes longer than this is looked at, and again each time. Far less than engines'
 /// own limit (5 s), because that is a parameter, and far more than most scripts take.
@@ -77,7 +77,7 @@ impl Core {
             return Some(at_us);
         }
         let mut running = std::mem::take(&mut self.busy.sent);
-        for no in 0..self.lanes.len() as LaneNo {
+        for no in self.lanes.numbers() {
             let lane = &self.lanes[no as usize];
             if !may_run_script(lane) {
                 self.end_busy(no);
@@ -97,7 +97,7 @@ impl Core {
         let line = match asked {
             Some((_, line)) => *line,
             None => {
-                let shard = (no / 2) as ShardNo;
+                let shard = self.lanes[no as usize].shard();
                 let Some(Some(route)) = self.table.shards.get(usize::from(shard)).cloned() else {
                     return;
                 };
@@ -183,7 +183,7 @@ impl Core {
         }
         let keyless = self.table.keyless_shard();
         let mut lanes = self.busy.lanes.iter();
-        let (_, words) = lanes.find(|(no, _)| *no / 2 == LaneNo::from(keyless))?;
+        let (_, words) = lanes.find(|(no, _)| self.lanes[*no as usize].shard() == keyless)?;
         let words = words.clone();
         if command.name == "exec" {
             self.take_transaction(slot);

@@ -30,6 +30,8 @@ pub struct Transaction {
     pub shard_id: Option<String>,
     /// Every command so far only reads.
     pub read_only: bool,
+    /// A command so far may change data, as CLIENT PAUSE WRITE sees it.
+    pub may_change: bool,
     /// Not one block for one shard as it is.
     pub mixed: bool,
 }
@@ -189,6 +191,8 @@ impl ClientState {
                     dirty: t.dirty,
                     shard_id: Some(t.shard_id).filter(|s| !s.is_empty()),
                     read_only: t.read_only,
+                    // Not kept: a pause does not come along either.
+                    may_change: !t.read_only,
                     mixed: t.mixed,
                 })
             }),
@@ -365,6 +369,7 @@ mod tests {
             dirty: true,
             shard_id: Some("0".to_owned()),
             read_only: true,
+            may_change: false,
             mixed: true,
         }));
         assert_eq!(ClientState::decode(&state.encode()).unwrap(), state);

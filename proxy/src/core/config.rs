@@ -47,6 +47,9 @@ const HIDDEN_PORTS: &[&str] = &[
     "unixsocketperm",
 ];
 
+/// A proxy listens where it was told to when it was started.
+const NOT_HERE: &str = "Unable to listen on this port. slotmesh: start a proxy with it";
+
 const HELP: &[&str] = &[
     "CONFIG <subcommand> [<arg> [value] [opt] ...]. Subcommands are:",
     "GET <pattern>",
@@ -266,7 +269,11 @@ impl Set {
                 return Err(unknown(name));
             };
             if shown(name, now.clone(), self.port, table) != *value {
-                return Err(failed(name, "can't set immutable config"));
+                let why = match name.as_str() {
+                    "port" => NOT_HERE,
+                    _ => "can't set immutable config",
+                };
+                return Err(failed(name, why));
             }
         }
         self.pairs.retain(|(name, _)| !is_fixed(name));

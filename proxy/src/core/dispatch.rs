@@ -8,7 +8,6 @@ use slotmesh_resp::{Args, Limits, Parsed, ProtocolError, rewrite_inline, write};
 
 use super::Core;
 use super::client::Pause;
-use super::lane::lane_no;
 use super::queue::{Entry, Kind};
 use super::retry::Effect;
 use super::sessions::{CloseReason, NoOutlet};
@@ -143,8 +142,10 @@ impl Core {
         };
         client.last_command = Some(command);
         client.last_bytes = request.frame.len().min(usize::from(u16::MAX)) as u16;
-        if self.paused.is_some() && self.must_pause(slot, command) {
-            return Flow::NoRoom;
+        if self.paused.is_some()
+            && let Some(flow) = self.held_by_pause(slot, command, request)
+        {
+            return flow;
         }
         let Some(client) = self.sessions.get(slot) else {
             return Flow::Taken;
@@ -285,10 +286,10 @@ impl Core {
         let Some(client) = self.sessions.get_mut(slot) else {
             return Flow::Taken;
         };
-        let lane = &mut self.lanes[lane_no(shard, client.state.protocol) as usize];
+        let (no, part) = client.lane(shard);
+        let lane = &mut self.lanes[no as usize];
         if !lane.has_room(self.table.settings.hold_bytes_max) {
             lane.note_full(self.now_us, &mut self.out);
-            let no = lane_no(shard, client.state.protocol);
             if let Some(words) = self.busy_words(no) {
                 return self.refuse(slot, &words);
             }
@@ -301,7 +302,7 @@ impl Core {
             seq,
             len: 0,
             aux,
-            part: 0,
+            part,
             db: client.state.db,
             kind,
             effect,

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use slotmesh_acl::User;
 
 use super::client::Client;
+use super::lane::{LaneNo, lane_no};
 use super::monitor::Monitoring;
 use super::pubsub_topics::Subscriber;
 use super::tracking::Tracking;
 use super::watching::Watching;
+use crate::routing::ShardNo;
 
 /// See the module. One field for each kind of state, `None` without it.
 #[derive(Debug, Default)]
@@ -26,6 +28,8 @@ pub struct Extra {
     pub(super) skips_reply: bool,
     /// The account of a client that may not do everything.
     pub(super) account: Option<Arc<User>>,
+    /// The account's rules as its scripts carry them.
+    pub(super) rules_in_lua: Option<Arc<str>>,
     /// A command of it waits: its number.
     pub(super) wait: Option<u32>,
     /// WATCH.
@@ -102,6 +106,14 @@ impl Client {
         self.extra
             .as_ref()
             .is_some_and(|extra| extra.tracking.is_some())
+    }
+
+    /// The lane that its commands for a shard take; and what [`super::queue::Entry`] has as `part`.
+    #[inline]
+    pub(super) fn lane(&self, shard: ShardNo) -> (LaneNo, u16) {
+        let extra = self.extra.as_ref();
+        let own = extra.and_then(|extra| extra.tracking.as_ref()?.own_lane());
+        own.unwrap_or_else(|| (lane_no(shard, self.state.protocol), 0))
     }
 
     /// Id of the client that gets its invalidations; 0: itself; -1: it tracks nothing.

@@ -55,6 +55,8 @@ pub enum Event {
     LinkUp,
     /// That connection is gone; nothing is in flight.
     LinkDown,
+    /// New requests wait for answers to earlier ones, or no longer do.
+    Pause(bool),
     /// A deadline may have passed.
     Tick,
 }
@@ -118,6 +120,7 @@ pub struct ShardGate {
     settle_until_us: Option<u64>,
     abandoned: bool,
     link: Link,
+    paused: bool,
     reported: Option<Level>,
     admits: bool,
 }
@@ -146,6 +149,7 @@ impl ShardGate {
             settle_until_us: None,
             abandoned: false,
             link: Link::Down,
+            paused: false,
             reported: None,
             admits: false,
         }
@@ -168,6 +172,13 @@ impl ShardGate {
     #[must_use]
     pub fn is_ordered_to_hold(&self) -> bool {
         self.order.is_some()
+    }
+
+    /// True if nothing but a pause keeps requests back: they go on with the next answer, or with the
+    /// loss of the connection.
+    #[must_use]
+    pub fn only_pauses(&self) -> bool {
+        self.paused && self.is_open()
     }
 
     /// Judges a reply in the light of what came before it on the same connection.
@@ -217,13 +228,14 @@ impl ShardGate {
             Event::Settled => {}
             Event::LinkUp => self.link = Link::Up,
             Event::LinkDown => self.link_down(),
+            Event::Pause(paused) => self.paused = paused,
             Event::Tick => self.tick(now_us, &mut actions),
         }
         if in_flight == 0 {
             self.settle(now_us, &mut actions);
         }
         self.report(in_flight, &mut actions);
-        self.admits = self.is_open();
+        self.admits = self.is_open() && !self.paused;
         if self.admits && !was_open {
             actions.push(Action::Drain);
         } else if let Fence::Waiting { probe_at_us } = self.fence
@@ -244,7 +256,10 @@ impl ShardGate {
     }
 
     fn may_probe(&self) -> bool {
-        self.link == Link::Up && self.order.is_none() && self.settle_until_us.is_none()
+        self.link == Link::Up
+            && self.order.is_none()
+            && self.settle_until_us.is_none()
+            && !self.paused
     }
 
     fn route(
@@ -270,6 +285,7 @@ impl ShardGate {
             } else {
                 self.fence = Fence::None;
                 self.settle_until_us = None;
+                self.paused = false;
                 actions.push(Action::Switch);
             }
         }
@@ -309,6 +325,7 @@ impl ShardGate {
 
     fn link_down(&mut self) {
         self.link = Link::Down;
+        self.paused = false;
         // A new connection starts anew; if the node still refuses, it will say so again.
         self.fence = Fence::None;
     }
@@ -329,6 +346,7 @@ impl ShardGate {
             self.fence = Fence::None;
             self.abandoned = false;
             self.link = Link::Down;
+            self.paused = false;
             actions.push(Action::Switch);
         }
         if self.fence == Fence::Settling {

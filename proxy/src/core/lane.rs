@@ -7,38 +7,40 @@
 //!
 //! A lane does no I/O: it leaves orders for the worker, which owns the sockets, in [`Outbox`].
 
+mod link;
+mod own;
+mod silence;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use slotmesh_resp::{Protocol, ReplyScanner, write};
 
+use super::durable::Durable;
 use super::hold::{Action, Actions, Event, Level, ShardGate};
-use super::outbox::{HoldSample, Order, Outbox};
+use super::outbox::{HoldSample, Outbox};
 use super::queue::{Entry, FrameQueue, Kind};
 use super::scripts::{KnownScripts, ScriptCache};
 use super::transaction::BlockWatch;
 use crate::routing::{ShardNo, ShardRoute};
 
+pub use self::link::Link;
+pub use self::own::Own;
+
+use self::link::BACKOFF_FIRST_US;
+
 /// Bytes in flight to one node per worker before its clients wait. A few times the socket buffers,
 /// so that it never limits a node that reads.
 pub const FLIGHT_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// A connection attempt fails after this; a host that is there answers in a fraction of it.
-const DIAL_LIMIT_US: u64 = 1_000_000;
-/// First wait after a lost connection: a restarted process is back within milliseconds.
-const BACKOFF_FIRST_US: u64 = 2_000;
-/// Longest wait between attempts: a shard that is back must be found soon.
-const BACKOFF_CAP_US: u64 = 250_000;
-/// A refused login is tried again this soon: a new epoch's user appears moments after its route.
-const LOGIN_RETRY_US: u64 = 1_500;
-/// After this many refusals the user is not just late.
-const LOGIN_FAST_TRIES: u32 = 500;
-const LOGIN_SLOW_RETRY_US: u64 = 50_000;
 /// A node that answers nothing for this long, while something is in flight, hangs: its connection is
 /// given up. Longer than any sane command takes; and the engines' own limit for scripts, after which
 /// they answer others again, is half of it.
 pub const SILENCE_LIMIT_US: u64 = 10_000_000;
 /// How often a lane whose clients wait for room looks whether other lanes or workers made some.
 const RECHECK_US: u64 = 10_000;
+/// How long a request waits at a shard that was not reached for a whole budget already: time for
+/// one more attempt. So clients that ask one thing after the other hear soon that it is no use.
+const LATE_US: u64 = 250_000;
 /// No request has this database: the next one selects.
 const DB_UNKNOWN: u16 = u16::MAX;
 
@@ -50,26 +52,6 @@ pub type LaneNo = u32;
 #[must_use]
 pub fn lane_no(shard: ShardNo, protocol: Protocol) -> LaneNo {
     LaneNo::from(shard) * 2 + LaneNo::from(protocol == Protocol::Resp3)
-}
-
-/// The connection of a lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Link {
-    /// None, and none is wanted yet.
-    Idle,
-    Backoff {
-        until_us: u64,
-    },
-    Dialing {
-        until_us: u64,
-    },
-    /// The login was sent.
-    Login,
-    /// The login was refused.
-    LoginRefused {
-        retry_at_us: u64,
-    },
-    Up,
 }
 
 /// What became of a request.
@@ -86,6 +68,8 @@ pub enum Submitted {
 pub struct Lane {
     no: LaneNo,
     protocol: Protocol,
+    /// Of one client; `None`: of all.
+    pub own: Option<Box<Own>>,
     pub gate: ShardGate,
     pub flight: FrameQueue,
     pub retry: FrameQueue,
@@ -106,6 +90,16 @@ pub struct Lane {
     room_bytes: usize,
     db: u16,
     route: Option<Arc<ShardRoute>>,
+    /// Nobody has the epoch of the route yet.
+    vacant: bool,
+    /// Epoch of the connection.
+    link_epoch: u64,
+    /// What waits for replicas to confirm it.
+    pub durable: Durable,
+    /// Until then what was held only waited behind requests in flight.
+    paused_until_us: u64,
+    /// The gate was closed without a break since then.
+    closed_since_us: Option<u64>,
     touched: bool,
     full: bool,
     recheck_at_us: u64,
@@ -113,6 +107,12 @@ pub struct Lane {
     silent_since_us: u64,
     /// The silence has a deadline. Stays until that is over, so that most requests don't set one.
     watched: bool,
+    /// It was silent for too long, and still is.
+    stalled: bool,
+    /// The controller was told that the primary does not answer.
+    trouble: bool,
+    /// When the connection is given up whatever its node does.
+    give_up_at_us: Option<u64>,
     backoff_us: u64,
     login_refusals: u32,
     /// What waits is, or was, a hold and not just a first connection.
@@ -133,6 +133,7 @@ impl Lane {
             } else {
                 Protocol::Resp2
             },
+            own: None,
             gate: ShardGate::new(),
             flight: FrameQueue::default(),
             retry: FrameQueue::default(),
@@ -149,11 +150,19 @@ impl Lane {
             room_bytes: FLIGHT_BYTES_MAX,
             db: DB_UNKNOWN,
             route: None,
+            vacant: false,
+            link_epoch: 0,
+            durable: Durable::default(),
+            paused_until_us: 0,
+            closed_since_us: None,
             touched: false,
             full: false,
             recheck_at_us: 0,
             silent_since_us: 0,
             watched: false,
+            stalled: false,
+            trouble: false,
+            give_up_at_us: None,
             backoff_us: BACKOFF_FIRST_US,
             login_refusals: 0,
             holding: false,
@@ -164,8 +173,11 @@ impl Lane {
         }
     }
 
-    fn shard(&self) -> ShardNo {
-        (self.no / 2) as ShardNo
+    pub fn shard(&self) -> ShardNo {
+        match &self.own {
+            Some(own) => own.shard,
+            None => (self.no / 2) as ShardNo,
+        }
     }
 
     /// True if another request can be taken. One that is larger than all room is taken once there
@@ -209,28 +221,11 @@ impl Lane {
         if matches!(entry.kind, Kind::Script | Kind::Block | Kind::JobBlock) {
             self.load_scripts(entry.kind, frame);
         }
+        if self.own.is_some() {
+            self.announce_caching(&entry);
+        }
         self.flight.push(entry, frame);
         self.in_flight += 1;
-    }
-
-    /// Something is in flight from now on.
-    #[inline]
-    fn watch(&mut self, now_us: u64, out: &mut Outbox) {
-        self.silent_since_us = now_us;
-        if !self.watched {
-            self.watched = true;
-            out.unsteady = true;
-        }
-    }
-
-    /// The node said something, or took more of what it could not take at once.
-    pub fn note_alive(&mut self, now_us: u64) {
-        self.silent_since_us = now_us;
-    }
-
-    /// How long the node has said nothing.
-    pub fn silent_for(&self, now_us: u64) -> u64 {
-        now_us.saturating_sub(self.silent_since_us)
     }
 
     /// The node is busy with the script in flight: nothing more is taken.
@@ -240,6 +235,12 @@ impl Lane {
 
     pub fn is_busy(&self) -> bool {
         self.room_bytes == 0
+    }
+
+    /// Busy, or silent for too long: its next word ends that.
+    #[inline]
+    pub fn is_slow(&self) -> bool {
+        self.room_bytes == 0 || self.stalled
     }
 
     fn select(&mut self, db: u16) {
@@ -255,7 +256,8 @@ impl Lane {
         self.held.push(entry.held_since(now_us), frame);
         self.count_held();
         out.unsteady = true;
-        if self.link == Link::Idle {
+        if self.link == Link::Idle && !self.vacant {
+            self.closed_since_us = Some(now_us);
             self.dial(now_us, out);
         }
     }
@@ -273,35 +275,22 @@ impl Lane {
         self.touched = false;
     }
 
-    /// A new route.
-    pub fn set_route(&mut self, route: &Arc<ShardRoute>, now_us: u64, out: &mut Outbox) {
-        if route.epoch < self.gate.epoch() || self.route.as_ref() == Some(route) {
-            return;
-        }
-        self.route = Some(Arc::clone(route));
-        // A lane without a connection has no client; it counts from its first request on.
-        self.holding |= route.hold.is_some() && self.link != Link::Idle;
-        if let (Some(_), Some(address)) = (&route.hold, route.target)
-            && self.link != Link::Idle
-        {
-            out.orders.push(Order::Prepare {
-                lane: self.no,
-                address,
-            });
-        }
-        let event = Event::Route {
-            epoch: route.epoch,
-            hold: route.hold.clone(),
-        };
-        self.step(event, now_us, out);
-    }
-
     /// Gives an event to the gate and obeys it.
     pub fn step(&mut self, event: Event, now_us: u64, out: &mut Outbox) {
         self.holding |= matches!(event, Event::Refused(_))
             || (event == Event::LinkDown && self.link == Link::Up);
         out.unsteady = true;
+        let began = matches!(event, Event::Route { epoch, .. } if epoch > self.gate.epoch());
+        let paused = self.gate.only_pauses();
         let actions = self.gate.step(event, self.in_flight, now_us);
+        if paused && !self.gate.only_pauses() {
+            self.paused_until_us = now_us;
+        }
+        if self.gate.admits() || self.gate.only_pauses() {
+            self.closed_since_us = None;
+        } else if began || self.closed_since_us.is_none() {
+            self.closed_since_us = Some(now_us); // with a new epoch there is new hope
+        }
         self.act(actions, now_us, out);
     }
 
@@ -310,7 +299,7 @@ impl Lane {
             match action {
                 Action::Report(level) => {
                     self.level = Some(level.clone());
-                    out.levels.push((self.no, level));
+                    out.levels.push((self.shard(), level));
                 }
                 Action::Switch => self.switch(now_us, out),
                 Action::Drain => self.drain(now_us, out),
@@ -318,108 +307,6 @@ impl Lane {
                 Action::Abandon => out.abandoned.push(self.no),
             }
         }
-    }
-
-    /// Leaves the old primary, where nothing is in flight, and connects to the one of the route.
-    fn switch(&mut self, now_us: u64, out: &mut Outbox) {
-        debug_assert_eq!(self.in_flight, 0);
-        let wanted = self.link != Link::Idle || self.protocol == Protocol::Resp2;
-        if self.link != Link::Idle {
-            out.orders.push(Order::Hangup { lane: self.no });
-        }
-        self.reset_link();
-        self.backoff_us = BACKOFF_FIRST_US;
-        if wanted {
-            self.dial(now_us, out);
-        }
-    }
-
-    /// Forgets the connection. What was in flight must have been settled.
-    pub fn reset_link(&mut self) {
-        self.link = Link::Idle;
-        self.flight = FrameQueue::default();
-        self.scanner = ReplyScanner::new();
-        self.input = Vec::new();
-        self.block = BlockWatch::default();
-        self.in_flight = 0;
-        self.probing = false;
-        self.db = DB_UNKNOWN;
-        self.known_scripts.forget();
-        self.room_bytes = FLIGHT_BYTES_MAX;
-        self.login_refusals = 0;
-    }
-
-    fn dial(&mut self, now_us: u64, out: &mut Outbox) {
-        let Some(route) = &self.route else { return };
-        self.link = Link::Dialing {
-            until_us: now_us + DIAL_LIMIT_US,
-        };
-        out.unsteady = true;
-        out.orders.push(Order::Dial {
-            lane: self.no,
-            address: route.address,
-        });
-    }
-
-    /// The connection stands: log in.
-    pub fn connected(&mut self, now_us: u64, out: &mut Outbox) {
-        if matches!(self.link, Link::Dialing { .. }) {
-            self.login(now_us, out);
-        }
-    }
-
-    fn login(&mut self, now_us: u64, out: &mut Outbox) {
-        let Some(route) = self.route.clone() else {
-            return;
-        };
-        self.watch(now_us, out);
-        let (user, password) = (route.username.as_bytes(), route.password.as_bytes());
-        let entry = Entry::own(Kind::Login);
-        self.flight.push_with(entry, |bytes| match self.protocol {
-            Protocol::Resp2 => write::encode_command(bytes, &[b"AUTH", user, password]),
-            Protocol::Resp3 => {
-                write::encode_command(bytes, &[b"HELLO", b"3", b"AUTH", user, password]);
-            }
-        });
-        self.link = Link::Login;
-        self.touch(out);
-    }
-
-    /// The reply to the login. The entry was taken from the queue.
-    pub fn logged_in(&mut self, reply: &[u8], now_us: u64, out: &mut Outbox) {
-        if reply.first() == Some(&b'-') {
-            self.login_refusals += 1;
-            let fast = self.login_refusals < LOGIN_FAST_TRIES;
-            let wait_us = if fast {
-                LOGIN_RETRY_US
-            } else {
-                LOGIN_SLOW_RETRY_US
-            };
-            self.link = Link::LoginRefused {
-                retry_at_us: now_us + wait_us,
-            };
-            out.unsteady = true;
-            return;
-        }
-        self.link = Link::Up;
-        self.db = 0;
-        self.backoff_us = BACKOFF_FIRST_US;
-        self.step(Event::LinkUp, now_us, out);
-    }
-
-    /// The connection is gone and what was in flight is settled: try again later.
-    pub fn lost(&mut self, now_us: u64, out: &mut Outbox) {
-        let was_up = self.link == Link::Up;
-        self.reset_link();
-        // Spread by lane, so that the lanes of a node don't come back in step.
-        let spread = u64::from(self.no).wrapping_mul(0x9E37_79B9) % (self.backoff_us / 2);
-        self.link = Link::Backoff {
-            until_us: now_us + self.backoff_us / 2 + spread,
-        };
-        self.backoff_us = (self.backoff_us * 2).min(BACKOFF_CAP_US);
-        self.holding |= was_up;
-        self.count_held();
-        self.step(Event::LinkDown, now_us, out);
     }
 
     fn drain(&mut self, now_us: u64, out: &mut Outbox) {
@@ -514,25 +401,11 @@ impl Lane {
         }
     }
 
-    /// The shard was removed: it may come back as it was, and must then connect anew. What was in
-    /// flight or waited must have been settled.
-    pub fn forget_route(&mut self, now_us: u64, out: &mut Outbox) {
-        if self.route.take().is_none() {
-            return;
-        }
-        if self.link != Link::Idle {
-            out.orders.push(Order::Hangup { lane: self.no });
-        }
-        self.reset_link();
-        self.step(Event::LinkDown, now_us, out);
-        self.holding = false;
-    }
-
     /// Takes out the oldest request whose waiting time is over.
     pub fn take_overdue(&mut self, budget_us: u64, now_us: u64) -> Option<Entry> {
         let overdue = |q: &FrameQueue| {
-            q.front()
-                .is_some_and(|e| e.held_at_us.saturating_add(budget_us) <= now_us)
+            self.overdue_at_us(q, budget_us)
+                .is_some_and(|at| at <= now_us)
         };
         let entry = if overdue(&self.retry) {
             self.retry.pop()
@@ -547,6 +420,20 @@ impl Lane {
         entry
     }
 
+    /// When the oldest request of a queue has waited for long enough: a whole budget, or less at a
+    /// shard that is not reached for that long. What only waits behind requests in flight ends with
+    /// those.
+    fn overdue_at_us(&self, queue: &FrameQueue, budget_us: u64) -> Option<u64> {
+        let held_at_us = queue.front()?.held_at_us.max(self.paused_until_us);
+        if self.gate.only_pauses() {
+            return None;
+        }
+        let whole = held_at_us.saturating_add(budget_us);
+        let closed = self.closed_since_us.unwrap_or(held_at_us);
+        let late = (held_at_us + LATE_US).max(closed.saturating_add(budget_us));
+        Some(whole.min(late))
+    }
+
     /// When [`Self::on_time`] has something to do.
     pub fn deadline_us(&self, budget_us: u64) -> Option<u64> {
         let link = match self.link {
@@ -554,15 +441,14 @@ impl Lane {
             Link::LoginRefused { retry_at_us } => Some(retry_at_us),
             Link::Idle | Link::Login | Link::Up => None,
         };
-        let overdue = |q: &FrameQueue| q.front().map(|e| e.held_at_us.saturating_add(budget_us));
         [
             link,
-            self.watched
-                .then(|| self.silent_since_us + SILENCE_LIMIT_US),
+            self.silence_deadline_us(),
+            self.give_up_at_us,
             (self.full && !self.gate.admits()).then_some(self.recheck_at_us),
             self.gate.deadline_us(),
-            overdue(&self.retry),
-            overdue(&self.held),
+            self.overdue_at_us(&self.retry, budget_us),
+            self.overdue_at_us(&self.held, budget_us),
         ]
         .into_iter()
         .flatten()
@@ -581,10 +467,10 @@ impl Lane {
         if self.gate.deadline_us().is_some_and(|at| at <= now_us) {
             self.step(Event::Tick, now_us, out);
         }
-        if self.watched && self.silent_since_us + SILENCE_LIMIT_US <= now_us {
-            self.watched = false;
-            return !self.flight.is_empty();
+        if self.give_up_at_us.is_some_and(|at| at <= now_us) {
+            self.give_up_at_us = None;
+            return self.in_flight > 0;
         }
-        false
+        self.listen(now_us, out)
     }
 }

@@ -52,6 +52,8 @@ pub enum Use {
     Health,
     /// Whether the node of a lane is busy.
     Busy(LaneNo),
+    /// What a client that tracks has others told.
+    Mail { client: u32, generation: u32 },
 }
 
 /// What happened to a line. After `Lost` its number is no longer the user's.
@@ -226,6 +228,7 @@ impl Core {
             Use::Unblock => self.unblock_event(no, event),
             Use::Health => self.health_event(no, event),
             Use::Busy(lane) => self.busy_event(lane, event),
+            Use::Mail { client, generation } => self.mail_event(no, (client, generation), event),
         }
     }
 

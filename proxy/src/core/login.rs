@@ -120,6 +120,7 @@ impl Core {
         };
         client.state.protocol = protocol;
         let id = client.state.id;
+        self.speak_on_own_lane(slot, protocol);
         let version = self.server_version().to_owned();
         self.reply_with(slot, |out| {
             let text = |out: &mut Vec<u8>, key: &str, value: &str| {

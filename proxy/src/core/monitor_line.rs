@@ -4,7 +4,9 @@
 
 /// Commands that proxies and agents send for themselves; clients' own ones of these names are
 /// answered by the proxy and never reach a node.
-const OWN: &[&[u8]] = &[b"select", b"ping", b"auth", b"hello", b"client"];
+const OWN: &[&[u8]] = &[b"select", b"ping", b"auth", b"hello", b"client", b"command"];
+/// Of those, what also comes out of scripts of limited accounts: see [`super::confined`].
+const OWN_IN_SCRIPTS: &[&[u8]] = &[b"command"];
 
 /// A line that is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,7 @@ impl<'a> Shown<'a> {
             script: from == b"lua",
             command,
         };
-        (!from.starts_with(b"unix:") && !is_own(command)).then_some(shown)
+        (!from.starts_with(b"unix:") && !is_own(command, shown.script)).then_some(shown)
     }
 
     pub(super) fn write(&self, out: &mut Vec<u8>, port: u16) {
@@ -54,7 +56,7 @@ impl<'a> Shown<'a> {
     }
 }
 
-fn is_own(command: &[u8]) -> bool {
+fn is_own(command: &[u8], script: bool) -> bool {
     let mut words = command.split(|byte| *byte == b' ').map(|word| {
         let word = word.strip_prefix(b"\"").unwrap_or(word);
         let end = word.iter().position(|byte| matches!(byte, b'"' | b'\r'));
@@ -63,7 +65,7 @@ fn is_own(command: &[u8]) -> bool {
     let name = words.next().unwrap_or_default();
     let is = |names: &[&[u8]]| names.iter().any(|own| own.eq_ignore_ascii_case(name));
     let hidden = |channel: &[u8]| channel.starts_with(super::pubsub_frame::HIDDEN);
-    is(OWN) || words.next().is_some_and(hidden)
+    is(if script { OWN_IN_SCRIPTS } else { OWN }) || words.next().is_some_and(hidden)
 }
 
 fn split_at_byte(text: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
@@ -112,6 +114,10 @@ mod tests {
         );
         check("+1.2 [0 127.0.0.1:1] \"SELECT\" \"3\"\r\n", None);
         check("+1.2 [0 127.0.0.1:1] \"PING\"\r\n", None);
+        let question = "+1.2 [0 127.0.0.1:1] \"COMMAND\" \"INFO\" \"x\"\r\n";
+        check(question, None);
+        check("+1.2 [0 lua] \"COMMAND\" \"GETKEYSANDFLAGS\"\r\n", None);
+        assert!(Shown::read(b"+1.2 [0 lua] \"ping\"\r\n").is_some());
         check("+1.2 [0 unix:/run/node.sock] \"info\"\r\n", None);
         check(
             "+1.2 [0 127.0.0.1:1] \"PUBLISH\" \"__slotmesh__:r:1\" \"\"\r\n",

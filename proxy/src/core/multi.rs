@@ -182,6 +182,7 @@ impl Core {
             }
             _ => None,
         };
+        let may_change = self.may_change_data(command, request);
         match self.admission(command) {
             Admission::Queued => {}
             Admission::Unknown => return Flow::NoRoom,
@@ -202,6 +203,7 @@ impl Core {
             || other && transaction.shard_id != shard_id;
         transaction.shard_id = transaction.shard_id.take().or(shard_id);
         transaction.read_only &= spec::effect(command).repeatable();
+        transaction.may_change |= may_change;
         transaction.commands += 1;
         transaction.frames.extend_from_slice(request.frame);
         self.reply_simple(slot, "QUEUED")

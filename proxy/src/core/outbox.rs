@@ -27,16 +27,30 @@ pub struct HoldSample {
     pub requests: u64,
 }
 
+/// A primary stops, or begins, to answer a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    pub lane: LaneNo,
+    pub shard: ShardNo,
+    /// Of the connection.
+    pub epoch: u64,
+    /// `None`: it answers.
+    pub since_us: Option<u64>,
+}
+
 /// What lanes leave for others.
 #[derive(Debug, Default)]
 pub struct Outbox {
     pub orders: Vec<Order>,
-    pub levels: Vec<(LaneNo, Level)>,
+    pub levels: Vec<(ShardNo, Level)>,
     pub samples: Vec<HoldSample>,
+    pub troubles: Vec<Trouble>,
     /// Lanes with something to send.
     pub touched: Vec<LaneNo>,
     /// Lanes whose connection must be given up.
     pub abandoned: Vec<LaneNo>,
+    /// Lanes of single clients whose node no longer knows what those have read.
+    pub forgotten: Vec<LaneNo>,
     /// Questions to the rest of the process.
     pub calls: Vec<(Ticket, Call)>,
     /// Some lane has a deadline.

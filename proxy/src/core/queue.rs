@@ -34,12 +34,38 @@ pub enum Kind {
     /// A block of an EXEC in several parts; `aux` is the EXEC, `seq` the part, `part` the number of
     /// replies to come.
     Weave,
+    /// As `Single`, but the client is told nothing.
+    Touch,
     /// Ours: the reply is swallowed.
     Select,
+    /// Ours: makes the node track.
+    Track,
     /// Ours: makes a script known to the node.
     Load,
     /// Ours: opens the connection.
     Login,
+    /// Ours: asks whether the node answers.
+    Ping,
+    /// Ours: makes the next `Confirm` cover what was read.
+    Mark,
+    /// Ours: asks how many replicas have what came before it. See `super::durable`.
+    Confirm,
+}
+
+impl Kind {
+    /// Not a client's: the connection's own.
+    pub fn is_own(self) -> bool {
+        matches!(
+            self,
+            Self::Select
+                | Self::Load
+                | Self::Login
+                | Self::Track
+                | Self::Ping
+                | Self::Mark
+                | Self::Confirm
+        )
+    }
 }
 
 /// A request on its way.
@@ -53,7 +79,7 @@ pub struct Entry {
     /// Length of the frame.
     pub len: u32,
     pub aux: u32,
-    /// Position among the parts of a split command.
+    /// Position among the parts of a split command; [`Self::CACHING`] for one on a client's own lane.
     pub part: u16,
     pub db: u16,
     pub kind: Kind,
@@ -63,6 +89,9 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// CLIENT CACHING was called for it.
+    pub const CACHING: u16 = 1;
+
     /// An entry of the connection itself.
     pub fn own(kind: Kind) -> Self {
         Self {
@@ -135,7 +164,7 @@ impl FrameQueue {
     }
 
     /// Oldest first.
-    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+    pub fn entries(&self) -> impl DoubleEndedIterator<Item = &Entry> {
         self.entries.iter()
     }
 

@@ -30,7 +30,7 @@ const KNOWN_MAX: usize = 4096;
 /// Texts that a worker recognizes without computing their digest.
 const SEEN_MAX: usize = 4096;
 
-type Sha = [u8; 20];
+pub(super) type Sha = [u8; 20];
 
 /// Texts of scripts, shared by the workers of a process; oldest out first.
 #[derive(Debug, Default)]
@@ -56,7 +56,7 @@ impl ScriptCache {
         self.flushes.load(Ordering::Acquire)
     }
 
-    fn text(&self, sha: &Sha) -> Option<Arc<[u8]>> {
+    pub(super) fn text(&self, sha: &Sha) -> Option<Arc<[u8]>> {
         self.kept().texts.get(sha).cloned()
     }
 
@@ -121,7 +121,7 @@ impl KnownScripts {
 }
 
 /// Forty hexadecimal digits, in any case.
-fn parse_sha(digits: &[u8]) -> Option<Sha> {
+pub(super) fn parse_sha(digits: &[u8]) -> Option<Sha> {
     let mut sha = [0; 20];
     if digits.len() != 40 {
         return None;
@@ -205,7 +205,8 @@ impl Core {
         request: Request<'_>,
     ) -> Flow {
         let by_sha = is_evalsha(command.name.as_bytes());
-        if let Some(text) = self.script_refusal(command, request) {
+        let confined = self.confines(slot);
+        if !confined && let Some(text) = self.script_refusal(command, request) {
             return self.refuse(slot, text.as_bytes());
         }
         let shard = match self.shard_of_keys(command, request) {
@@ -213,7 +214,7 @@ impl Core {
             Err(text) => return self.refuse(slot, text.as_bytes()),
         };
         let kind = if by_sha { Kind::Script } else { Kind::Single };
-        if !by_sha && command.name.starts_with("eval") {
+        if !by_sha && !confined && command.name.starts_with("eval") {
             self.remember_script(request.arg(1));
         }
         self.watch_scripts();
@@ -242,7 +243,7 @@ impl Core {
         self.send_to_all(slot, command, gather, request)
     }
 
-    fn remember_script(&mut self, text: &[u8]) {
+    pub(super) fn remember_script(&mut self, text: &[u8]) {
         if self.seen_scripts.is_new(text, self.scripts.flushes()) {
             self.scripts.put(text);
         }

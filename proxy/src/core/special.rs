@@ -33,6 +33,14 @@ impl Core {
         if let Some(flow) = self.refused_while_busy(slot, command) {
             return flow;
         }
+        let confined = match self.confine(slot, command, request) {
+            Ok(confined) => confined,
+            Err(text) => return self.refuse(slot, text.as_bytes()),
+        };
+        let (command, request) = match &confined {
+            Some(confined) => (confined.command, confined.request()),
+            None => (command, request),
+        };
         let Some(client) = self.sessions.get(slot) else {
             return Flow::Taken;
         };
@@ -42,6 +50,9 @@ impl Core {
             self.show_refused_exec(slot);
         }
         if tracks {
+            if let Some(flow) = self.track_on_own_lane(slot, command, request) {
+                return flow;
+            }
             self.track_reads(slot, command, request);
         }
         let flow = if queues {

@@ -57,6 +57,8 @@ pub(super) struct Feed {
     /// The one that will take over.
     pub(super) next: Option<Next>,
     pub(super) retry_at_us: u64,
+    /// A primary that is lost, while nobody has its place.
+    pub(super) vacant: Option<SocketAddr>,
     backoff_us: u64,
     idle_since_us: Option<u64>,
 }
@@ -257,13 +259,26 @@ impl Core {
             return;
         }
         feed.idle_since_us = None;
+        let Some(address) = feed.address(&route) else {
+            return; // its route comes
+        };
+        let vacant = feed.vacant.is_some();
+        if let Some(side) = feed
+            .current
+            .take_if(|side| vacant && side.address != address)
+        {
+            self.close_line(side.line);
+            self.uncount_topics(shard);
+        }
+        let feed = self.feed(shard);
         match feed.current.as_ref().map(|side| side.address) {
             // What was opened beforehand takes over where no one delivers any more.
-            None if (feed.next.as_ref()).is_some_and(|n| n.side.address == route.address) => {
+            None if (feed.next.as_ref()).is_some_and(|n| n.side.address == address) => {
                 self.take_over(shard, true);
             }
+            Some(_) if vacant => {}
             None if feed.retry_at_us <= now_us => {
-                let side = self.open_side(shard, &route, route.address);
+                let side = self.open_side(shard, &route, address);
                 self.feed(shard).current = Some(side);
             }
             None => self.out.unsteady = true,

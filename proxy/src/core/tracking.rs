@@ -6,14 +6,15 @@
 //! keeps outlives the notice. Where notices may have been missed (a connection is lost, a primary
 //! changes), everybody is told to forget everything.
 //!
-//! Nodes tell changes without who made them, and several changes of a key as one. So NOLOOP is taken
-//! and shown, but a client hears of its own writes too: to be told too much costs it a read, too little
-//! would leave it a stale value.
+//! On an instance of one shard the node does all of that: [`super::tracking_own`]. Elsewhere, and past
+//! the number of connections for it, nodes tell changes without who made them, and several changes of
+//! a key as one. So NOLOOP is taken and shown there, but a client hears of its own writes too: to be
+//! told too much costs it a read, too little would leave it a stale value.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_command::{Arguments, Command, Flag};
-use slotmesh_resp::{Args, Parsed, Protocol, RequestParser, write};
+use slotmesh_command::Command;
+use slotmesh_resp::{Protocol, write};
 
 use super::Core;
 use super::client::Pause;
@@ -23,8 +24,9 @@ use super::sessions::NoOutlet;
 use super::spec::Request;
 use super::tracking_ear::Ear;
 use super::tracking_options::{Asked, Mode, Options, read, write_info};
+use super::tracking_own::{OwnTracking, Owns};
 use super::tracking_remote::Remote;
-use super::tracking_script::script_may_read;
+use super::tracking_script::keys_read;
 use super::tracking_table::{ClientNo, Readers, Table};
 use crate::routing::ShardNo;
 
@@ -34,20 +36,39 @@ const TOO_LATE: &[u8] = b"ERR slotmesh: a shard could not be reached in time; no
 pub(super) struct Tracking {
     pub(super) options: Options,
     /// CLIENT CACHING was called for the next command.
-    caching: bool,
+    pub(super) caching: bool,
     /// Whom it redirects to is gone.
     pub(super) broken: bool,
     /// Where its `+OK` belongs, until all shards are heard; and until when that may take.
-    waiting: Option<((u32, u32), u64)>,
+    pub(super) waiting: Option<((u32, u32), u64)>,
+    /// Its own lane, where the node tracks. `None`: this worker does, by its ears.
+    pub(super) own: Option<OwnTracking>,
+    /// What is in flight went over lanes that its commands no longer take.
+    pub(super) moving: bool,
+}
+
+impl Tracking {
+    /// The keys that the next command reads are to be remembered.
+    pub(super) fn wants_reads(&self) -> bool {
+        match self.options.mode {
+            Mode::All => true,
+            Mode::OptIn => self.caching,
+            Mode::OptOut => !self.caching,
+            Mode::Broadcast => false,
+        }
+    }
 }
 
 /// All of a worker.
 #[derive(Debug, Default)]
 pub(super) struct Trackers {
     pub(super) clients: BTreeMap<u32, u32>,
+    /// So many of them without a lane of their own.
+    pub(super) by_ear: usize,
     pub(super) waiting: usize,
+    pub(super) owns: Owns,
     pub(super) ears: BTreeMap<ShardNo, Ear>,
-    table: Table,
+    pub(super) table: Table,
     pub(super) remote: Remote,
 }
 
@@ -100,19 +121,37 @@ impl Core {
         let Some(client) = self.sessions.get_mut(slot) else {
             return;
         };
-        let generation = client.generation;
+        let (generation, extra) = (client.generation, client.extra.as_mut());
+        let before = extra.and_then(|extra| extra.tracking.take());
+        let is_new = before.is_none();
+        let (own, prefixes) = match before {
+            Some(before) => (before.own, before.options.prefixes),
+            None => (self.open_own_lane(slot), BTreeSet::new()),
+        };
+        let added: BTreeSet<Vec<u8>> = options.prefixes.difference(&prefixes).cloned().collect();
+        let by_ear = own.is_none();
+        if by_ear {
+            let client = (slot, generation);
+            self.trackers.table.add_prefixes(client, added.iter());
+        }
         self.trackers.waiting += usize::from(waiting.is_some());
-        self.trackers
-            .table
-            .add_prefixes((slot, generation), options.prefixes.iter());
-        client.extra_mut().tracking = Some(Box::new(Tracking {
-            options,
-            caching: false,
-            broken: false,
-            waiting,
-        }));
+        self.trackers.by_ear += usize::from(is_new && by_ear);
         self.trackers.clients.insert(slot, generation);
-        self.steer_ears();
+        if let Some(client) = self.sessions.get_mut(slot) {
+            client.extra_mut().tracking = Some(Box::new(Tracking {
+                options,
+                caching: false,
+                broken: false,
+                waiting,
+                own,
+                moving: false,
+            }));
+        }
+        if by_ear {
+            self.steer_ears();
+        } else {
+            self.steer_own_lane(slot, &added);
+        }
         self.out.unsteady = true;
     }
 
@@ -128,11 +167,15 @@ impl Core {
         let no = (slot, client.generation);
         client.tidy_extra();
         self.trackers.waiting -= usize::from(own.waiting.is_some());
+        self.trackers.clients.remove(&slot);
+        if let Some(own) = own.own {
+            return self.release_own_lane(&own);
+        }
         self.trackers
             .table
             .remove_prefixes(no, own.options.prefixes.iter());
-        self.trackers.clients.remove(&slot);
-        if self.trackers.clients.is_empty() {
+        self.trackers.by_ear -= 1;
+        if self.trackers.by_ear == 0 {
             self.trackers.table.forget_keys();
             self.close_ears();
         }
@@ -210,28 +253,14 @@ impl Core {
         let Some(own) = extra.and_then(|extra| extra.tracking.as_ref()) else {
             return;
         };
-        let no_loop = own.options.no_loop;
-        let wanted = match own.options.mode {
-            Mode::All => true,
-            Mode::OptIn => own.caching,
-            Mode::OptOut => !own.caching,
-            Mode::Broadcast => false,
-        };
-        match &client.state.transaction {
-            _ if !wanted && !no_loop => {}
-            None => self.note_keys(no, command, &request, wanted),
-            Some(transaction) if command.name == "exec" => {
-                let frames = transaction.frames.clone();
-                self.note_block(no, &frames, wanted);
-            }
-            Some(_) => {}
+        if own.own.is_some() || !own.wants_reads() {
+            return;
         }
-    }
-
-    /// What a command does to keys, as far as it matters here.
-    fn note_keys(&mut self, no: ClientNo, command: &Command, request: &Request<'_>, reads: bool) {
-        if reads {
-            self.remember_keys(no, command, request);
+        for key in keys_read(client, command, &request) {
+            let evicted = self.trackers.table.remember(&key, no);
+            for (key, readers) in evicted {
+                self.tell_readers(&key, readers);
+            }
         }
     }
 
@@ -247,46 +276,17 @@ impl Core {
         }
     }
 
-    fn note_block(&mut self, no: ClientNo, frames: &[u8], reads: bool) {
-        let (mut parser, mut args, mut at) = (RequestParser::new(), Args::new(), 0);
-        while let Ok(Parsed::Complete { consumed }) = parser.parse(&frames[at..], &mut args) {
-            let request = Request {
-                frame: &frames[at..at + consumed],
-                args: &args,
-            };
-            if let Ok(command) = slotmesh_command::resolve(&request) {
-                self.note_keys(no, command, &request, reads);
-            }
-            at += consumed;
-        }
-    }
-
-    fn remember_keys(&mut self, no: ClientNo, command: &Command, request: &Request<'_>) {
-        let reads = match command.name {
-            "eval" | "eval_ro" => script_may_read(request.argument(1)),
-            "evalsha" | "evalsha_ro" | "fcall" | "fcall_ro" => true,
-            _ => command.flags.has(Flag::ReadOnly),
-        };
-        if !reads {
-            return;
-        }
-        for key in command.keys(request).unwrap_or_default() {
-            let evicted = self.trackers.table.remember(request.argument(key), no);
-            for (key, readers) in evicted {
-                self.tell_readers(&key, readers);
-            }
-        }
-    }
-
     pub(super) fn confirm_tracking(&mut self, slot: u32) {
-        if !self.trackers.ears.values().all(Ear::is_up) {
+        let client = self.sessions.get(slot);
+        let has_own = client.is_some_and(|client| client.own_tracking().is_some());
+        if has_own || !self.trackers.ears.values().all(Ear::is_up) {
             return;
         }
         self.answer_tracking(slot, b"+OK\r\n");
     }
 
     /// The reply to a CLIENT TRACKING that waits.
-    fn answer_tracking(&mut self, slot: u32, reply: &[u8]) {
+    pub(super) fn answer_tracking(&mut self, slot: u32, reply: &[u8]) {
         let Some(client) = self.sessions.get_mut(slot) else {
             return;
         };
@@ -358,11 +358,16 @@ impl Core {
             .iter()
             .map(|(a, b)| (*a, *b))
             .collect();
-        all.into_iter().for_each(|no| self.tell(no, None));
+        for no in all {
+            let client = self.sessions.get_same(no.0, no.1);
+            if client.is_some_and(|client| client.own_tracking().is_none()) {
+                self.tell(no, None);
+            }
+        }
     }
 
     /// Tells a client, or whom it redirects to; `None`: everything.
-    fn tell(&mut self, (slot, generation): ClientNo, keys: Option<&[u8]>) {
+    pub(super) fn tell(&mut self, (slot, generation): ClientNo, keys: Option<&[u8]>) {
         let Some(client) = self.sessions.get_same(slot, generation) else {
             return;
         };
@@ -388,7 +393,7 @@ impl Core {
     }
 
     /// Gives bytes to a client behind the replies to all that is under way.
-    fn push_behind(&mut self, slot: u32, generation: u32, bytes: &[u8]) {
+    pub(super) fn push_behind(&mut self, slot: u32, generation: u32, bytes: &[u8]) {
         let Some(client) = self.sessions.get_same(slot, generation) else {
             return;
         };
@@ -405,7 +410,8 @@ impl Core {
     pub(super) fn tracking_on_time(&mut self) -> Option<u64> {
         let now_us = self.now_us;
         let mut due = None::<u64>;
-        let retry = self.retry_ears();
+        let retry = self.retry_ears().into_iter().chain(self.retry_mails());
+        let retry = retry.min();
         let mut sooner = |at: u64| due = Some(due.map_or(at, |due| due.min(at)));
         retry.into_iter().for_each(&mut sooner);
         let mut late = Vec::new();

@@ -73,7 +73,8 @@ impl Core {
 
     /// A new routing table.
     pub(super) fn apply_tracking(&mut self) {
-        if self.trackers.clients.is_empty() {
+        self.leave_own_lanes();
+        if self.trackers.by_ear == 0 {
             return;
         }
         let shards = self.table.all_shards();

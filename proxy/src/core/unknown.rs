@@ -32,6 +32,8 @@ pub(super) enum Purpose {
     Learn(Vec<u8>),
     /// Which version the engine has.
     Version,
+    /// Which functions write nothing.
+    Functions,
 }
 
 /// What nodes have told of themselves.
@@ -110,7 +112,7 @@ impl Core {
     }
 
     /// Asks a node before a client's command is taken. The command is shown again afterwards.
-    fn ask_unseen(&mut self, slot: u32, words: Vec<Vec<u8>>, purpose: Purpose) -> Flow {
+    pub(super) fn ask_unseen(&mut self, slot: u32, words: Vec<Vec<u8>>, purpose: Purpose) -> Flow {
         let job = Question {
             words,
             asked: false,
@@ -135,6 +137,7 @@ impl Core {
                     Err(error) => self.note_unknown(name, error),
                 }
             }
+            Purpose::Functions => self.note_functions(value.as_ref()),
             Purpose::Version => {
                 let info = value.as_ref().and_then(Value::as_str).unwrap_or_default();
                 let mut lines = info.lines();

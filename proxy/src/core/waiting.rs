@@ -51,6 +51,8 @@ pub(super) struct Part {
     pub(super) state: State,
     pub(super) tries: u32,
     pub(super) reply: Vec<u8>,
+    /// The reply is there; the node was asked whether enough replicas have what was done.
+    pub(super) confirming: bool,
 }
 
 #[derive(Debug)]

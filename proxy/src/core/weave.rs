@@ -35,6 +35,8 @@ struct Watched {
     read_only: bool,
     watch: BlockWatch,
     until_us: u64,
+    /// The reply, while the node is asked whether enough replicas have what was done.
+    confirming: Option<Vec<u8>>,
 }
 
 /// One EXEC on its way.
@@ -59,7 +61,7 @@ impl Watched {
     /// What the loss of its line means. Nothing was executed before EXEC was sent whole, but how far
     /// it was sent is not known.
     fn lost(&self, nil: Vec<u8>) -> Vec<u8> {
-        if self.read_only && !self.watch.is_torn() {
+        if self.read_only && !self.watch.is_torn() && self.confirming.is_none() {
             nil
         } else {
             error_line(OUTCOME_UNKNOWN)
@@ -189,10 +191,11 @@ impl Core {
     }
 
     fn blocks_fit(&mut self, slot: u32, blocks: &[Block]) -> bool {
-        let protocol = self.sessions.get(slot).map(|client| client.state.protocol);
+        let Some(client) = self.sessions.get(slot) else {
+            return true;
+        };
         for block in blocks {
-            let no = lane_no(block.shard, protocol.unwrap_or_default());
-            let lane = &mut self.lanes[no as usize];
+            let lane = &mut self.lanes[client.lane(block.shard).0 as usize];
             if !lane.has_room(self.table.settings.hold_bytes_max) {
                 lane.note_full(self.now_us, &mut self.out);
                 return false;
@@ -254,7 +257,10 @@ impl Core {
                 effect: block.effect(),
                 ..Entry::own(Kind::Weave)
             };
-            let lane = &mut self.lanes[lane_no(block.shard, protocol) as usize];
+            let client = self.sessions.get(slot);
+            let own = client.map(|client| client.lane(block.shard).0);
+            let no = own.unwrap_or(lane_no(block.shard, protocol));
+            let lane = &mut self.lanes[no as usize];
             lane.submit(entry, &block.frame, self.now_us, &mut self.out);
         }
     }
@@ -283,6 +289,7 @@ impl Core {
             frame: block.frame,
             watch: BlockWatch::default(),
             until_us: self.now_us + SILENCE_LIMIT_US,
+            confirming: None,
         };
         self.out.unsteady = true;
         let number = self.begin_weave(slot, parts, 1, Some(watched), true);
@@ -303,6 +310,15 @@ impl Core {
             return;
         };
         let shard = watched.shard;
+        let event = match (event, watched.confirming.take()) {
+            (LineEvent::Reply(answer), Some(reply)) => {
+                return self.exec_confirmed(no, number, answer, reply);
+            }
+            (event, kept) => {
+                watched.confirming = kept;
+                event
+            }
+        };
         let (reply, clean) = match event {
             LineEvent::Ready => return,
             LineEvent::Lost(_) => (watched.lost(nil), false),
@@ -310,7 +326,13 @@ impl Core {
                 let step = watched.watch.reply(reply, watched.replies, &watched.frame);
                 match step {
                     BlockStep::More => return,
-                    BlockStep::Done(BlockVerdict::Deliver) => (reply.to_vec(), true),
+                    BlockStep::Done(BlockVerdict::Deliver) => {
+                        let (reply, read_only) = (reply.to_vec(), watched.read_only);
+                        if self.must_confirm(read_only, &reply) {
+                            return self.confirm_exec(no, number, reply);
+                        }
+                        (reply, true)
+                    }
                     BlockStep::Done(BlockVerdict::Aborted(reply)) => (reply, true),
                     // Nothing was executed, and the client must expect that.
                     BlockStep::Done(BlockVerdict::NotExecuted(_)) => (nil, false),
@@ -319,7 +341,9 @@ impl Core {
             }
         };
         let lost = matches!(event, LineEvent::Lost(_));
-        weave.watched = None;
+        if let Some(weave) = self.weaves.get(number) {
+            weave.watched = None;
+        }
         if lost {
             self.privates.forget(shard);
         } else if clean {
@@ -332,6 +356,34 @@ impl Core {
 }
 
 impl Core {
+    /// A watched EXEC was executed: do enough replicas have it?
+    fn confirm_exec(&mut self, no: LineNo, number: u32, reply: Vec<u8>) {
+        let until_us = self.ask_confirmation(no);
+        let weave = self.weaves.get(number);
+        if let Some(watched) = weave.and_then(|weave| weave.watched.as_mut()) {
+            watched.confirming = Some(reply);
+            watched.until_us = until_us;
+        }
+    }
+
+    fn exec_confirmed(&mut self, no: LineNo, number: u32, answer: &[u8], reply: Vec<u8>) {
+        match self.judge_confirmation(no, answer, reply) {
+            Ok(reply) => {
+                if let Some(weave) = self.weaves.get(number) {
+                    weave.watched = None;
+                }
+                self.give_private(no);
+                self.weave_part(number, 0, &reply);
+            }
+            Err(reply) => {
+                let weave = self.weaves.get(number);
+                if let Some(watched) = weave.and_then(|weave| weave.watched.as_mut()) {
+                    watched.confirming = Some(reply);
+                }
+            }
+        }
+    }
+
     /// Takes the reply of a block.
     pub(super) fn weave_part(&mut self, number: u32, at: u32, reply: &[u8]) {
         let Some(weave) = self.weaves.get(number) else {
@@ -445,6 +497,15 @@ impl Core {
         let (slot, generation) = (weave.client, weave.generation);
         if let Some(client) = self.sessions.get_same(slot, generation) {
             client.end_capture();
+        }
+    }
+
+    /// The primary of a watched EXEC is not one any more: it has until then to answer.
+    pub(super) fn hurry_exec(&mut self, number: u32, until_us: u64) {
+        let weave = self.weaves.get(number);
+        if let Some(watched) = weave.and_then(|weave| weave.watched.as_mut()) {
+            watched.until_us = watched.until_us.min(until_us);
+            self.out.unsteady = true;
         }
     }
 

@@ -12,6 +12,7 @@ use super::clients::Clients;
 use super::{LANES, deregister};
 use crate::core::Core;
 use crate::core::lane::LaneNo;
+use crate::core::lanes::OWN_BIT;
 use crate::core::line::{LINE_BIT, is_line};
 use crate::core::outbox::Order;
 
@@ -34,16 +35,24 @@ struct NodeSocket {
     read_closed: bool,
 }
 
-/// Where the socket of a lane or line is kept: lanes at even places, lines at odd ones.
+/// Where the socket of a lane or line is kept: shards' lanes at every third place, then a line, then
+/// a client's lane.
 fn place(no: LaneNo) -> usize {
-    let index = (no & !LINE_BIT) as usize;
-    index * 2 + usize::from(is_line(no))
+    let index = (no & !(LINE_BIT | OWN_BIT)) as usize;
+    let kind = if is_line(no) {
+        1
+    } else if no & OWN_BIT != 0 {
+        2
+    } else {
+        0
+    };
+    index * 3 + kind
 }
 
 /// The lane or line whose socket is at a place.
 pub(super) fn at_place(place: usize) -> LaneNo {
-    let line = if place % 2 == 1 { LINE_BIT } else { 0 };
-    (place / 2) as LaneNo | line
+    let kind = [0, LINE_BIT, OWN_BIT][place % 3];
+    (place / 3) as LaneNo | kind
 }
 
 /// See the module. Indexed by [`place`].
@@ -123,7 +132,7 @@ impl Nodes {
     }
 
     fn prepare(&mut self, lane: LaneNo, address: SocketAddr) {
-        let at = lane as usize;
+        let at = place(lane);
         if self.prepared.len() <= at {
             self.prepared.resize_with(at + 1, || None);
         }
@@ -138,7 +147,7 @@ impl Nodes {
     }
 
     fn dial(&mut self, lane: LaneNo, address: SocketAddr, core: &mut Core, registry: &Registry) {
-        let prepared = self.prepared.get_mut(lane as usize).and_then(Option::take);
+        let prepared = self.prepared.get_mut(place(lane)).and_then(Option::take);
         let ready = prepared
             .filter(|(to, _)| *to == address)
             .map(|(_, socket)| socket);
@@ -179,6 +188,7 @@ impl Nodes {
 
     /// Sends once to each touched node.
     pub(super) fn send(&mut self, core: &mut Core) {
+        core.seal_batches();
         let mut touched = std::mem::take(&mut core.out.touched);
         for lane in touched.drain(..) {
             core.lane_untouch(lane);

@@ -78,6 +78,32 @@ impl Controller {
         self.say(Message::Delta(delta));
     }
 
+    /// A delta that says how many replicas must have a write.
+    pub(crate) fn set_durability(&self, replicas: u32) {
+        self.set(|settings| settings.durability = replicas);
+    }
+
+    pub(crate) fn set_hold_budget(&self, ms: u64) {
+        self.set(|settings| settings.hold_budget_ms = ms);
+    }
+
+    fn set(&self, change: impl FnOnce(&mut pb::InstanceSettings)) {
+        let delta = {
+            let mut state = self.state.lock().unwrap();
+            let base_revision = state.snapshot.revision;
+            state.snapshot.revision += 1;
+            let settings = state.snapshot.settings.get_or_insert_with(Default::default);
+            change(settings);
+            pb::Delta {
+                base_revision,
+                revision: base_revision + 1,
+                settings: Some(settings.clone()),
+                ..Default::default()
+            }
+        };
+        self.say(Message::Delta(delta));
+    }
+
     /// Ends all streams, as a controller that dies.
     pub(crate) fn drop_streams(&self) {
         self.state.lock().unwrap().streams.clear();

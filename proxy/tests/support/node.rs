@@ -196,6 +196,56 @@ impl Node {
         });
     }
 
+    /// Stops the process where it is; its connections stay open.
+    pub(crate) fn freeze(&self) {
+        self.signal("STOP");
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.signal("CONT");
+    }
+
+    /// Ends the process at once.
+    pub(crate) fn kill(&self) {
+        self.signal("KILL");
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.process.id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &pid]).status();
+        assert!(sent.unwrap().success(), "kill -s {name}");
+    }
+
+    /// Waits until so many clients wait at this node for something.
+    pub(crate) async fn wait_blocked(&self, clients: usize) {
+        let text = format!("blocked_clients:{clients}\r");
+        super::wait_for(&text, || {
+            let info = self.admin(&["INFO", "clients"]);
+            info.contains(&text).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until somebody listens to a channel at this node.
+    pub(crate) async fn wait_subscriber(&self, channel: &str) {
+        super::wait_for("a subscriber", || {
+            let count = self.admin(&["PUBSUB", "NUMSUB", channel]);
+            count.ends_with(":1\r\n").then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until this replica has all that its primary has.
+    pub(crate) fn wait_offset(&self, primary: &Self) {
+        let offset = |node: &Self| {
+            let info = node.admin(&["INFO", "replication"]);
+            let mut lines = info.lines();
+            let line = lines.find_map(|l| l.strip_prefix("master_repl_offset:"));
+            line.unwrap_or_default().to_owned()
+        };
+        wait("the replica's offset", || offset(self) == offset(primary));
+    }
+
     /// Waits until this replica follows its primary.
     pub(crate) async fn wait_link(&self) {
         super::wait_for("the replica's link", || {

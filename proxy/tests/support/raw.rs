@@ -67,6 +67,20 @@ impl Raw {
         String::from_utf8_lossy(&bytes[..len]).into_owned()
     }
 
+    /// Reads a bulk string, or nil as 0.
+    pub(crate) async fn bulk_or_nil(&mut self) -> String {
+        let line = self.line().await;
+        if line == "$-1" {
+            return "0".to_owned();
+        }
+        let len: usize = (line.strip_prefix('$'))
+            .and_then(|len| len.parse().ok())
+            .unwrap_or_else(|| panic!("wanted a bulk string, got {line:?}"));
+        let text = self.line().await;
+        assert_eq!(text.len(), len);
+        text
+    }
+
     /// True if nothing comes within a short time.
     pub(crate) async fn is_silent(&mut self) -> bool {
         let mut byte = [0];

@@ -40,7 +40,12 @@ impl Talk {
 
     /// Sends words that are separated by spaces.
     pub(crate) async fn say(&mut self, line: &str) {
-        let words: Vec<&[u8]> = line.split(' ').map(str::as_bytes).collect();
+        self.tell(&line.split(' ').collect::<Vec<_>>()).await;
+    }
+
+    /// Sends words, whatever is in them.
+    pub(crate) async fn tell(&mut self, words: &[&str]) {
+        let words: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).collect();
         let mut frame = Vec::new();
         write::encode_command(&mut frame, &words);
         self.stream.write_all(&frame).await.unwrap();

@@ -5,11 +5,12 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use slotmesh_proto::{
     FILE_DESCRIPTOR_SET, agent::v1::control_service_server::ControlServiceServer,
     fleet::v1::fleet_service_server::FleetServiceServer,
     instance::v1::instance_service_server::InstanceServiceServer,
+    peer::v1::peer_service_server::PeerServiceServer,
     task::v1::task_service_server::TaskServiceServer,
     topology::v1::topology_service_server::TopologyServiceServer,
 };
@@ -21,14 +22,19 @@ use tracing::{info, warn};
 use crate::{
     agents::Agents,
     drive::Driver,
+    forward::{ForwardLayer, Leaders},
     grpc::{self, Context},
+    hosts,
     hub::Hub,
     leader::{Candidate, Election, LEADER_TTL, Leadership, Term},
     mirror::Mirror,
+    peers::Registration,
+    relay,
     settings::{Settings, StoreChoice},
     store::{
         EmbeddedStore, EtcdSettings, EtcdStore, Store,
         compactor::{self, COMPACTION_INTERVAL},
+        keys::valid_id,
     },
 };
 
@@ -56,6 +62,9 @@ impl App {
     /// When the address is taken, the directory can't be used, or the store can't be opened or is
     /// of a newer release.
     pub async fn bind(settings: Settings) -> anyhow::Result<Self> {
+        if !valid_id(&settings.id) {
+            bail!("--id is letters, digits, and any of -_.: (at most 100)");
+        }
         std::fs::create_dir_all(&settings.data)
             .with_context(|| format!("create data directory {}", settings.data.display()))?;
         let listener = TcpListener::bind(settings.listen).await.with_context(|| {
@@ -81,12 +90,10 @@ impl App {
                 (store.clone(), Some(store))
             }
             StoreChoice::Etcd(endpoints) => {
-                let etcd = EtcdSettings {
-                    endpoints: endpoints.iter().map(|e| format!("http://{e}")).collect(),
-                };
+                let etcd = settings.etcd.resolve(endpoints)?;
                 let store = EtcdStore::connect(&etcd)
                     .await
-                    .with_context(|| format!("connect to etcd at {}", endpoints.join(",")))?;
+                    .with_context(|| unreachable(&etcd))?;
                 (Arc::new(store), None)
             }
         };
@@ -121,6 +128,13 @@ impl App {
             ttl: LEADER_TTL,
         };
         let election = Election::start(self.store.clone(), candidate, election_stop.clone());
+        let registration = Registration::start(
+            self.store.clone(),
+            mirror.clone(),
+            self.settings.id.clone(),
+            self.address.clone(),
+            shutdown.clone(),
+        );
         let hub = Hub::default();
         let context = Context {
             store: self.store.clone(),
@@ -128,7 +142,10 @@ impl App {
             hub: hub.clone(),
             leadership: election.leadership(),
             agents: Agents::default(),
+            controller_id: self.settings.id.clone(),
             address: self.address.clone(),
+            in_reach: registration.in_reach(),
+            leaders: Leaders::default(),
             stopping: shutdown.clone(),
         };
         let compactor_stop = shutdown.clone();
@@ -137,14 +154,20 @@ impl App {
             compactor::run(compacted, COMPACTION_INTERVAL, compactor_stop).await;
         });
         let drivers = tokio::spawn(lead(context.clone(), shutdown.clone()));
+        let leases = hosts::follow(mirror.clone(), hub.clone(), shutdown.clone());
+        let leases = tokio::spawn(leases);
+        let relay = tokio::spawn(relay::run(context.clone(), shutdown.clone()));
         info!(address = %self.address, id = self.settings.id, "controller serves");
-        let served = serve(self.listener, context, self.settings.id, shutdown.clone()).await;
+        let served = serve(self.listener, context, shutdown.clone()).await;
         shutdown.cancel();
         join("leader's loop", drivers).await;
+        join("relay", relay).await;
+        registration.join().await;
         election_stop.cancel();
         election.join().await;
         join("mirror", mirror_worker).await;
         join("compactor", compactor).await;
+        join("hosts' leases", leases).await;
         if let Some(embedded) = self.embedded {
             embedded.shutdown().await;
         }
@@ -173,6 +196,7 @@ async fn lead(context: Context, shutdown: CancellationToken) {
                     context.hub.clone(),
                     context.agents.clone(),
                     term,
+                    context.controller_id.clone(),
                 );
                 let mut run = tokio::spawn(driver.run(stop.clone()));
                 let ended = tokio::select! {
@@ -209,7 +233,6 @@ async fn left(leadership: &mut watch::Receiver<Leadership>, term: Term) {
 async fn serve(
     listener: TcpListener,
     context: Context,
-    id: String,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -236,6 +259,7 @@ async fn serve(
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION_MAX)
         .trace_fn(|request| tracing::info_span!("grpc", path = request.uri().path()))
+        .layer(ForwardLayer::new(context.clone()))
         .add_service(health_service)
         .add_service(reflection)
         .add_service(reflection_alpha)
@@ -247,7 +271,9 @@ async fn serve(
         )))
         .add_service(FleetServiceServer::new(grpc::fleet::Fleet::new(
             context.clone(),
-            id,
+        )))
+        .add_service(PeerServiceServer::new(grpc::peer::Peers::new(
+            context.clone(),
         )))
         .add_service(ControlServiceServer::new(grpc::agent::Control::new(
             context.clone(),
@@ -269,6 +295,14 @@ async fn serve(
         Ok(served) => served.context("serve the API"),
         Err(_) => Ok(()),
     }
+}
+
+fn unreachable(etcd: &EtcdSettings) -> String {
+    let mut text = format!("connect to etcd at {}", etcd.endpoints.join(","));
+    if etcd.tls.is_some() {
+        text.push_str(" by TLS: --etcd-ca must have signed its certificate, for this very address");
+    }
+    text
 }
 
 /// Tells whoever started this process where it is: `controller.json`.

@@ -24,6 +24,13 @@ pub fn rfc3339(unix_ms: u64) -> String {
         .unwrap_or_default()
 }
 
+/// Milliseconds since the Unix epoch of a time with an offset; `None` when it is none, or before it.
+#[must_use]
+pub fn from_rfc3339(text: &str) -> Option<u64> {
+    let time: jiff::Timestamp = text.parse().ok()?;
+    u64::try_from(time.as_millisecond()).ok()
+}
+
 #[cfg(test)]
 mod tests {
     #[test]
@@ -33,5 +40,10 @@ mod tests {
             "2026-11-21T22:26:40.123Z"
         );
         assert_eq!(super::rfc3339(0), "");
+        assert_eq!(
+            super::from_rfc3339("2026-11-21T23:26:40.123+01:00"),
+            Some(1_795_300_000_123)
+        );
+        assert_eq!(super::from_rfc3339("2026-11-21"), None);
     }
 }

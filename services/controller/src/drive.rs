@@ -4,14 +4,20 @@
 //! would need: what a phase has begun is in the records, what the world looks like is reported
 //! anew. Steps run beside the loop; their answers wake it.
 
+mod begin;
+pub(crate) mod failover;
 mod housekeeping;
+mod lost;
 mod switchover;
 pub(crate) mod write;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use slotmesh_task::{Spec, State as TaskState, Task, provision, switchover::StepStatus, upkeep};
-use slotmesh_topology::{InstanceState, NodeId, ShardId, TaskId};
+use slotmesh_task::{
+    NodeView, Spec, State as TaskState, Task, detect::Sightings, failover as machine, provision,
+    schedule, switchover::StepStatus, upkeep,
+};
+use slotmesh_topology::{InstanceId, InstanceState, NodeId, ShardId, TaskId};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -65,6 +71,8 @@ struct Answer {
     key: StepKey,
     status: StepStatus,
     critical_us: u64,
+    /// Of a promotion: the node after it.
+    promoted: Option<NodeView>,
 }
 
 /// What one leader knows beyond the records; gone with its term.
@@ -75,9 +83,18 @@ pub struct Driver {
     hub: Hub,
     agents: Agents,
     term: Term,
+    /// This controller, for the records of epochs.
+    who: String,
     steps: HashMap<StepKey, StepStatus>,
     /// Length of the critical section, for the task's record.
     critical_us: HashMap<(TaskId, ShardId), u64>,
+    /// Nodes as they were after their promotion.
+    promoted: HashMap<StepKey, NodeView>,
+    /// Since when something is seen gone.
+    sightings: Sightings,
+    /// What was said last of primaries that look lost, so that it is said once.
+    suspects: HashMap<(InstanceId, ShardId), String>,
+    recorded: lost::Recorded,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     since_ms: u64,
     forget_at_ms: u64,
@@ -92,6 +109,7 @@ impl Driver {
         hub: Hub,
         agents: Agents,
         term: Term,
+        who: String,
     ) -> Self {
         let answers = mpsc::channel(ANSWERS_MAX);
         Self {
@@ -100,8 +118,13 @@ impl Driver {
             hub,
             agents,
             term,
+            who,
             steps: HashMap::new(),
             critical_us: HashMap::new(),
+            promoted: HashMap::new(),
+            sightings: Sightings::default(),
+            suspects: HashMap::new(),
+            recorded: lost::Recorded::default(),
             answers,
             since_ms: clock::now_ms(),
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
@@ -152,11 +175,14 @@ impl Driver {
     /// Lets every task and shard have its act; returns when to look again at the latest.
     async fn turn(&mut self, reports_are_in: bool) -> Result<u64, DriveError> {
         let mut wake_ms = u64::MAX;
+        if reports_are_in {
+            wake_ms = self.detect().await?;
+        }
         let open: Vec<TaskId> = self.mirror.read(|state| {
             state
                 .tasks
                 .values()
-                .filter(|t| !t.value.state.is_ended())
+                .filter(|t| is_open(&t.value))
                 .map(|t| t.value.id.clone())
                 .collect()
         });
@@ -165,7 +191,7 @@ impl Driver {
                 let Some(task) = self.mirror.read(|s| s.tasks.get(&id).cloned()) else {
                     break;
                 };
-                if task.value.state.is_ended() {
+                if !is_open(&task.value) {
                     break;
                 }
                 match self.act(&task, reports_are_in).await {
@@ -187,17 +213,20 @@ impl Driver {
         }
         let is_open = |task: &TaskId| {
             self.mirror
-                .read(|s| s.tasks.get(task).is_some_and(|t| !t.value.state.is_ended()))
+                .read(|s| s.tasks.get(task).is_some_and(|t| is_open(&t.value)))
         };
         self.steps.retain(|key, _| is_open(&key.task));
+        self.promoted.retain(|key, _| is_open(&key.task));
         self.critical_us.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;
+            self.record_lost_writes().await?;
         }
         if clock::now_ms() >= self.forget_at_ms {
             // Before it is tried: what fails is not tried again at every turn.
             self.forget_at_ms = clock::now_ms() + housekeeping::INTERVAL_MS;
             self.forget_the_old().await?;
+            self.forget_lost_writes().await?;
         }
         Ok(wake_ms)
     }
@@ -207,6 +236,9 @@ impl Driver {
             let shard = (answer.key.task.clone(), answer.key.shard.clone());
             self.critical_us.insert(shard, answer.critical_us);
         }
+        if let Some(promoted) = answer.promoted {
+            self.promoted.insert(answer.key.clone(), promoted);
+        }
         self.steps.insert(answer.key, answer.status);
     }
 
@@ -215,6 +247,11 @@ impl Driver {
         task: &Versioned<Task>,
         reports_are_in: bool,
     ) -> Result<Next, DriveError> {
+        if schedule::is_scheduled(&task.value)
+            && let Spec::Switchover(switches) = &task.value.spec
+        {
+            return self.act_on_scheduled(task, switches).await;
+        }
         if task.value.state == TaskState::Pending {
             let mut next = task.value.clone();
             next.state = TaskState::Running;
@@ -226,6 +263,8 @@ impl Driver {
             Spec::Provision | Spec::Decommission => self.act_on_instance(task).await,
             Spec::Switchover(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
+            Spec::Failover(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
+            Spec::Failover(spec) => self.act_on_failover(task, spec).await,
         }
     }
 
@@ -296,18 +335,19 @@ impl Driver {
             state
                 .shards
                 .values()
-                .filter(|s| {
-                    state
-                        .instances
-                        .get(&s.value.instance)
-                        .is_some_and(|i| i.value.state != InstanceState::Deleting)
+                .filter_map(|s| {
+                    let instance = &state.instances.get(&s.value.instance)?.value;
+                    let is_kept = instance.state != InstanceState::Deleting;
+                    is_kept.then(|| (s.clone(), instance.durability))
                 })
-                .cloned()
                 .collect::<Vec<_>>()
         });
-        for shard in serving {
-            let Some((next, reason)) = self.hub.read(|fleet| upkeep::decide(&shard.value, fleet))
-            else {
+        for (shard, durability) in serving {
+            let now_ms = clock::now_ms();
+            let change = self
+                .hub
+                .read(|fleet| upkeep::decide(&shard.value, self.scene(fleet, durability, now_ms)));
+            let Some((next, reason)) = change else {
                 continue;
             };
             info!(instance = %next.instance, shard = %next.id, epoch = %next.epoch, %reason, "record follows");
@@ -321,6 +361,11 @@ impl Driver {
             .member(node)
             .and_then(|m| self.hub.agent_address(&m.host))
     }
+}
+
+/// A task that the loop has something to do for: one that waits for an operator may be told.
+fn is_open(task: &Task) -> bool {
+    !task.state.is_ended() || machine::is_parked(task)
 }
 
 /// What follows an act.

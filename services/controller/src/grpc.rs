@@ -4,23 +4,28 @@
 pub mod agent;
 pub mod fleet;
 pub mod instance;
+pub mod peer;
 pub mod task;
+pub(crate) mod token;
 pub mod topology;
 
 use std::{collections::HashMap, pin::Pin, sync::Arc};
 
+use slotmesh_proto::agent::v1::Register;
 use slotmesh_task::admit::{Refusal, RefusalKind};
 use tokio::sync::watch;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use crate::{
     agents::Agents,
+    forward::Leaders,
     hub::Hub,
     leader::{Leadership, Term},
-    mirror::Mirror,
+    mirror::{Mirror, State},
+    peers,
     store::{Store, StoreError},
 };
 
@@ -43,8 +48,14 @@ pub struct Context {
     pub leadership: watch::Receiver<Leadership>,
     /// Calls to agents.
     pub agents: Agents,
+    /// This controller's name among its peers.
+    pub controller_id: String,
     /// This controller, as others reach it.
     pub address: String,
+    /// False while the store does not answer: then streams end, so that their peers go elsewhere.
+    pub in_reach: watch::Receiver<bool>,
+    /// Connections to other controllers.
+    pub leaders: Leaders,
     /// The process is stopping: streams end, so that their peers go elsewhere at once.
     pub stopping: CancellationToken,
 }
@@ -58,13 +69,49 @@ impl Context {
     pub fn leading(&self) -> Result<Term, Status> {
         match &*self.leadership.borrow() {
             Leadership::Leading { term } => Ok(*term),
-            Leadership::Following { leader } => Err(not_leader(leader.as_deref())),
+            Leadership::Following { leader, .. } => {
+                Err(not_leader(leader.as_ref().map(|l| l.address.as_str())))
+            }
         }
+    }
+
+    /// Whether streams may be served here: leader or not, while what they would say is fresh.
+    ///
+    /// # Errors
+    /// When the store has not answered for a while.
+    #[allow(clippy::result_large_err)]
+    pub fn serving(&self) -> Result<(), Status> {
+        if *self.in_reach.borrow() {
+            return Ok(());
+        }
+        Err(refuse(
+            RefusalKind::Unavailable,
+            "STORE_UNAVAILABLE",
+            "this controller does not reach the store; ask another one",
+        ))
+    }
+
+    /// All controllers, as agents and proxies are told them.
+    pub(crate) fn controller_addresses(&self, state: &State) -> Vec<String> {
+        peers::addresses(state, &self.address)
+    }
+
+    /// Address of another agent that has a session as the same host, here or anywhere. The leader
+    /// knows them all; without one, this controller's own sessions decide.
+    pub(crate) async fn other_agent(&self, register: &Register) -> Option<String> {
+        if let Some(address) = self.hub.other_agent(register) {
+            return Some(address);
+        }
+        let leader = self.leadership.borrow().leader().cloned()?;
+        self.leaders.other_agent(&leader.address, register).await
     }
 }
 
+/// Set on the refusal, so that whoever forwarded a call knows that nothing was done.
+pub(crate) const NOT_LEADER_HEADER: &str = "slotmesh-not-leader";
+
 /// Another controller leads: ask there.
-fn not_leader(leader: Option<&str>) -> Status {
+pub(crate) fn not_leader(leader: Option<&str>) -> Status {
     let metadata: HashMap<_, _> = leader
         .map(|l| ("leader".to_owned(), l.to_owned()))
         .into_iter()
@@ -74,7 +121,10 @@ fn not_leader(leader: Option<&str>) -> Status {
         None => "no controller leads now; try again in a few seconds".to_owned(),
     };
     let details = ErrorDetails::with_error_info("NOT_LEADER", ERROR_DOMAIN, metadata);
-    Status::with_error_details(Code::Unavailable, message, details)
+    let mut status = Status::with_error_details(Code::Unavailable, message, details);
+    let metadata = status.metadata_mut();
+    metadata.insert(NOT_LEADER_HEADER, MetadataValue::from_static("1"));
+    status
 }
 
 /// A refusal of ours, with its reason for programs.

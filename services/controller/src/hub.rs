@@ -1,9 +1,11 @@
 //! What agents and proxies report to this controller: the observed side of every decision.
 //!
-//! Nothing here is stored: on reconnect each peer says again what is so.
+//! Nothing here is stored: on reconnect each peer says again what is so. Peers have their stream
+//! here, or at another controller that relays what they say; of two streams of one peer the one that
+//! the peer opened last counts.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -12,6 +14,7 @@ use slotmesh_proto::{agent::v1 as agent, topology::v1 as topology};
 use slotmesh_task::{Fleet, HoldLevel, ProxyView, wire};
 use slotmesh_topology::{Epoch, HostId, InstanceId, NodeId, ProxyId, ShardId};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock;
 
@@ -19,6 +22,8 @@ use crate::clock;
 pub const FRESH_FOR: Duration = Duration::from_millis(1_500);
 /// Most holds remembered; each belongs to a switchover that is about to read it.
 const HOLDS_MAX: usize = 4_096;
+/// Holds of one proxy that wait to be relayed; they are relayed within milliseconds.
+const HOLDS_UNSENT_MAX: usize = 256;
 
 /// A host with a session.
 #[derive(Clone, Debug)]
@@ -26,7 +31,17 @@ pub struct HostEntry {
     /// What its agent said at first.
     pub register: agent::Register,
     /// The session it came with, so that an old session's end does not remove a new one.
-    session: u64,
+    pub(crate) session: u64,
+    /// Its stream is at this controller.
+    pub(crate) here: bool,
+    /// Cancelled when the leader knows another agent as this host.
+    refused: CancellationToken,
+    /// Its newest report, for relaying, and when it came.
+    pub(crate) report: Option<(u64, agent::HostReport)>,
+    /// Files that it keeps; None before its first report.
+    pub(crate) lost_writes: Option<Vec<agent::LostWrites>>,
+    /// The [`Peers::version`] of its newest report.
+    pub(crate) version: u64,
 }
 
 /// A proxy with a stream.
@@ -36,16 +51,34 @@ pub struct ProxyEntry {
     pub hello: topology::Hello,
     /// Its newest counters.
     pub report: topology::Report,
-    session: u64,
+    pub(crate) session: u64,
     heard_ms: u64,
+    pub(crate) here: bool,
+    pub(crate) version: u64,
+    /// What it has said of each shard, and in which version; for relaying.
+    pub(crate) shards: BTreeMap<String, (u64, topology::ShardState)>,
+    pub(crate) holds: VecDeque<(u64, topology::HoldSample)>,
 }
 
 #[derive(Debug, Default)]
-struct Peers {
-    hosts: BTreeMap<HostId, HostEntry>,
-    proxies: BTreeMap<ProxyId, ProxyEntry>,
+pub(crate) struct Peers {
+    pub(crate) hosts: BTreeMap<HostId, HostEntry>,
+    pub(crate) proxies: BTreeMap<ProxyId, ProxyEntry>,
     holds: BTreeMap<(InstanceId, ShardId, u64), u64>,
     sessions: u64,
+    /// Rises with everything that is said.
+    pub(crate) version: u64,
+}
+
+/// What became of a relayed peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Relayed {
+    /// It counts; the number ends it.
+    Taken(u64),
+    /// The peer has opened a newer stream elsewhere.
+    Older,
+    /// Another agent, at this address, has a session as the host.
+    InUse(String),
 }
 
 /// Shared by the streams (which report) and the leader (which decides).
@@ -53,6 +86,8 @@ struct Peers {
 pub struct Hub {
     fleet: Arc<watch::Sender<Fleet>>,
     peers: Arc<Mutex<Peers>>,
+    /// Shows [`Peers::version`].
+    news: Arc<watch::Sender<u64>>,
 }
 
 impl Default for Hub {
@@ -60,6 +95,7 @@ impl Default for Hub {
         Self {
             fleet: Arc::new(watch::Sender::new(Fleet::default())),
             peers: Arc::new(Mutex::new(Peers::default())),
+            news: Arc::new(watch::Sender::new(0)),
         }
     }
 }
@@ -80,6 +116,26 @@ impl Hub {
         act(&mut self.peers.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// As `peers`, for what relays have to tell.
+    fn tell<R>(&self, act: impl FnOnce(&mut Peers) -> R) -> R {
+        let (done, version) = self.peers(|peers| {
+            peers.version += 1;
+            (act(peers), peers.version)
+        });
+        self.news.send_replace(version);
+        done
+    }
+
+    /// Changed whenever a peer has said something.
+    pub(crate) fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
+    /// Looks at the streams.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&Peers) -> R) -> R {
+        self.peers(|peers| look(peers))
+    }
+
     /// Address of another agent that has a session as the same host. Two that both run its nodes
     /// would give the record two processes for one name.
     #[must_use]
@@ -91,16 +147,41 @@ impl Hub {
         })
     }
 
-    /// A host's agent has opened a session; the number ends it.
+    /// A host's agent has opened a session here; the number ends it.
     pub fn host_opened(&self, register: agent::Register) -> u64 {
+        self.open_host(register, true)
+    }
+
+    /// A host has a session at another controller.
+    pub fn host_relayed(&self, register: agent::Register) -> Relayed {
+        if let Some(address) = self.other_agent(&register) {
+            return Relayed::InUse(address);
+        }
+        let is_older = self.peers(|peers| {
+            let known = peers.hosts.get(&HostId::from(register.host_id.as_str()));
+            known.is_some_and(|known| known.register.opened_unix_us > register.opened_unix_us)
+        });
+        if is_older {
+            return Relayed::Older;
+        }
+        Relayed::Taken(self.open_host(register, false))
+    }
+
+    fn open_host(&self, register: agent::Register, here: bool) -> u64 {
         let host: HostId = register.host_id.as_str().into();
-        let session = self.peers(|peers| {
+        let session = self.tell(|peers| {
             peers.sessions += 1;
-            let session = peers.sessions;
-            peers
-                .hosts
-                .insert(host.clone(), HostEntry { register, session });
-            session
+            let entry = HostEntry {
+                register,
+                session: peers.sessions,
+                here,
+                refused: CancellationToken::new(),
+                report: None,
+                lost_writes: None,
+                version: peers.version,
+            };
+            peers.hosts.insert(host.clone(), entry);
+            peers.sessions
         });
         self.fleet.send_modify(|fleet| {
             fleet.hosts.insert(host);
@@ -108,9 +189,29 @@ impl Hub {
         session
     }
 
+    /// Cancelled when the leader refuses this session.
+    #[must_use]
+    pub fn host_refusal(&self, host: &HostId, session: u64) -> CancellationToken {
+        self.peers(|peers| {
+            let entry = peers.hosts.get(host).filter(|h| h.session == session);
+            entry.map(|h| h.refused.clone()).unwrap_or_default()
+        })
+    }
+
+    /// The leader knows another agent as this host: the session here ends.
+    pub(crate) fn refuse_host(&self, host: &HostId, agent_instance: &str) {
+        self.peers(|peers| {
+            let entry = peers.hosts.get(host);
+            let refused = entry.filter(|h| h.here && h.register.agent_instance == agent_instance);
+            if let Some(entry) = refused {
+                entry.refused.cancel();
+            }
+        });
+    }
+
     /// The session has ended. What was reported stays, as history, and grows stale.
     pub fn host_closed(&self, host: &HostId, session: u64) {
-        let is_current = self.peers(|peers| {
+        let is_current = self.tell(|peers| {
             let current = peers.hosts.get(host).is_some_and(|h| h.session == session);
             if current {
                 peers.hosts.remove(host);
@@ -122,6 +223,15 @@ impl Hub {
                 fleet.hosts.remove(host);
             });
         }
+    }
+
+    /// Hosts with a lease, and zones of those that are known.
+    pub fn hosts_known(&self, leases: BTreeSet<HostId>, zones: BTreeMap<HostId, String>) {
+        self.fleet.send_if_modified(|fleet| {
+            let changed = fleet.leases != leases || fleet.zones != zones;
+            (fleet.leases, fleet.zones) = (leases, zones);
+            changed
+        });
     }
 
     /// A new term begins: what was reported to an earlier one may be long over. Peers report all
@@ -141,13 +251,21 @@ impl Hub {
         });
     }
 
-    /// A host's report. One that an older session of the host delivers late is left out: it could
-    /// name a process that has ended since.
-    pub fn host_reported(&self, host: &HostId, session: u64, report: &agent::HostReport) {
-        let is_current =
-            self.peers(|peers| peers.hosts.get(host).is_some_and(|h| h.session == session));
+    /// A host's report. One that an older session of the host delivers late is left out (false): it
+    /// could name a process that has ended since.
+    pub fn host_reported(&self, host: &HostId, session: u64, report: &agent::HostReport) -> bool {
+        let is_current = self.tell(|peers| {
+            let version = peers.version;
+            let entry = peers.hosts.get_mut(host).filter(|h| h.session == session);
+            entry.is_some_and(|entry| {
+                entry.report = entry.here.then(|| (clock::now_ms(), report.clone()));
+                entry.lost_writes = Some(report.lost_writes.clone());
+                entry.version = version;
+                true
+            })
+        });
         if !is_current {
-            return;
+            return false;
         }
         let now_ms = clock::now_ms();
         self.fleet.send_modify(|fleet| {
@@ -162,10 +280,27 @@ impl Hub {
                     .insert(proxy.proxy_id.as_str().into(), state);
             }
         });
+        true
     }
 
-    /// A proxy has opened its stream; the number ends it.
+    /// A proxy has opened its stream here; the number ends it.
     pub fn proxy_opened(&self, hello: topology::Hello) -> u64 {
+        self.open_proxy(hello, true)
+    }
+
+    /// A proxy has its stream at another controller.
+    pub fn proxy_relayed(&self, hello: topology::Hello) -> Relayed {
+        let is_older = self.peers(|peers| {
+            let known = peers.proxies.get(&ProxyId::from(hello.proxy_id.as_str()));
+            known.is_some_and(|known| known.hello.opened_unix_us > hello.opened_unix_us)
+        });
+        if is_older {
+            return Relayed::Older;
+        }
+        Relayed::Taken(self.open_proxy(hello, false))
+    }
+
+    fn open_proxy(&self, hello: topology::Hello, here: bool) -> u64 {
         let proxy: ProxyId = hello.proxy_id.as_str().into();
         let mut view = ProxyView {
             instance: hello.instance_id.as_str().into(),
@@ -173,20 +308,22 @@ impl Hub {
             address: hello.address.clone(),
             fresh: true,
             shards: BTreeMap::new(),
+            troubles: BTreeMap::new(),
         };
         apply_shards(&mut view, &hello.shards);
-        let session = self.peers(|peers| {
+        let session = self.tell(|peers| {
             peers.sessions += 1;
-            let session = peers.sessions;
-            let heard_ms = clock::now_ms();
-            let entry = ProxyEntry {
-                hello,
-                session,
-                heard_ms,
-                report: topology::Report::default(),
+            let mut entry = ProxyEntry {
+                session: peers.sessions,
+                heard_ms: clock::now_ms(),
+                here,
+                version: peers.version,
+                ..ProxyEntry::default()
             };
+            keep_shards(&mut entry, &hello.shards);
+            entry.hello = hello;
             peers.proxies.insert(proxy.clone(), entry);
-            session
+            peers.sessions
         });
         self.fleet.send_modify(|fleet| {
             fleet.proxies.insert(proxy, view);
@@ -196,7 +333,7 @@ impl Hub {
 
     /// The stream has ended: the proxy is not waited for.
     pub fn proxy_closed(&self, proxy: &ProxyId, session: u64) {
-        let is_current = self.peers(|peers| {
+        let is_current = self.tell(|peers| {
             let current = peers
                 .proxies
                 .get(proxy)
@@ -213,17 +350,27 @@ impl Hub {
         }
     }
 
-    /// A proxy's report.
-    pub fn proxy_reported(&self, proxy: &ProxyId, session: u64, report: topology::Report) {
-        let shards = report.shards.clone();
-        let instance = self.peers(|peers| {
+    /// A proxy's report; false when it is of an older stream.
+    pub fn proxy_reported(&self, proxy: &ProxyId, session: u64, report: topology::Report) -> bool {
+        let (shards, troubles) = (report.shards.clone(), report.troubles.clone());
+        let instance = self.tell(|peers| {
+            let version = peers.version;
             let entry = peers
                 .proxies
                 .get_mut(proxy)
                 .filter(|p| p.session == session)?;
             entry.heard_ms = clock::now_ms();
+            entry.version = version;
             let instance: InstanceId = entry.hello.instance_id.as_str().into();
             let holds = report.holds.clone();
+            if entry.here {
+                keep_shards(entry, &report.shards);
+                entry
+                    .holds
+                    .extend(holds.iter().map(|h| (version, h.clone())));
+                let surplus = entry.holds.len().saturating_sub(HOLDS_UNSENT_MAX);
+                entry.holds.drain(..surplus);
+            }
             entry.report = report;
             for hold in holds {
                 let key = (instance.clone(), ShardId::from(hold.shard_id), hold.epoch);
@@ -236,7 +383,7 @@ impl Hub {
             Some(instance)
         });
         if instance.is_none() {
-            return;
+            return false;
         }
         self.fleet.send_if_modified(|fleet| {
             let Some(view) = fleet.proxies.get_mut(proxy) else {
@@ -245,8 +392,13 @@ impl Hub {
             let before = view.clone();
             view.fresh = true;
             apply_shards(view, &shards);
+            view.troubles = troubles
+                .iter()
+                .map(|t| (t.shard_id.as_str().into(), (Epoch(t.epoch), t.since_ms)))
+                .collect();
             *view != before
         });
+        true
     }
 
     /// Marks proxies that have fallen silent. Called a few times a second.
@@ -301,6 +453,14 @@ impl Hub {
     }
 }
 
+fn keep_shards(entry: &mut ProxyEntry, shards: &[topology::ShardState]) {
+    let version = entry.version;
+    let states = shards
+        .iter()
+        .map(|s| (s.shard_id.clone(), (version, s.clone())));
+    entry.shards.extend(states);
+}
+
 fn apply_shards(view: &mut ProxyView, shards: &[topology::ShardState]) {
     for state in shards {
         let level = match state.level() {
@@ -316,86 +476,5 @@ fn apply_shards(view: &mut ProxyView, shards: &[topology::ShardState]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn hello() -> topology::Hello {
-        topology::Hello {
-            proxy_id: "p".into(),
-            instance_id: "r".into(),
-            ..topology::Hello::default()
-        }
-    }
-
-    #[test]
-    fn an_old_session_that_ends_late_does_not_remove_the_new_one() {
-        let hub = Hub::default();
-        let old = hub.proxy_opened(hello());
-        let new = hub.proxy_opened(hello());
-        hub.proxy_closed(&"p".into(), old);
-        assert_eq!(hub.read(|f| f.proxies.len()), 1);
-        hub.proxy_closed(&"p".into(), new);
-        assert_eq!(hub.read(|f| f.proxies.len()), 0);
-    }
-
-    #[test]
-    fn a_report_of_an_old_session_and_of_an_old_term_is_forgotten() {
-        let hub = Hub::default();
-        let register = || agent::Register {
-            host_id: "h".into(),
-            ..agent::Register::default()
-        };
-        let report = |run_id: &str| agent::HostReport {
-            nodes: vec![agent::NodeReport {
-                node_id: "n".into(),
-                run_id: run_id.into(),
-                ..agent::NodeReport::default()
-            }],
-            ..agent::HostReport::default()
-        };
-        let old = hub.host_opened(register());
-        let new = hub.host_opened(register());
-        hub.host_reported(&"h".into(), new, &report("now"));
-        hub.host_reported(&"h".into(), old, &report("before"));
-        assert_eq!(hub.read(|f| f.nodes[&"n".into()].run_id.clone()), "now");
-        hub.begin_term();
-        assert!(hub.read(|f| f.nodes.is_empty() && f.hosts.len() == 1));
-    }
-
-    #[test]
-    fn a_host_has_one_agent_at_a_time() {
-        let hub = Hub::default();
-        let register = |instance: &str| agent::Register {
-            host_id: "h".into(),
-            agent_instance: instance.into(),
-            agent_address: "a:1".into(),
-            ..agent::Register::default()
-        };
-        let session = hub.host_opened(register("x"));
-        assert_eq!(hub.other_agent(&register("x")), None, "it comes back");
-        assert_eq!(hub.other_agent(&register("y")), Some("a:1".into()));
-        hub.host_closed(&"h".into(), session);
-        assert_eq!(hub.other_agent(&register("y")), None);
-    }
-
-    #[test]
-    fn the_longest_hold_over_all_proxies_is_kept() {
-        let hub = Hub::default();
-        let session = hub.proxy_opened(hello());
-        for longest_us in [700, 900, 300] {
-            let hold = topology::HoldSample {
-                shard_id: "0".into(),
-                epoch: 5,
-                longest_us,
-                requests: 1,
-            };
-            let report = topology::Report {
-                holds: vec![hold],
-                ..topology::Report::default()
-            };
-            hub.proxy_reported(&"p".into(), session, report);
-        }
-        assert_eq!(hub.longest_hold_us(&"r".into(), &"0".into(), Epoch(5)), 900);
-        assert_eq!(hub.longest_hold_us(&"r".into(), &"0".into(), Epoch(6)), 0);
-    }
-}
+#[path = "hub_tests.rs"]
+mod tests;

@@ -62,8 +62,18 @@ impl fmt::Display for Term {
 pub enum Leadership {
     /// This controller, until it publishes otherwise.
     Leading { term: Term },
-    /// Another one, at this address; or nobody that we know of.
-    Following { leader: Option<String> },
+    /// Another one; or nobody that we know of. `term` is the highest that we know, and stays while
+    /// nobody leads.
+    Following { leader: Option<Leader>, term: u64 },
+}
+
+/// Another controller that leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leader {
+    pub controller_id: String,
+    /// `host:port` of its gRPC API.
+    pub address: String,
+    pub term: u64,
 }
 
 impl Leadership {
@@ -71,6 +81,22 @@ impl Leadership {
         match self {
             Self::Leading { term } => Some(*term),
             Self::Following { .. } => None,
+        }
+    }
+
+    /// The highest term that this controller knows, whoever has it.
+    pub fn known_term(&self) -> u64 {
+        match self {
+            Self::Leading { term } => term.0,
+            Self::Following { term, .. } => *term,
+        }
+    }
+
+    /// The other controller that leads.
+    pub fn leader(&self) -> Option<&Leader> {
+        match self {
+            Self::Leading { .. } => None,
+            Self::Following { leader, .. } => leader.as_ref(),
         }
     }
 }
@@ -159,7 +185,10 @@ pub struct Election {
 
 impl Election {
     pub fn start(store: Arc<dyn Store>, candidate: Candidate, shutdown: CancellationToken) -> Self {
-        let (published, leadership) = watch::channel(Leadership::Following { leader: None });
+        let (published, leadership) = watch::channel(Leadership::Following {
+            leader: None,
+            term: 0,
+        });
         let worker = Worker {
             store,
             candidate,
@@ -216,14 +245,14 @@ impl Worker {
                         () = shutdown.cancelled() => true,
                         () = self.keep(&held) => false,
                     };
-                    self.publish(Leadership::Following { leader: None });
+                    self.follow(None);
                     info!(term = %held.term, led = ?since.elapsed(), shut_down, "leads no more");
                     self.give_back(held.lease).await;
                 }
                 Ok(None) => {}
                 Err(error) => {
                     warn!(%error, source = ?std::error::Error::source(&error), "election stalls");
-                    self.publish(Leadership::Following { leader: None });
+                    self.follow(None);
                     tokio::select! {
                         () = shutdown.cancelled() => break,
                         () = sleep(RETRY_PAUSE) => {}
@@ -231,7 +260,7 @@ impl Worker {
                 }
             }
         }
-        self.publish(Leadership::Following { leader: None });
+        self.follow(None);
     }
 
     /// Tries once. If another leads, waits until that may have changed.
@@ -245,8 +274,11 @@ impl Worker {
             let record: LeaderRecord = keys::decode(item)?;
             // Our own id: left by an earlier process, or by an attempt that we gave up.
             let ours = record.controller_id == self.candidate.controller_id;
-            let leader = (!ours).then_some(record.address);
-            self.publish(Leadership::Following { leader });
+            self.follow((!ours).then_some(Leader {
+                controller_id: record.controller_id,
+                address: record.address,
+                term: item.create_revision,
+            }));
             self.wait_for_vacancy(&key, listing.revision + 1).await?;
             return Ok(None);
         }
@@ -341,6 +373,12 @@ impl Worker {
             Ok(Err(error)) => warn!(%error, "leader lease not revoked, it will run out"),
             Err(_) => warn!("leader lease not revoked in time, it will run out"),
         }
+    }
+
+    fn follow(&self, leader: Option<Leader>) {
+        let known = self.published.borrow().known_term();
+        let term = leader.as_ref().map_or(known, |l| l.term.max(known));
+        self.publish(Leadership::Following { leader, term });
     }
 
     fn publish(&self, leadership: Leadership) {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use slotmesh_proto::store::v1 as records;
 use slotmesh_task::Task;
-use slotmesh_topology::{Instance, InstanceId, Shard, ShardId, TaskId, wire::WireError};
+use slotmesh_topology::{HostId, Instance, InstanceId, Shard, ShardId, TaskId, wire::WireError};
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -45,6 +45,21 @@ pub struct State {
     pub tasks: BTreeMap<TaskId, Versioned<Task>>,
     /// Which task has which shard.
     pub locks: BTreeMap<(InstanceId, ShardId), TaskId>,
+    /// Addresses of the controllers that serve, by id.
+    pub controllers: BTreeMap<String, String>,
+    /// Hosts by id, those too whose lease has run out while this copy was kept.
+    pub hosts: BTreeMap<HostId, HostEntry>,
+}
+
+/// A host as its record says, or said last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostEntry {
+    /// Where its agent's API is.
+    pub agent_address: String,
+    /// Its failure domain.
+    pub zone: String,
+    /// The revision at which its lease began; `None`: it has run out.
+    pub leased_since: Option<u64>,
 }
 
 impl State {
@@ -95,6 +110,19 @@ impl State {
                 };
                 self.tasks.insert(task.into(), versioned);
             }
+            Some(Key::Controller { controller }) => {
+                let record: records::ControllerRecord = keys::decode(item)?;
+                self.controllers.insert(controller.into(), record.address);
+            }
+            Some(Key::Host { host }) => {
+                let record: records::HostRecord = keys::decode(item)?;
+                let entry = HostEntry {
+                    agent_address: record.agent_address,
+                    zone: record.zone,
+                    leased_since: Some(item.create_revision),
+                };
+                self.hosts.insert(host.into(), entry);
+            }
             Some(Key::Lock { instance, shard }) => {
                 let record: records::LockRecord = keys::decode(item)?;
                 self.locks
@@ -103,6 +131,17 @@ impl State {
             _ => {}
         }
         Ok(())
+    }
+
+    /// A host's key is gone. What was known of it stays while shards have nodes there: whose promise
+    /// stands for a lease does not change with leases.
+    fn end_lease(&mut self, host: &HostId) {
+        let mut members = self.shards.values().flat_map(|s| &s.value.members);
+        if !members.any(|m| m.host == *host) {
+            self.hosts.remove(host);
+        } else if let Some(entry) = self.hosts.get_mut(host) {
+            entry.leased_since = None;
+        }
     }
 
     /// Takes over what another copy shows at `key`.
@@ -122,6 +161,16 @@ impl State {
                 let id = TaskId::from(task);
                 self.tasks
                     .extend(from.tasks.get(&id).map(|found| (id, found.clone())));
+            }
+            Some(Key::Controller { controller }) => {
+                let found = from.controllers.get(controller);
+                self.controllers
+                    .extend(found.map(|found| (controller.to_owned(), found.clone())));
+            }
+            Some(Key::Host { host }) => {
+                let id = HostId::from(host);
+                self.hosts
+                    .extend(from.hosts.get(&id).map(|found| (id, found.clone())));
             }
             Some(Key::Lock { instance, shard }) => {
                 let id = (instance.into(), shard.into());
@@ -143,6 +192,10 @@ impl State {
             Some(Key::Task { task }) => {
                 self.tasks.remove(&task.into());
             }
+            Some(Key::Controller { controller }) => {
+                self.controllers.remove(controller);
+            }
+            Some(Key::Host { host }) => self.end_lease(&host.into()),
             Some(Key::Lock { instance, shard }) => {
                 self.locks.remove(&(instance.into(), shard.into()));
             }
@@ -249,6 +302,12 @@ fn load_beside(listing: &Listing, old: &State) -> State {
         if let Err(error) = state.put(item) {
             error!(%error, "a record can't be read; its old version stays");
             state.keep(&item.key, old);
+        }
+    }
+    for (host, entry) in &old.hosts {
+        if !state.hosts.contains_key(host) {
+            state.hosts.insert(host.clone(), entry.clone());
+            state.end_lease(host);
         }
     }
     state

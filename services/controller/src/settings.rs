@@ -1,17 +1,23 @@
 //! Settings of a controller: flag, then environment, then file, then default.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use clap::Parser;
 use serde::Deserialize;
 use slotmesh_runtime::settings::{self, SettingsError};
+
+use crate::store::{EtcdSettings, EtcdTls, EtcdUser};
 
 /// Where the one truth is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreChoice {
     /// In this process, persisted below its data directory. For one controller.
     Embedded,
-    /// In etcd, at these endpoints (`host:port`).
+    /// In etcd, at these endpoints (`host:port`, or with `http://` or `https://` before it).
     Etcd(Vec<String>),
 }
 
@@ -60,6 +66,21 @@ pub struct Flags {
     /// Directory of the embedded store and of controller.json.
     #[arg(long, env = "SLOTMESH_CONTROLLER_DATA")]
     data: Option<PathBuf>,
+    /// User of etcd, when it asks for one.
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_USER")]
+    etcd_user: Option<String>,
+    /// File with that user's password; only its first line counts.
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_PASSWORD_FILE")]
+    etcd_password_file: Option<PathBuf>,
+    /// PEM file with the authority that signed etcd's certificates; with it, etcd is reached by TLS.
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_CA")]
+    etcd_ca: Option<PathBuf>,
+    /// PEM file with this controller's certificate, when etcd asks for one.
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_CERT")]
+    etcd_cert: Option<PathBuf>,
+    /// PEM file with the key of that certificate.
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_KEY")]
+    etcd_key: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -70,6 +91,120 @@ struct File {
     advertise: Option<String>,
     store: Option<String>,
     data: Option<PathBuf>,
+    etcd_user: Option<String>,
+    etcd_password_file: Option<PathBuf>,
+    etcd_ca: Option<PathBuf>,
+    etcd_cert: Option<PathBuf>,
+    etcd_key: Option<PathBuf>,
+}
+
+/// How etcd is reached: names of files, never what is in them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EtcdAccess {
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+}
+
+/// Why etcd can't be reached as told.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    #[error("read {flag} {}", path.display())]
+    Read {
+        flag: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{given} is given without {missing}: give both, or neither")]
+    Half {
+        given: &'static str,
+        missing: &'static str,
+    },
+    #[error("{endpoint}: https needs --etcd-ca, the authority that signed etcd's certificate")]
+    NoAuthority { endpoint: String },
+    #[error("{endpoint}: --etcd-ca is given, so all members are reached by https")]
+    Plain { endpoint: String },
+}
+
+impl EtcdAccess {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// When one can't be read, or the settings contradict each other.
+    pub fn resolve(&self, endpoints: &[String]) -> Result<EtcdSettings, AccessError> {
+        let pair = |a: (&'static str, bool), b: (&'static str, bool)| match (a.1, b.1) {
+            (true, false) => Err(AccessError::Half {
+                given: a.0,
+                missing: b.0,
+            }),
+            (false, true) => Err(AccessError::Half {
+                given: b.0,
+                missing: a.0,
+            }),
+            _ => Ok(()),
+        };
+        pair(
+            ("--etcd-user", self.user.is_some()),
+            ("--etcd-password-file", self.password_file.is_some()),
+        )?;
+        pair(
+            ("--etcd-cert", self.cert.is_some()),
+            ("--etcd-key", self.key.is_some()),
+        )?;
+        if self.cert.is_some() && self.ca.is_none() {
+            let (given, missing) = ("--etcd-cert", "--etcd-ca");
+            return Err(AccessError::Half { given, missing });
+        }
+        let user = match (&self.user, &self.password_file) {
+            (Some(name), Some(path)) => {
+                let text = read("--etcd-password-file", path)?;
+                let text = String::from_utf8_lossy(&text);
+                Some(EtcdUser {
+                    name: name.clone(),
+                    password: text.lines().next().unwrap_or_default().to_owned(),
+                })
+            }
+            _ => None,
+        };
+        let identity = match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Some((read("--etcd-cert", cert)?, read("--etcd-key", key)?)),
+            _ => None,
+        };
+        let tls = match &self.ca {
+            Some(path) => Some(EtcdTls {
+                ca: read("--etcd-ca", path)?,
+                identity,
+            }),
+            None => None,
+        };
+        let endpoints = endpoints.iter().map(|e| endpoint(e, tls.is_some()));
+        Ok(EtcdSettings {
+            endpoints: endpoints.collect::<Result<_, _>>()?,
+            user,
+            tls,
+        })
+    }
+}
+
+fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, AccessError> {
+    std::fs::read(path).map_err(|source| AccessError::Read {
+        flag,
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn endpoint(given: &str, tls: bool) -> Result<String, AccessError> {
+    let endpoint = given.to_owned();
+    match (given.split_once("://"), tls) {
+        (Some(("https", _)), false) => Err(AccessError::NoAuthority { endpoint }),
+        (Some(("http", _)), true) => Err(AccessError::Plain { endpoint }),
+        (Some(_), _) => Ok(endpoint),
+        (None, true) => Ok(format!("https://{given}")),
+        (None, false) => Ok(format!("http://{given}")),
+    }
 }
 
 /// What the controller runs with.
@@ -85,6 +220,8 @@ pub struct Settings {
     pub store: StoreChoice,
     /// Its directory.
     pub data: PathBuf,
+    /// How etcd is reached.
+    pub etcd: EtcdAccess,
 }
 
 impl Settings {
@@ -120,6 +257,13 @@ impl Settings {
                 .data
                 .or(file.data)
                 .unwrap_or_else(|| "slotmesh-controller".into()),
+            etcd: EtcdAccess {
+                user: flags.etcd_user.or(file.etcd_user),
+                password_file: flags.etcd_password_file.or(file.etcd_password_file),
+                ca: flags.etcd_ca.or(file.etcd_ca),
+                cert: flags.etcd_cert.or(file.etcd_cert),
+                key: flags.etcd_key.or(file.etcd_key),
+            },
         })
     }
 }
@@ -145,5 +289,48 @@ mod tests {
         std::fs::write(&path, "store = \"zookeeper\"\n").unwrap();
         let refused = Settings::load(Flags::parse_from(["x", "--config", config])).unwrap_err();
         assert!(refused.to_string().contains("zookeeper"));
+    }
+
+    #[test]
+    fn secrets_are_read_from_files_and_are_in_no_log_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let access = EtcdAccess {
+            user: Some("mesh".into()),
+            password_file: Some(file("password", "s3cret\n")),
+            ca: Some(file("ca", "authority")),
+            cert: Some(file("cert", "certificate")),
+            key: Some(file("key", "k3y")),
+        };
+        let settings = access.resolve(&["a:1".into()]).unwrap();
+        assert_eq!(settings.endpoints, ["https://a:1"]);
+        assert_eq!(settings.user.as_ref().unwrap().password, "s3cret");
+        let logged = format!("{access:?} {settings:?}");
+        assert!(!logged.contains("s3cret"), "{logged}");
+        let key = format!("{:?}", b"k3y");
+        assert!(
+            !logged.contains("k3y") && !logged.contains(&key),
+            "{logged}"
+        );
+    }
+
+    #[test]
+    fn access_that_contradicts_itself_is_refused_by_the_name_of_the_flag() {
+        let said = |access: EtcdAccess, endpoint: &str| {
+            let refused = access.resolve(&[endpoint.to_owned()]).unwrap_err();
+            refused.to_string()
+        };
+        let none = EtcdAccess::default;
+        assert!(said(none(), "https://a:1").contains("--etcd-ca"));
+        let user = Some("u".to_owned());
+        assert!(said(EtcdAccess { user, ..none() }, "a:1").contains("--etcd-password-file"));
+        let cert = Some("c".into());
+        assert!(said(EtcdAccess { cert, ..none() }, "a:1").contains("--etcd-key"));
+        let ca = Some("/does/not/exist".into());
+        assert!(said(EtcdAccess { ca, ..none() }, "a:1").contains("/does/not/exist"));
     }
 }

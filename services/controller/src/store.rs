@@ -14,7 +14,7 @@ use std::{collections::BTreeSet, error::Error as StdError, fmt, time::Duration};
 use async_trait::async_trait;
 
 pub use embedded::EmbeddedStore;
-pub use etcd::{EtcdSettings, EtcdStore};
+pub use etcd::{EtcdSettings, EtcdStore, EtcdTls, EtcdUser};
 
 /// Largest value: below etcd's default request limit of 1.5 MiB, with room for compares and keys.
 pub const MAX_VALUE_BYTES: usize = 1024 * 1024;

@@ -72,6 +72,7 @@ async fn accounts(
         instance_id: id.to_owned(),
         accounts: changed.iter().map(account).collect(),
         removed: removed.iter().map(|n| (*n).to_owned()).collect(),
+        ..api::UpdateAccountsRequest::default()
     };
     let answer = client.update_accounts(request).await?;
     Ok(answer.into_inner().revision)

@@ -9,11 +9,13 @@ use slotmesh_proto::{instance::v1 as instance, topology::v1::Account};
 
 use crate::{
     api::Api,
-    command::{AccountCommand, AccountSetArgs, ParametersCommand, ParametersSetArgs},
+    command::{
+        AccountCommand, AccountSetArgs, DurabilityCommand, ParametersCommand, ParametersSetArgs,
+    },
     failure::Failure,
     operate::read_password,
     render::{Output, show},
-    views::{AccountView, ParametersView},
+    views::{AccountView, InstanceView, ParametersView},
 };
 
 /// Does an `account` command.
@@ -61,6 +63,7 @@ async fn update(
         instance_id: instance_id.to_owned(),
         accounts,
         removed,
+        ..instance::UpdateAccountsRequest::default()
     };
     api.call(|api| {
         let request = request.clone();
@@ -115,11 +118,66 @@ pub async fn on_parameters(
     Ok(show(output, &ParametersView::from(instance))?)
 }
 
+/// Does a `durability` command and shows the instance.
+///
+/// # Errors
+/// As the controller answered.
+pub async fn on_durability(
+    api: &mut Api,
+    command: DurabilityCommand,
+    output: Output,
+) -> Result<(), Failure> {
+    let DurabilityCommand::Set {
+        instance: instance_id,
+        replicas,
+        client_token,
+    } = command;
+    let request = instance::SetDurabilityRequest {
+        instance_id: instance_id.clone(),
+        durability: replicas,
+        client_token,
+    };
+    api.call(|api| {
+        let request = request.clone();
+        async move { api.instances().set_durability(request).await }
+    })
+    .await?;
+    let found = api.describe_instances(&[instance_id]).await?;
+    let views: Vec<_> = found.into_iter().map(InstanceView::from).collect();
+    Ok(show(output, &views)?)
+}
+
+/// Sets an instance's maintenance window and shows the instance.
+///
+/// # Errors
+/// As the controller answered.
+pub async fn on_window(
+    api: &mut Api,
+    instance_id: String,
+    maintenance_window: String,
+    output: Output,
+) -> Result<(), Failure> {
+    let request = instance::ModifyInstanceMaintainTimeRequest {
+        instance_id: instance_id.clone(),
+        maintenance_window,
+        ..Default::default()
+    };
+    api.call(|api| {
+        let request = request.clone();
+        async move { api.instances().modify_instance_maintain_time(request).await }
+    })
+    .await?;
+    let found = api.describe_instances(&[instance_id]).await?;
+    let views: Vec<_> = found.into_iter().map(InstanceView::from).collect();
+    Ok(show(output, &views)?)
+}
+
 async fn set(api: &mut Api, args: ParametersSetArgs) -> Result<String, Failure> {
     let request = instance::UpdateParametersRequest {
         instance_id: args.instance.clone(),
         engine: args.engine.into_iter().collect(),
         proxy: args.proxy.into_iter().collect(),
+        ..instance::UpdateParametersRequest::default()
     };
     api.call(|api| {
         let request = request.clone();

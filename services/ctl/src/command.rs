@@ -6,8 +6,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use slotmesh_proto::store::v1::TaskState;
 
-use crate::{demo, failure::Failure, operate, render::Output, up};
+use crate::{demo, failure::Failure, lost_writes::LostWritesCommand, operate, render::Output, up};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -46,12 +47,28 @@ pub enum Command {
     Instance(InstanceCommand),
     /// Makes replicas the primaries of their shards; clients wait for milliseconds, none fails.
     Switchover(SwitchoverArgs),
+    /// Gives a shard another primary although nobody knows that its own has stopped; may lose data.
+    Failover(FailoverArgs),
+    /// Which node was the primary of which epoch, since when and why; newest first.
+    Epochs {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        /// Only this shard's.
+        #[arg(long, value_name = "SHARD", default_value = "")]
+        shard: String,
+    },
+    /// Writes that only a lost primary had: what was kept of them, and sending some again.
+    #[command(subcommand)]
+    LostWrites(LostWritesCommand),
     /// Users of clients, with rules in the words of Redis's ACL SETUSER.
     #[command(subcommand)]
     Account(AccountCommand),
     /// Parameters of engines and proxies, changed while they serve.
     #[command(subcommand)]
     Parameters(ParametersCommand),
+    /// How many replicas must have a write before it is acknowledged.
+    #[command(subcommand)]
+    Durability(DurabilityCommand),
     /// What operators asked for, and how far it is.
     #[command(subcommand)]
     Task(TaskCommand),
@@ -135,6 +152,14 @@ pub enum InstanceCommand {
         #[arg(value_name = "INSTANCE")]
         instance: String,
     },
+    /// Sets when tasks may begin that are scheduled for the maintenance window.
+    Maintain {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        /// HH:MM-HH:MM in UTC, at least 30 minutes; empty: any time.
+        #[arg(long, value_name = "WINDOW")]
+        window: String,
+    },
     /// Stops the processes of an instance and removes its data.
     Delete {
         #[arg(value_name = "INSTANCE")]
@@ -168,6 +193,9 @@ pub struct CreateArgs {
     /// Replicas of each shard [default: 1].
     #[arg(long, value_name = "N")]
     pub replicas: Option<u32>,
+    /// Replicas that must have a write before it is acknowledged.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub durability: u32,
     /// Number of proxies [default: 2].
     #[arg(long, value_name = "N")]
     pub proxies: Option<u32>,
@@ -195,7 +223,47 @@ pub struct SwitchoverArgs {
     #[arg(long = "target", value_name = "NODE", required = true)]
     pub targets: Vec<String>,
     #[command(flatten)]
+    pub schedule: ScheduleArgs,
+    #[command(flatten)]
     pub start: StartArgs,
+}
+
+/// When a task may begin; without a flag: now.
+#[derive(Debug, Clone, Default, Args)]
+#[group(multiple = false)]
+pub struct ScheduleArgs {
+    /// At this time, such as 2026-11-22T03:00:00Z; at most 30 days ahead.
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<String>,
+    /// In the instance's next maintenance window.
+    #[arg(long)]
+    pub in_window: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct FailoverArgs {
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    #[arg(long, value_name = "SHARD")]
+    pub shard: String,
+    /// Your word that writes which only the present primary has may be lost. It is audited.
+    #[arg(long, required = true)]
+    pub accept_data_loss: bool,
+    /// Who becomes primary [default: the node with most of the data].
+    #[arg(long, value_name = "NODE", default_value = "")]
+    pub target: String,
+    #[command(flatten)]
+    pub start: StartArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ChoiceArg {
+    /// Try again from where it is.
+    Retry,
+    /// Put back what was before.
+    Undo,
+    /// Go on although data may be lost.
+    AcceptLoss,
 }
 
 #[derive(Debug, Subcommand)]
@@ -260,12 +328,39 @@ pub struct ParametersSetArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum DurabilityCommand {
+    /// Writes that fewer replicas confirm in time are answered WAITFAIL. 0: at once, as Redis does.
+    Set {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        /// At most the number of replicas of a shard.
+        #[arg(value_name = "REPLICAS")]
+        replicas: u32,
+        /// Makes a repeated call do nothing more.
+        #[arg(long, value_name = "TOKEN", default_value = "")]
+        client_token: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum TaskCommand {
     /// Tasks, newest first.
     List {
         /// Only those of this instance.
         #[arg(long, value_name = "INSTANCE", default_value = "")]
         instance: String,
+        /// Only of this kind, such as SwitchOver; may be repeated.
+        #[arg(long = "kind", value_name = "KIND")]
+        kinds: Vec<String>,
+        /// Only in this state, such as needs-operator; may be repeated.
+        #[arg(long = "state", value_name = "STATE", value_parser = task_state)]
+        states: Vec<i32>,
+        /// Only those that change this shard.
+        #[arg(long, value_name = "SHARD", default_value = "")]
+        shard: String,
+        /// Only those created since this time, such as 2026-11-22T03:00:00Z.
+        #[arg(long, value_name = "TIME", default_value = "")]
+        since: String,
         /// At most this many.
         #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
         limit: u32,
@@ -287,6 +382,26 @@ pub enum TaskCommand {
     Cancel {
         #[arg(value_name = "TASK")]
         task: String,
+        #[arg(long, value_name = "TOKEN", default_value = "")]
+        client_token: String,
+    },
+    /// Gives a task that waits for its time another one; without a flag: now.
+    Reschedule {
+        #[arg(value_name = "TASK")]
+        task: String,
+        #[command(flatten)]
+        schedule: ScheduleArgs,
+        #[arg(long, value_name = "TOKEN", default_value = "")]
+        client_token: String,
+    },
+    /// Tells a task that can't go on by itself how to; `task show` lists what it offers.
+    Resolve {
+        #[arg(value_name = "TASK")]
+        task: String,
+        #[arg(value_enum)]
+        choice: ChoiceArg,
+        #[arg(long, value_name = "TOKEN", default_value = "")]
+        client_token: String,
     },
 }
 
@@ -329,6 +444,15 @@ impl Cli {
     }
 }
 
+fn task_state(text: &str) -> Result<i32, String> {
+    let name = text.replace('-', "_").to_ascii_uppercase();
+    TaskState::from_str_name(&format!("TASK_STATE_{name}"))
+        .map(i32::from)
+        .ok_or_else(|| {
+            "expected pending, running, done, rolled-back, cancelled or needs-operator".to_owned()
+        })
+}
+
 fn name_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -361,6 +485,18 @@ mod tests {
             "slotmesh account remove r-1 web other",
             "slotmesh parameters set r-1 --engine save= --engine hz=20 --proxy split=slot",
             "slotmesh parameters show r-1",
+            "slotmesh switchover r-1 --target n-1 --at 2026-11-22T03:00:00Z",
+            "slotmesh switchover r-1 --target n-1 --in-window",
+            "slotmesh failover r-1 --shard 0 --accept-data-loss --wait",
+            "slotmesh epochs r-1 --shard 0",
+            "slotmesh lost-writes list",
+            "slotmesh lost-writes list r-1",
+            "slotmesh lost-writes show r-1 f.resp --only user:* --command SET --output json",
+            "slotmesh lost-writes replay r-1 f.resp --only user:* --command SET --command DEL --from 7 --password-file p --yes",
+            "slotmesh instance maintain r-1 --window 02:00-03:30",
+            "slotmesh task list --kind SwitchOver --state needs-operator --shard 0 --since 2026-11-22T03:00:00Z",
+            "slotmesh task reschedule t-1 --in-window",
+            "slotmesh task resolve t-1 accept-loss --client-token t",
             "slotmesh task list --instance r-1",
             "slotmesh task show t-1",
             "slotmesh task watch t-1 --from 4",
@@ -382,6 +518,9 @@ mod tests {
             "slotmesh up --data d --replicas 6",
             "slotmesh up --data d --output yaml",
             "slotmesh switchover r-1",
+            "slotmesh switchover r-1 --target n --at 2026-11-22T03:00:00Z --in-window",
+            "slotmesh failover r-1 --shard 0",
+            "slotmesh task list --state asleep",
             "slotmesh instance create --parameter novalue",
             "slotmesh parameters set r-1",
             "slotmesh parameters set r-1 --engine novalue",

@@ -5,26 +5,24 @@
 use std::path::Path;
 
 use anyhow::Context;
-use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance, task::v1 as task};
+use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance};
 
 use crate::{
     api::Api,
     change,
     command::{
-        ArchitectureArg, Command, CreateArgs, HostCommand, InstanceCommand, ProxyCommand,
-        StartArgs, SwitchoverArgs, TaskCommand,
+        ArchitectureArg, Command, CreateArgs, FailoverArgs, HostCommand, InstanceCommand,
+        ProxyCommand, StartArgs, SwitchoverArgs,
     },
     failure::Failure,
-    progress::{self, Watcher},
-    render::{Output, show, show_line},
+    lost_writes, progress,
+    render::{Output, show},
+    tasks,
     views::{
-        HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView,
-        TaskEventView, TaskView, architecture_value,
+        HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView, TaskView,
+        architecture_value,
     },
 };
-
-/// The largest page that a controller gives.
-const PAGE_SIZE_MAX: u32 = 1000;
 
 /// Connects to the controller and does the command.
 ///
@@ -42,13 +40,24 @@ pub async fn run(address: &str, command: Command, output: Output) -> Result<(), 
         Command::Instance(InstanceCommand::Describe { instance }) => {
             describe(&mut api, &instance, output).await
         }
+        Command::Instance(InstanceCommand::Maintain { instance, window }) => {
+            change::on_window(&mut api, instance, window, output).await
+        }
         Command::Instance(InstanceCommand::Delete { instance, start }) => {
             delete(&mut api, instance, start, output).await
         }
         Command::Switchover(args) => switchover(&mut api, args, output).await,
         Command::Account(command) => change::on_account(&mut api, command, output).await,
         Command::Parameters(command) => change::on_parameters(&mut api, command, output).await,
-        Command::Task(command) => on_task(&mut api, command, output).await,
+        Command::Durability(command) => change::on_durability(&mut api, command, output).await,
+        Command::Task(command) => tasks::on_task(&mut api, command, output).await,
+        Command::Failover(args) => failover(&mut api, args, output).await,
+        Command::Epochs { instance, shard } => {
+            tasks::epochs(&mut api, instance, shard, output).await
+        }
+        Command::LostWrites(command) => {
+            lost_writes::on_lost_writes(&mut api, command, output).await
+        }
         Command::Host(HostCommand::List) => {
             let answer = api
                 .call(|api| async move { api.fleet().list_hosts(fleet::ListHostsRequest {}).await })
@@ -92,6 +101,7 @@ async fn create(api: &mut Api, args: CreateArgs, output: Output) -> Result<(), F
         password: password.unwrap_or_default(),
         client_token: args.start.client_token.clone().unwrap_or_default(),
         parameters: args.parameters.into_iter().collect(),
+        durability: args.durability,
     };
     let answer = api
         .call(|api| {
@@ -157,9 +167,35 @@ async fn switchover(api: &mut Api, args: SwitchoverArgs, output: Output) -> Resu
         target_primary_node_ids: args.targets,
         target_primary_node_id: String::new(),
         client_token: args.start.client_token.unwrap_or_default(),
+        schedule: tasks::schedule(&args.schedule),
     };
     let task_id = api.switch_over(request).await?;
     started(api, None, task_id, "switchover", args.start.wait, output).await
+}
+
+async fn failover(api: &mut Api, args: FailoverArgs, output: Output) -> Result<(), Failure> {
+    let request = instance::FailOverRequest {
+        instance_id: args.instance,
+        shard_id: args.shard,
+        accept_data_loss: args.accept_data_loss,
+        target_node_id: args.target,
+        client_token: args.start.client_token.unwrap_or_default(),
+    };
+    let answer = api
+        .call(|api| {
+            let request = request.clone();
+            async move { api.instances().fail_over(request).await }
+        })
+        .await?;
+    started(
+        api,
+        None,
+        answer.task_id,
+        "failover",
+        args.start.wait,
+        output,
+    )
+    .await
 }
 
 /// Shows what was started, and with `--wait` how it ended.
@@ -192,82 +228,6 @@ async fn started(
         },
     )?;
     progress::require_done(&task)
-}
-
-async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Result<(), Failure> {
-    match command {
-        TaskCommand::List { instance, limit } => {
-            let views = list_tasks(api, &instance, limit as usize).await?;
-            Ok(show(output, &views)?)
-        }
-        TaskCommand::Show { task } => {
-            let task = api.task(&task).await?;
-            Ok(show(output, &TaskView::from(task))?)
-        }
-        TaskCommand::Watch { task, from } => {
-            let ended = progress::watch(api, &task, from, &mut Printer { output }).await?;
-            progress::require_done(&ended)
-        }
-        TaskCommand::Cancel { task } => {
-            let request = task::CancelTaskRequest { task_id: task };
-            let answer = api
-                .call(|api| {
-                    let request = request.clone();
-                    async move { api.tasks().cancel_task(request).await }
-                })
-                .await?;
-            match answer.task {
-                Some(task) => Ok(show(output, &TaskView::from(task))?),
-                None => Ok(()),
-            }
-        }
-    }
-}
-
-async fn list_tasks(
-    api: &mut Api,
-    instance_id: &str,
-    limit: usize,
-) -> Result<Vec<TaskView>, Failure> {
-    let mut views: Vec<TaskView> = Vec::new();
-    let mut page_token = String::new();
-    while views.len() < limit {
-        let missing = u32::try_from(limit - views.len()).unwrap_or(PAGE_SIZE_MAX);
-        let request = task::ListTasksRequest {
-            instance_id: instance_id.to_owned(),
-            states: Vec::new(),
-            page_size: missing.min(PAGE_SIZE_MAX),
-            page_token,
-        };
-        let answer = api
-            .call(|api| {
-                let request = request.clone();
-                async move { api.tasks().list_tasks(request).await }
-            })
-            .await?;
-        views.extend(answer.tasks.into_iter().map(TaskView::from));
-        page_token = answer.next_page_token;
-        if page_token.is_empty() {
-            break;
-        }
-    }
-    Ok(views)
-}
-
-/// Events as results: one line each on stdout.
-#[derive(Debug)]
-struct Printer {
-    output: Output,
-}
-
-impl Watcher for Printer {
-    fn event(
-        &mut self,
-        event: &task::TaskEvent,
-        _task: Option<&task::Task>,
-    ) -> Result<(), Failure> {
-        Ok(show_line(self.output, &TaskEventView::from(event.clone()))?)
-    }
 }
 
 /// The value that the API has for an architecture.

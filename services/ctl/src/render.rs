@@ -12,8 +12,8 @@ use comfy_table::{LineStyle, Table, TableStyle};
 use serde::Serialize;
 
 use crate::views::{
-    AccountView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView, ProxyView,
-    ShardView, StartedView, TaskEventView, TaskView,
+    AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView,
+    ProxyView, ShardView, StartedView, TaskEventView, TaskView,
 };
 
 /// How results are written.
@@ -75,7 +75,10 @@ pub fn note(text: &str) {
 const STYLE: TableStyle =
     TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
 
-fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(crate) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
     let mut table = Table::new();
     table.load_style(STYLE);
     table.set_header(header);
@@ -243,21 +246,34 @@ impl Text for Vec<TaskView> {
 
 impl Text for TaskView {
     fn text(&self) -> String {
-        let head = format!(
-            "task     {} ({} of {})\nstate    {}, step {} of {}{}\nmessage  {}",
+        let cancellable = match self.cancellable {
+            true => ", can still be cancelled",
+            false => "",
+        };
+        let mut head = format!(
+            "task     {} ({} of {})\nstate    {}, step {} of {}{cancellable}\nmessage  {}",
             self.task_id,
             self.kind,
             self.instance_id,
             self.state,
             self.steps_done,
             self.steps_total,
-            if self.cancellable {
-                ", can still be cancelled"
-            } else {
-                ""
-            },
             or_dash(&self.message),
         );
+        if self.state == "pending" && !self.not_before.is_empty() {
+            head.push_str(&format!("\nbegins   {}", self.not_before));
+        }
+        if self.predicted_hold_ms > 0.0 {
+            let hold = self.predicted_hold_ms;
+            head.push_str(&format!("\nexpects  requests to wait for {hold:.1} ms"));
+        }
+        if !self.choices.is_empty() {
+            let choices = self.choices.join("|");
+            head.push_str(&format!(
+                "\nwaits    for slotmesh task resolve {} {choices}",
+                self.task_id
+            ));
+        }
         if self.shards.is_empty() {
             return head;
         }
@@ -278,6 +294,29 @@ impl Text for TaskView {
             }),
         );
         format!("{head}\n{shards}")
+    }
+}
+
+impl Text for Vec<EpochView> {
+    fn text(&self) -> String {
+        table(
+            [
+                "SHARD", "EPOCH", "PRIMARY", "BEFORE", "CAUSE", "SINCE", "TASK", "BY", "TERM",
+            ],
+            self.iter().map(|e| {
+                [
+                    e.shard_id.clone(),
+                    e.epoch.to_string(),
+                    or_dash(&e.primary_node_id),
+                    or_dash(&e.before_node_id),
+                    e.cause.clone(),
+                    e.time.clone(),
+                    or_dash(&e.task_id),
+                    or_dash(&e.who),
+                    e.term.to_string(),
+                ]
+            }),
+        )
     }
 }
 
@@ -386,6 +425,9 @@ mod tests {
             steps_done: 8,
             steps_total: 8,
             cancellable: false,
+            not_before: String::new(),
+            predicted_hold_ms: 0.0,
+            choices: Vec::new(),
             shards: vec![ShardProgressView {
                 shard_id: "s-0".into(),
                 from_node_id: "n-1".into(),

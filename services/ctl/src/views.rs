@@ -9,7 +9,7 @@ use serde::Serialize;
 use slotmesh_proto::{
     fleet::v1 as fleet,
     instance::v1 as instance,
-    store::v1::{InstanceState, NodeRole, TaskState},
+    store::v1::{InstanceState, NodeRole, OperatorChoice, TaskState},
     task::v1 as task,
     topology::v1::{Account, Architecture},
 };
@@ -22,6 +22,7 @@ pub struct InstanceView {
     pub state: String,
     pub shard_count: u32,
     pub replicas_per_shard: u32,
+    pub durability: u32,
     pub engine: String,
     pub password_required: bool,
     pub created_at: String,
@@ -87,7 +88,28 @@ pub struct TaskView {
     pub steps_done: u32,
     pub steps_total: u32,
     pub cancellable: bool,
+    /// Empty: at once.
+    pub not_before: String,
+    /// Of each shard, from the instance's last switchovers; 0: unknown.
+    pub predicted_hold_ms: f64,
+    /// What `task resolve` would accept now.
+    pub choices: Vec<String>,
     pub shards: Vec<ShardProgressView>,
+}
+
+/// `epochs`: one primary of a shard.
+#[derive(Debug, Clone, Serialize)]
+pub struct EpochView {
+    pub shard_id: String,
+    pub epoch: u64,
+    pub primary_node_id: String,
+    pub before_node_id: String,
+    pub cause: String,
+    pub task_id: String,
+    pub who: String,
+    pub term: u64,
+    pub trace_id: String,
+    pub time: String,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -172,6 +194,7 @@ impl From<instance::Instance> for InstanceView {
             name: from.name,
             shard_count: from.shard_count,
             replicas_per_shard: from.replicas_per_shard,
+            durability: from.durability,
             engine: from.engine,
             password_required: from.password_required,
             created_at: from.created_at,
@@ -244,6 +267,7 @@ impl From<instance::Node> for NodeView {
 
 impl From<task::Task> for TaskView {
     fn from(from: task::Task) -> Self {
+        let choices = from.choices().map(choice_name).collect();
         Self {
             state: task_state_name(from.state()),
             shards: from
@@ -261,6 +285,26 @@ impl From<task::Task> for TaskView {
             steps_done: from.steps_done,
             steps_total: from.steps_total,
             cancellable: from.cancellable,
+            not_before: from.not_before,
+            predicted_hold_ms: from.predicted_hold_ms,
+            choices,
+        }
+    }
+}
+
+impl From<task::EpochChange> for EpochView {
+    fn from(from: task::EpochChange) -> Self {
+        Self {
+            shard_id: from.shard_id,
+            epoch: from.epoch,
+            primary_node_id: from.primary_node_id,
+            before_node_id: from.before_node_id,
+            cause: from.cause,
+            task_id: from.task_id,
+            who: from.who,
+            term: from.term,
+            trace_id: from.trace_id,
+            time: from.time,
         }
     }
 }
@@ -339,6 +383,11 @@ pub fn instance_state_name(state: InstanceState) -> String {
 /// `pending`, `running`, `done`, `rolled_back`, `cancelled`, `needs_operator` or `unspecified`.
 pub fn task_state_name(state: TaskState) -> String {
     value_name(state.as_str_name(), "TASK_STATE_")
+}
+
+/// `retry`, `undo`, `accept-loss`, as `task resolve` takes them, or `unspecified`.
+pub fn choice_name(choice: OperatorChoice) -> String {
+    value_name(choice.as_str_name(), "OPERATOR_CHOICE_").replace('_', "-")
 }
 
 /// Reads what [`architecture`](InstanceView::architecture) shows.

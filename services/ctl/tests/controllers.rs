@@ -15,8 +15,10 @@ use slotmesh_ctl::{
 use slotmesh_proto::{
     store::v1::TaskState,
     task::v1::{
-        CancelTaskRequest, CancelTaskResponse, GetTaskRequest, GetTaskResponse, ListTasksRequest,
-        ListTasksResponse, Task, TaskEvent, WatchTaskRequest, WatchTaskResponse,
+        CancelTaskRequest, CancelTaskResponse, GetTaskRequest, GetTaskResponse, ListEpochsRequest,
+        ListEpochsResponse, ListLostWritesRequest, ListLostWritesResponse, ListTasksRequest,
+        ListTasksResponse, RescheduleTaskRequest, RescheduleTaskResponse, ResolveTaskRequest,
+        ResolveTaskResponse, Task, TaskEvent, WatchTaskRequest, WatchTaskResponse,
         task_service_server::{TaskService, TaskServiceServer},
     },
 };
@@ -116,6 +118,34 @@ impl TaskService for Controller {
         &self,
         _: Request<CancelTaskRequest>,
     ) -> Result<Response<CancelTaskResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn reschedule_task(
+        &self,
+        _: Request<RescheduleTaskRequest>,
+    ) -> Result<Response<RescheduleTaskResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn resolve_task(
+        &self,
+        _: Request<ResolveTaskRequest>,
+    ) -> Result<Response<ResolveTaskResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn list_epochs(
+        &self,
+        _: Request<ListEpochsRequest>,
+    ) -> Result<Response<ListEpochsResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn list_lost_writes(
+        &self,
+        _: Request<ListLostWritesRequest>,
+    ) -> Result<Response<ListLostWritesResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
 }

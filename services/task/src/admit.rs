@@ -342,6 +342,7 @@ mod tests {
                 .into(),
                 mode: Mode::Serving,
                 closed_epoch: Epoch(0),
+                lineage: None,
             })
             .collect()
     }

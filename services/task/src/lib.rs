@@ -6,9 +6,12 @@
 //! and in simulation. No clock, no I/O, no async.
 
 pub mod admit;
+pub mod detect;
+pub mod failover;
 pub mod observe;
 pub mod place;
 pub mod provision;
+pub mod schedule;
 pub mod spec;
 pub mod step;
 pub mod switchover;
@@ -16,4 +19,4 @@ pub mod upkeep;
 pub mod wire;
 
 pub use observe::{Fleet, HoldLevel, NodeView, ProcessState, ProxyView};
-pub use spec::{Phase, ShardSwitch, Spec, State, Task};
+pub use spec::{Choice, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task};

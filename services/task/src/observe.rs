@@ -76,6 +76,20 @@ pub struct NodeView {
     pub assigned_epoch: Epoch,
     /// Of a primary: bytes that its slowest online replica has not acknowledged.
     pub lag_bytes: u64,
+    /// Of the last process that its agent saw end; empty: none.
+    pub exited_run_id: String,
+    /// As assigned, it follows nobody: its offset is final.
+    pub detached: bool,
+    /// Its process lives and answers no pings, and no script or fork explains it.
+    pub unresponsive: bool,
+    /// `master_replid`.
+    pub replid: String,
+    /// `master_replid2`.
+    pub replid2: String,
+    /// `second_repl_offset`; 0: none.
+    pub second_offset: u64,
+    /// Of a replica: for how long its primary has said nothing.
+    pub link_silent_s: u32,
     /// When the report came.
     pub seen_ms: u64,
 }
@@ -114,6 +128,8 @@ pub struct ProxyView {
     pub fresh: bool,
     /// Per shard: epoch, level, and the task of a hold.
     pub shards: BTreeMap<ShardId, (Epoch, HoldLevel, TaskId)>,
+    /// Shards whose primary of this epoch does not answer it, and for how many milliseconds.
+    pub troubles: BTreeMap<ShardId, (Epoch, u64)>,
 }
 
 /// All that is observed.
@@ -125,6 +141,10 @@ pub struct Fleet {
     pub proxies: BTreeMap<ProxyId, ProxyView>,
     /// Hosts whose agent has a session.
     pub hosts: std::collections::BTreeSet<HostId>,
+    /// Hosts whose lease is in the store; a host that is not has no right to serve any more.
+    pub leases: std::collections::BTreeSet<HostId>,
+    /// Zones of hosts that are known.
+    pub zones: BTreeMap<HostId, String>,
     /// Proxy processes as agents supervise them.
     pub proxy_processes: BTreeMap<ProxyId, (ProcessState, String)>,
 }

@@ -1,6 +1,6 @@
 //! A task: an operator's durable intent and how far it has come.
 
-use slotmesh_topology::{Epoch, InstanceId, NodeId, ShardId, TaskId};
+use slotmesh_topology::{Epoch, FenceProof, InstanceId, NodeId, ShardId, TaskId};
 
 /// Where a task is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +36,8 @@ pub enum Spec {
     Decommission,
     /// Make other nodes the primaries of some shards.
     Switchover(Vec<ShardSwitch>),
+    /// Give a shard another primary after its own was lost.
+    Failover(ShardFailover),
 }
 
 impl Spec {
@@ -46,6 +48,19 @@ impl Spec {
             Self::Provision => "Provision",
             Self::Decommission => "Decommission",
             Self::Switchover(_) => "SwitchOver",
+            Self::Failover(_) => "Failover",
+        }
+    }
+}
+
+impl Spec {
+    /// Whether it changes this shard; what concerns an instance as a whole touches all of them.
+    #[must_use]
+    pub fn touches(&self, shard: &str) -> bool {
+        match self {
+            Self::Provision | Self::Decommission => true,
+            Self::Switchover(switches) => switches.iter().any(|s| s.shard.as_str() == shard),
+            Self::Failover(failover) => failover.shard.as_str() == shard,
         }
     }
 }
@@ -130,6 +145,104 @@ impl Phase {
     }
 }
 
+/// The lost primary of one shard, and who takes its place.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardFailover {
+    /// Which shard.
+    pub shard: ShardId,
+    /// The lost primary.
+    pub from: NodeId,
+    /// Its process that was lost.
+    pub from_run_id: String,
+    /// The epoch that it had; the failover's is the next.
+    pub from_epoch: Epoch,
+    /// Who is promoted, once chosen.
+    pub to: Option<NodeId>,
+    /// How far it has come. Written before the act that the phase stands for.
+    pub phase: FailoverPhase,
+    /// Since when.
+    pub phase_since_ms: u64,
+    /// What it waits for, or why it is parked.
+    pub message: String,
+    /// What was seen, by whom.
+    pub cause: String,
+    /// Why the lost primary takes no more writes, once known.
+    pub proof: Option<FenceProof>,
+    /// Longest hold of a request that a proxy reported, in microseconds.
+    pub hold_us: u64,
+}
+
+/// Phases of a failover, in order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum FailoverPhase {
+    /// The record says FailingOver; the lost primary's credentials are being taken, or its lease
+    /// runs out.
+    Fence,
+    /// The lost primary is fenced; replicas are detached, so that their offsets are final.
+    Choose,
+    /// The record names the target; its agent promotes it.
+    Promote,
+    /// Committed: grants, repointing and proxies converge.
+    Settle,
+    /// Ended: the target is primary.
+    Done,
+    /// Nobody can be promoted without an operator's word. The shard stays without a primary.
+    Parked,
+}
+
+impl FailoverPhase {
+    /// Name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fence => "Fence",
+            Self::Choose => "Choose",
+            Self::Promote => "Promote",
+            Self::Settle => "Settle",
+            Self::Done => "Done",
+            Self::Parked => "Parked",
+        }
+    }
+
+    /// Phases before the end, for progress displays.
+    pub const STEPS: u32 = 4;
+
+    /// How many of them are behind it.
+    #[must_use]
+    pub fn steps_done(self) -> u32 {
+        match self {
+            Self::Fence => 0,
+            Self::Choose | Self::Parked => 1,
+            Self::Promote => 2,
+            Self::Settle => 3,
+            Self::Done => 4,
+        }
+    }
+}
+
+/// What an operator may tell a task that can't go on by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Choice {
+    /// Try again from where it is.
+    Retry,
+    /// Put back what was before, where that is possible.
+    Undo,
+    /// Go on although data may be lost.
+    AcceptLoss,
+}
+
+impl Choice {
+    /// Name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retry => "Retry",
+            Self::Undo => "Undo",
+            Self::AcceptLoss => "AcceptLoss",
+        }
+    }
+}
+
 /// An operator's intent.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Task {
@@ -153,6 +266,12 @@ pub struct Task {
     pub event_count: u64,
     /// Somebody asked to end it without effect.
     pub cancel_requested: bool,
+    /// Nothing is begun before this time; 0: at once.
+    pub not_before_ms: u64,
+    /// An operator's choice that was not acted upon yet.
+    pub choice: Option<Choice>,
+    /// Of the request that made it, for audit; empty: it was made by the leader itself.
+    pub trace_id: String,
 }
 
 impl Task {
@@ -165,6 +284,7 @@ impl Task {
                 shards.iter().map(|s| s.phase.steps_done()).sum(),
                 shards.iter().map(|_| Phase::STEPS).sum(),
             ),
+            Spec::Failover(failover) => (failover.phase.steps_done(), FailoverPhase::STEPS),
         }
     }
 
@@ -194,7 +314,7 @@ impl Task {
     #[must_use]
     pub fn is_cancellable(&self) -> bool {
         match &self.spec {
-            Spec::Provision | Spec::Decommission => false,
+            Spec::Provision | Spec::Decommission | Spec::Failover(_) => false,
             Spec::Switchover(shards) => {
                 !self.state.is_ended() && shards.iter().all(|s| s.phase < Phase::Hold)
             }

@@ -1,13 +1,17 @@
 //! A step on its way to an agent: the request that a decision becomes, and what the answer means.
 
-use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
+use slotmesh_proto::{
+    agent::v1::{self as pb, execute_step_request::Act},
+    store::v1::FenceProof,
+};
 use slotmesh_topology::{
     Instance, NodeId, Shard, assignment,
     credential::{self, Credential},
+    wire,
 };
 
 use crate::{
-    spec::{ShardSwitch, Task},
+    spec::{ShardFailover, ShardSwitch, Task},
     switchover::{FAILOVER_TIMEOUT_MS, Step, StepStatus},
 };
 
@@ -115,6 +119,39 @@ fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> 
             master_password: follow(switch.from_epoch).password,
         }),
     }
+}
+
+/// What the agent of a failover's chosen node is asked, by the leader of `term`; `None` while nobody
+/// is chosen.
+#[must_use]
+pub fn promotion(
+    task: &Task,
+    failover: &ShardFailover,
+    shard: &Shard,
+    term: u64,
+) -> Option<(NodeId, pb::ExecuteStepRequest)> {
+    let record = shard.failover()?;
+    let target = shard.member(record.target.as_ref()?)?;
+    let request = pb::ExecuteStepRequest {
+        task_id: task.id.to_string(),
+        step: format!("{}/promote", failover.shard),
+        // As above: each entry into the phase is another try.
+        attempt: u32::try_from(failover.phase_since_ms % u64::from(u32::MAX)).unwrap_or(1),
+        term,
+        epoch: shard.epoch.0,
+        instance_id: shard.instance.to_string(),
+        shard_id: shard.id.to_string(),
+        timeout_ms: STEP_TIMEOUT_MS,
+        act: Some(Act::Promote(pb::Promote {
+            node_id: target.node.to_string(),
+            run_id: target.run_id.clone(),
+            proof: record
+                .proof
+                .map_or(FenceProof::Unspecified, wire::fence_proof_to)
+                .into(),
+        })),
+    };
+    Some((target.node.clone(), request))
 }
 
 /// What an answer means to the leader of `term`.

@@ -12,6 +12,7 @@
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
 use crate::{
+    detect::Loss,
     observe::{Fleet, NodeView, ProcessState},
     spec::{Phase, ShardSwitch},
 };
@@ -88,6 +89,9 @@ pub enum Decision {
     Commit,
     /// Give the record back to the old primary, together with phase `RolledBack`.
     GiveBack(String),
+    /// The old primary is lost in the middle of it, and a failover takes the shard over: declare it,
+    /// together with phase `RolledBack`.
+    FailOver(Loss),
     /// Revoke the old epoch in the record, together with phase Done.
     Close(String),
     /// This leader is deposed: stop.
@@ -107,6 +111,8 @@ pub struct View<'a> {
     pub fleet: &'a Fleet,
     /// The current phase's step.
     pub step: &'a StepStatus,
+    /// The old primary is lost, and somebody can take its place.
+    pub lost: Option<&'a Loss>,
     /// Somebody asked to cancel.
     pub cancel_requested: bool,
     /// Another shard of this task is in its hold: one at a time keeps each hold short.
@@ -279,6 +285,12 @@ fn hold(view: &View<'_>) -> Decision {
             "the hand-over is no longer in the record".into(),
         );
     };
+    // Its agent's answer would come too late for those who wait.
+    if let Some(lost) = view.lost
+        && matches!(view.step, StepStatus::NotStarted | StepStatus::Running)
+    {
+        return Decision::Advance(Phase::Resolve, lost.cause.clone());
+    }
     match view.step {
         StepStatus::NotStarted => {
             if view.now_ms >= handover.deadline_unix_ms {
@@ -318,7 +330,7 @@ fn resolve(view: &View<'_>) -> Decision {
         return Decision::Advance(Phase::RolledBack, "the old primary serves on".into());
     }
     match view.step {
-        StepStatus::Running => {
+        StepStatus::Running if view.lost.is_none() => {
             return Decision::Wait {
                 until_ms: u64::MAX,
                 what: "the old primary's rights".into(),
@@ -327,7 +339,15 @@ fn resolve(view: &View<'_>) -> Decision {
         // The agent says that the old primary serves again.
         StepStatus::Done { .. } => return Decision::GiveBack(view.switch.message.clone()),
         StepStatus::Fenced => return Decision::Stop,
-        StepStatus::NotStarted | StepStatus::NoEffect(_) | StepStatus::Uncertain(_) => {}
+        StepStatus::NotStarted
+        | StepStatus::Running
+        | StepStatus::NoEffect(_)
+        | StepStatus::Uncertain(_) => {}
+    }
+    // Whoever has its last write, a target that has taken over already or another one, is found out
+    // by the failover.
+    if let Some(lost) = view.lost {
+        return Decision::FailOver(lost.clone());
     }
     let wait = |what: &str| Decision::Wait {
         until_ms: view.now_ms + 100,

@@ -29,6 +29,7 @@ fn shard() -> Shard {
         ],
         mode: Mode::Serving,
         closed_epoch: Epoch(3),
+        lineage: None,
     }
 }
 
@@ -102,6 +103,7 @@ fn next_at(phase: Phase, shard: &Shard, fleet: &Fleet, step: StepStatus, now_ms:
         shard,
         fleet,
         step: &step,
+        lost: None,
         cancel_requested: false,
         other_in_hold: false,
         now_ms,
@@ -359,6 +361,7 @@ fn cancel_is_honoured_before_the_hold_only() {
             shard,
             fleet: &fleet(),
             step: &StepStatus::NotStarted,
+            lost: None,
             cancel_requested: true,
             other_in_hold: false,
             now_ms: NOW,
@@ -374,4 +377,55 @@ fn cancel_is_honoured_before_the_hold_only() {
         decide_cancelled(Phase::Hold, &declared()),
         Decision::Advance(Phase::RolledBack, _)
     ));
+}
+
+fn lost() -> crate::detect::Loss {
+    crate::detect::Loss {
+        cause: "a: its agent saw its process end".into(),
+        proof: Some(slotmesh_topology::FenceProof::Exited),
+    }
+}
+
+fn next_lost(phase: Phase, fleet: &Fleet, step: StepStatus) -> Decision {
+    decide(View {
+        task: &"t".into(),
+        switch: &at(phase),
+        shard: &declared(),
+        fleet,
+        step: &step,
+        lost: Some(&lost()),
+        cancel_requested: false,
+        other_in_hold: false,
+        now_ms: NOW,
+    })
+}
+
+#[test]
+fn a_primary_lost_in_the_hold_is_not_waited_for() {
+    for step in [StepStatus::NotStarted, StepStatus::Running] {
+        let next = next_lost(Phase::Hold, &fleet(), step);
+        assert!(matches!(next, Decision::Advance(Phase::Resolve, _)));
+    }
+    // It has switched before it was lost: that is worth more.
+    let switched = StepStatus::Done { committed: false };
+    let next = next_lost(Phase::Hold, &fleet(), switched);
+    assert_eq!(next, Decision::Commit);
+}
+
+#[test]
+fn a_hand_over_whose_old_primary_is_lost_is_failed_over_even_if_its_target_has_taken_over() {
+    for role in [NodeRole::Replica, NodeRole::Primary] {
+        let mut fleet = fleet();
+        let target = fleet.nodes.get_mut(&"b".into()).unwrap();
+        target.role = Some(role);
+        for step in [
+            StepStatus::NotStarted,
+            StepStatus::Running,
+            StepStatus::NoEffect("no".into()),
+            StepStatus::Uncertain("lost".into()),
+        ] {
+            let next = next_lost(Phase::Resolve, &fleet, step);
+            assert_eq!(next, Decision::FailOver(lost()));
+        }
+    }
 }

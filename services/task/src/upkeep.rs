@@ -6,16 +6,24 @@
 
 use slotmesh_topology::{Mode, NodeId, NodeRole, Shard};
 
-use crate::observe::{Fleet, NodeView, ProcessState};
+use crate::{
+    detect::{self, Scene, Verdict},
+    observe::{NodeView, ProcessState},
+};
+
+/// How long a primary must be seen well after a replica has lost it before the replica is not in sync
+/// any more: longer than an agent takes to notice that its process has ended, and to say so.
+pub const BLAME_MS: u64 = 1_000;
 
 /// The record that should be written instead of `shard`, and why; `None` when it is true as it is.
 #[must_use]
-pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
+pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
     // A fenced shard is looked at again: an operator may have restored the primary's data.
     if !matches!(shard.mode, Mode::Serving | Mode::Fenced(_)) {
         return None;
     }
-    if let Some(change) = restarted_primary(shard, fleet) {
+    let fleet = scene.fleet;
+    if let Some(change) = restarted_primary(shard, scene) {
         return Some(change);
     }
     if shard.mode != Mode::Serving {
@@ -46,6 +54,9 @@ pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
             continue;
         }
         let in_sync = seen.follows(&primary_address);
+        if member.in_sync && !in_sync && !is_its_own_fault(shard, &member.node, scene) {
+            continue;
+        }
         if in_sync != member.in_sync {
             member.in_sync = in_sync;
             let word = if in_sync {
@@ -59,11 +70,30 @@ pub fn decide(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
     (!reasons.is_empty()).then(|| (next, reasons.join("; ")))
 }
 
+/// Whether a replica that does not follow is to blame, rather than its primary: the primary was seen
+/// well for a while after the replica lost it. A primary that dies must not take the right to be
+/// promoted from its replicas with it, whichever report comes first.
+fn is_its_own_fault(shard: &Shard, replica: &NodeId, scene: Scene<'_>) -> bool {
+    let primary = shard.primary_member();
+    let Some(primary) = primary.and_then(|m| detect::alive(m, scene)) else {
+        return false;
+    };
+    if detect::judge(shard, scene) != Verdict::Fine {
+        return false;
+    }
+    match scene.sightings.link_down_since(replica) {
+        Some(since) => primary.seen_ms >= since + BLAME_MS,
+        // Its link is up: it is loading, or follows another node.
+        None => true,
+    }
+}
+
 /// The primary's process is another one than the record names: admit it as a new epoch, or, when
 /// it has come up empty while a replica holds data, fence the shard for an operator to decide.
 /// As long as it is not known whether a replica holds data, an empty process is not admitted:
 /// following it would empty the replica.
-fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
+fn restarted_primary(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
+    let fleet = scene.fleet;
     let member = shard.primary_member()?;
     let seen = fleet.node(&shard.primary)?;
     let is_ready = seen.state == ProcessState::Running
@@ -71,6 +101,10 @@ fn restarted_primary(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
         && !seen.run_id.is_empty()
         && seen.role == Some(NodeRole::Primary);
     if !is_ready || seen.run_id == member.run_id {
+        return None;
+    }
+    // A replica that has what the lost process had takes its place.
+    if detect::can_fail_over(shard, scene) {
         return None;
     }
     if seen.keys == 0 && others(shard).any(|m| fleet.node(m).is_some_and(|n| n.keys > 0)) {
@@ -120,6 +154,37 @@ mod tests {
     use slotmesh_topology::{Epoch, Member, slot::split_evenly};
 
     use super::*;
+    use crate::{detect::Sightings, observe::Fleet};
+
+    const NOW: u64 = 1_000_000;
+
+    /// What is written when nothing was seen before.
+    fn kept(shard: &Shard, fleet: &Fleet) -> Option<(Shard, String)> {
+        kept_at(shard, fleet, &mut Sightings::default(), NOW)
+    }
+
+    fn kept_at(
+        shard: &Shard,
+        fleet: &Fleet,
+        sightings: &mut Sightings,
+        now_ms: u64,
+    ) -> Option<(Shard, String)> {
+        sightings.look([shard], fleet, now_ms);
+        let scene = Scene {
+            fleet,
+            sightings,
+            durability: 0,
+            now_ms,
+        };
+        decide(shard, scene)
+    }
+
+    /// Nobody could take over from the primary.
+    fn alone() -> Shard {
+        let mut shard = shard();
+        shard.members[1].in_sync = false;
+        shard
+    }
 
     fn shard() -> Shard {
         let member = |node: &str, role| Member {
@@ -143,6 +208,7 @@ mod tests {
             ],
             mode: Mode::Serving,
             closed_epoch: Epoch(3),
+            lineage: None,
         }
     }
 
@@ -155,9 +221,11 @@ mod tests {
             link_up: true,
             following: "a:1".into(),
             keys,
+            seen_ms: NOW,
             ..NodeView::default()
         };
         let mut fleet = Fleet::default();
+        fleet.hosts.insert("h".into());
         fleet.nodes.insert("a".into(), node("a", NodeRole::Primary));
         fleet.nodes.insert("b".into(), node("b", NodeRole::Replica));
         fleet
@@ -165,17 +233,17 @@ mod tests {
 
     #[test]
     fn a_true_record_is_left_alone() {
-        assert_eq!(decide(&shard(), &fleet(1)), None);
+        assert_eq!(kept(&shard(), &fleet(1)), None);
     }
 
     #[test]
     fn a_restarted_replica_is_named_and_must_catch_up_again() {
         let mut fleet = fleet(1);
         fleet.nodes.get_mut(&"b".into()).unwrap().run_id = "new".into();
-        let (named, _) = decide(&shard(), &fleet).unwrap();
+        let (named, _) = kept(&shard(), &fleet).unwrap();
         assert_eq!((named.epoch, &*named.members[1].run_id), (Epoch(4), "new"));
         assert!(!named.members[1].in_sync);
-        let (synced, _) = decide(&named, &fleet).unwrap();
+        let (synced, _) = kept(&named, &fleet).unwrap();
         assert!(synced.members[1].in_sync);
     }
 
@@ -183,7 +251,7 @@ mod tests {
     fn a_restarted_primary_is_a_new_epoch() {
         let mut fleet = fleet(1);
         fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
-        let (next, _) = decide(&shard(), &fleet).unwrap();
+        let (next, _) = kept(&alone(), &fleet).unwrap();
         assert_eq!((next.epoch, &*next.members[0].run_id), (Epoch(5), "new"));
     }
 
@@ -192,7 +260,7 @@ mod tests {
         let mut fleet = fleet(1);
         let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
         (primary.run_id, primary.keys) = ("new".into(), 0);
-        let (next, _) = decide(&shard(), &fleet).unwrap();
+        let (next, _) = kept(&alone(), &fleet).unwrap();
         assert!(matches!(next.mode, Mode::Fenced(_)));
         assert_eq!(next.epoch, Epoch(4));
     }
@@ -202,7 +270,7 @@ mod tests {
         let mut fleet = fleet(0);
         fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
         let replica = fleet.nodes.remove(&"b".into()).unwrap();
-        assert_eq!(decide(&shard(), &fleet), None, "not reported yet");
+        assert_eq!(kept(&alone(), &fleet), None, "not reported yet");
         for unknown in [
             NodeView {
                 state: ProcessState::Starting,
@@ -214,14 +282,14 @@ mod tests {
             },
         ] {
             fleet.nodes.insert("b".into(), unknown);
-            let record = decide(&shard(), &fleet).map_or(shard(), |(next, _)| next);
+            let record = kept(&alone(), &fleet).map_or(alone(), |(next, _)| next);
             assert_eq!(
                 (record.epoch, &*record.members[0].run_id),
                 (Epoch(4), "run-a")
             );
         }
         fleet.nodes.insert("b".into(), replica);
-        let (next, _) = decide(&shard(), &fleet).unwrap();
+        let (next, _) = kept(&alone(), &fleet).unwrap();
         assert_eq!((next.epoch, next.mode), (Epoch(5), Mode::Serving));
     }
 
@@ -230,11 +298,11 @@ mod tests {
         let mut fleet = fleet(1);
         let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
         (primary.run_id, primary.keys) = ("new".into(), 0);
-        let (fenced, _) = decide(&shard(), &fleet).unwrap();
-        assert_eq!(decide(&fenced, &fleet), None, "written once");
+        let (fenced, _) = kept(&alone(), &fleet).unwrap();
+        assert_eq!(kept(&fenced, &fleet), None, "written once");
         let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
         (primary.run_id, primary.keys) = ("restored".into(), 7);
-        let (next, _) = decide(&fenced, &fleet).unwrap();
+        let (next, _) = kept(&fenced, &fleet).unwrap();
         assert_eq!((next.epoch, &next.mode), (Epoch(5), &Mode::Serving));
         assert_eq!(next.members[0].run_id, "restored");
     }
@@ -250,6 +318,61 @@ mod tests {
             deadline_unix_ms: 0,
             max_hold_ms: 0,
         };
-        assert_eq!(decide(&shard().declare(handover).unwrap(), &fleet), None);
+        assert_eq!(kept(&shard().declare(handover).unwrap(), &fleet), None);
+    }
+
+    #[test]
+    fn a_restarted_primary_is_not_taken_back_while_a_replica_can_take_over() {
+        let mut fleet = fleet(1);
+        fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
+        assert_eq!(kept(&shard(), &fleet), None);
+        fleet.nodes.get_mut(&"b".into()).unwrap().state = ProcessState::Stopped;
+        let (next, _) = kept(&shard(), &fleet).unwrap();
+        assert_eq!(next.epoch, Epoch(5), "there is nobody else");
+    }
+
+    #[test]
+    fn a_dying_primary_leaves_its_replicas_in_sync_whichever_report_comes_first() {
+        let mut fleet = fleet(1);
+        let mut sightings = Sightings::default();
+        let lost = fleet.nodes.get_mut(&"b".into()).unwrap();
+        lost.link_up = false;
+        assert_eq!(kept_at(&shard(), &fleet, &mut sightings, NOW), None);
+        // Seen well once more, from before it died.
+        fleet.nodes.get_mut(&"a".into()).unwrap().seen_ms = NOW + 100;
+        assert_eq!(kept_at(&shard(), &fleet, &mut sightings, NOW + 100), None);
+        let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
+        (primary.state, primary.seen_ms) = (ProcessState::Stopped, NOW + 200);
+        assert_eq!(kept_at(&shard(), &fleet, &mut sightings, NOW + 5_000), None);
+    }
+
+    #[test]
+    fn a_silent_primary_leaves_its_replicas_in_sync() {
+        let mut fleet = fleet(1);
+        let mut sightings = Sightings::default();
+        for (node, seen) in &mut fleet.nodes {
+            seen.link_up = false;
+            if node.as_str() == "b" {
+                seen.seen_ms = NOW + 60_000;
+            }
+        }
+        kept_at(&shard(), &fleet, &mut sightings, NOW);
+        assert_eq!(
+            kept_at(&shard(), &fleet, &mut sightings, NOW + 60_000),
+            None
+        );
+    }
+
+    #[test]
+    fn a_replica_that_loses_a_primary_that_is_well_is_not_in_sync() {
+        let mut fleet = fleet(1);
+        let mut sightings = Sightings::default();
+        fleet.nodes.get_mut(&"b".into()).unwrap().link_up = false;
+        kept_at(&shard(), &fleet, &mut sightings, NOW);
+        for seen in fleet.nodes.values_mut() {
+            seen.seen_ms = NOW + BLAME_MS;
+        }
+        let (next, why) = kept_at(&shard(), &fleet, &mut sightings, NOW + BLAME_MS).unwrap();
+        assert!(!next.members[1].in_sync, "{why}");
     }
 }

@@ -3,12 +3,13 @@
 use slotmesh_proto::{agent::v1 as agent, store::v1 as store, task::v1 as api};
 use slotmesh_topology::{
     Epoch,
-    wire::{SCHEMA, WireError, node_role_from},
+    wire::{SCHEMA, WireError, fence_proof_from, fence_proof_to, node_role_from},
 };
 
 use crate::{
     observe::{NodeView, ProcessState},
-    spec::{Phase, ShardSwitch, Spec, State, Task},
+    schedule,
+    spec::{Choice, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task},
 };
 
 /// Reads a task's record.
@@ -36,6 +37,9 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
                 .collect::<Option<_>>()
                 .ok_or_else(|| field("spec.shards.phase"))?,
         ),
+        store::task_record::Spec::Failover(f) => {
+            Spec::Failover(failover_from(f).ok_or_else(|| field("spec.phase"))?)
+        }
     };
     Ok(Task {
         id: record.task_id.as_str().into(),
@@ -48,6 +52,9 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         deadline_ms: record.deadline_unix_ms,
         event_count: record.event_count,
         cancel_requested: record.cancel_requested,
+        not_before_ms: record.not_before_unix_ms,
+        choice: choice_from(record.choice()),
+        trace_id: record.trace_id.clone(),
     })
 }
 
@@ -60,6 +67,7 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         Spec::Switchover(shards) => store::task_record::Spec::Switchover(store::SwitchoverSpec {
             shards: shards.iter().map(switch_to).collect(),
         }),
+        Spec::Failover(failover) => store::task_record::Spec::Failover(failover_to(failover)),
     };
     store::TaskRecord {
         schema: SCHEMA,
@@ -74,8 +82,95 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         event_count: task.event_count,
         cancel_requested: task.cancel_requested,
         attempt: 1,
-        trace_id: String::new(),
+        trace_id: task.trace_id.clone(),
         term,
+        not_before_unix_ms: task.not_before_ms,
+        choice: task
+            .choice
+            .map_or(store::OperatorChoice::Unspecified, choice_to)
+            .into(),
+        parked_because: match crate::failover::is_parked(task) {
+            true => task.message.clone(),
+            false => String::new(),
+        },
+    }
+}
+
+fn failover_from(record: &store::FailoverSpec) -> Option<ShardFailover> {
+    Some(ShardFailover {
+        shard: record.shard_id.as_str().into(),
+        from: record.from_node_id.as_str().into(),
+        from_run_id: record.from_run_id.clone(),
+        from_epoch: Epoch(record.from_epoch),
+        to: Some(record.to_node_id.as_str())
+            .filter(|to| !to.is_empty())
+            .map(Into::into),
+        phase: match record.phase() {
+            store::FailoverPhase::Unspecified => return None,
+            store::FailoverPhase::Fence => FailoverPhase::Fence,
+            store::FailoverPhase::Choose => FailoverPhase::Choose,
+            store::FailoverPhase::Promote => FailoverPhase::Promote,
+            store::FailoverPhase::Settle => FailoverPhase::Settle,
+            store::FailoverPhase::Done => FailoverPhase::Done,
+            store::FailoverPhase::Parked => FailoverPhase::Parked,
+        },
+        phase_since_ms: record.phase_since_unix_ms,
+        message: record.message.clone(),
+        cause: record.cause.clone(),
+        proof: fence_proof_from(record.proof()),
+        hold_us: record.hold_us,
+    })
+}
+
+fn failover_to(failover: &ShardFailover) -> store::FailoverSpec {
+    let phase = match failover.phase {
+        FailoverPhase::Fence => store::FailoverPhase::Fence,
+        FailoverPhase::Choose => store::FailoverPhase::Choose,
+        FailoverPhase::Promote => store::FailoverPhase::Promote,
+        FailoverPhase::Settle => store::FailoverPhase::Settle,
+        FailoverPhase::Done => store::FailoverPhase::Done,
+        FailoverPhase::Parked => store::FailoverPhase::Parked,
+    };
+    store::FailoverSpec {
+        shard_id: failover.shard.to_string(),
+        from_node_id: failover.from.to_string(),
+        from_run_id: failover.from_run_id.clone(),
+        from_epoch: failover.from_epoch.0,
+        to_node_id: failover
+            .to
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        phase: phase.into(),
+        phase_since_unix_ms: failover.phase_since_ms,
+        message: failover.message.clone(),
+        cause: failover.cause.clone(),
+        proof: failover
+            .proof
+            .map_or(store::FenceProof::Unspecified, fence_proof_to)
+            .into(),
+        hold_us: failover.hold_us,
+    }
+}
+
+/// `None` when unspecified.
+#[must_use]
+pub fn choice_from(choice: store::OperatorChoice) -> Option<Choice> {
+    match choice {
+        store::OperatorChoice::Unspecified => None,
+        store::OperatorChoice::Retry => Some(Choice::Retry),
+        store::OperatorChoice::Undo => Some(Choice::Undo),
+        store::OperatorChoice::AcceptLoss => Some(Choice::AcceptLoss),
+    }
+}
+
+/// An operator's choice, for records and the API.
+#[must_use]
+pub fn choice_to(choice: Choice) -> store::OperatorChoice {
+    match choice {
+        Choice::Retry => store::OperatorChoice::Retry,
+        Choice::Undo => store::OperatorChoice::Undo,
+        Choice::AcceptLoss => store::OperatorChoice::AcceptLoss,
     }
 }
 
@@ -159,6 +254,7 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
     let shards = match &task.spec {
         Spec::Provision | Spec::Decommission => Vec::new(),
         Spec::Switchover(shards) => shards.iter().map(progress_api).collect(),
+        Spec::Failover(failover) => vec![failover_api(failover)],
     };
     api::Task {
         task_id: task.id.to_string(),
@@ -173,6 +269,29 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
         steps_total,
         cancellable: task.is_cancellable(),
         shards,
+        not_before: String::new(),
+        choices: schedule::menu(task)
+            .iter()
+            .map(|choice| choice_to(*choice).into())
+            .collect(),
+        predicted_hold_ms: 0.0,
+    }
+}
+
+#[allow(clippy::cast_precision_loss)] // As below.
+fn failover_api(failover: &ShardFailover) -> api::ShardProgress {
+    api::ShardProgress {
+        shard_id: failover.shard.to_string(),
+        from_node_id: failover.from.to_string(),
+        to_node_id: failover
+            .to
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        phase: failover.phase.name().to_owned(),
+        message: failover.message.clone(),
+        hold_ms: failover.hold_us as f64 / 1000.0,
+        critical_ms: 0.0,
     }
 }
 
@@ -224,6 +343,13 @@ pub fn node_view(report: &agent::NodeReport, seen_ms: u64) -> NodeView {
         granted_epoch: Epoch(report.granted_epoch),
         assigned_epoch: Epoch(report.assigned_epoch),
         lag_bytes: report.replica_lag_bytes,
+        exited_run_id: report.exited_run_id.clone(),
+        detached: report.detached,
+        unresponsive: report.unresponsive,
+        replid: report.replid.clone(),
+        replid2: report.replid2.clone(),
+        second_offset: report.second_offset,
+        link_silent_s: report.link_silent_s,
         seen_ms,
     }
 }

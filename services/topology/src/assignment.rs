@@ -19,9 +19,15 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
     };
     let fenced = matches!(shard.mode, Mode::Fenced(_));
-    let is_primary = member.node == shard.primary;
+    // The epoch that has begun is nobody's yet: nobody serves, nobody is followed.
+    let detached = shard.failover().is_some();
+    let is_primary = member.node == shard.primary && !detached;
     let serving = shard.epoch > Epoch(0) && !fenced;
-    let master = credential::replica(&instance.secret, &shard.id, shard.epoch, &member.node);
+    let master = if detached {
+        credential::Credential::default()
+    } else {
+        credential::replica(&instance.secret, &shard.id, shard.epoch, &member.node)
+    };
     let observer = credential::observer(&instance.secret, &shard.id);
     pb::NodeSpec {
         node_id: member.node.to_string(),
@@ -33,10 +39,17 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         parameters: instance.parameters.clone().into_iter().collect(),
         epoch: shard.epoch.0,
         run_id: member.run_id.clone(),
-        role: wire::node_role_to(member.role).into(),
+        role: wire::node_role_to(if detached && member.role == NodeRole::Primary {
+            NodeRole::Replica
+        } else {
+            member.role
+        })
+        .into(),
         frozen: shard.handover().is_some(),
+        detached,
+        replica_agents: Vec::new(),
         primary_node_id: shard.primary.to_string(),
-        primary_address: if is_primary {
+        primary_address: if is_primary || detached {
             String::new()
         } else {
             shard
@@ -60,6 +73,12 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         observer_user: observer.user,
         observer_password: observer.password,
         parameters_version: instance.parameters_version,
+        previous_replid: shard
+            .lineage
+            .as_ref()
+            .map(|l| l.replid.clone())
+            .unwrap_or_default(),
+        previous_offset: shard.lineage.as_ref().map_or(0, |l| l.offset),
     }
 }
 
@@ -135,6 +154,8 @@ mod tests {
             parameters_version: 0,
             proxy_parameters: Default::default(),
             accounts: Vec::new(),
+            durability: 0,
+            maintenance_window: String::new(),
         }
     }
 
@@ -180,6 +201,18 @@ mod tests {
         let spec = node(&instance(), &fenced, &fenced.members[0]);
         assert!(spec.users.is_empty());
         assert_eq!(spec.closed_epoch, 4);
+    }
+
+    #[test]
+    fn in_a_failover_nobody_has_the_epoch_and_nobody_is_followed() {
+        let lost = shard().fail_over(&"t".into(), 0).unwrap();
+        for member in &lost.members {
+            let spec = node(&instance(), &lost, member);
+            assert!(spec.detached && spec.users.is_empty());
+            assert_eq!((spec.epoch, spec.closed_epoch), (5, 4));
+            assert!(spec.primary_address.is_empty() && spec.master_user.is_empty());
+            assert!(!is_primary(&spec));
+        }
     }
 
     #[test]

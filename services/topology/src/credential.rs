@@ -13,7 +13,7 @@ use crate::id::{Epoch, NodeId, ShardId};
 const OBSERVER_USER: &str = "ob-1";
 
 /// A user and its password.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Credential {
     /// Name at the Redis process.
     pub user: String,

@@ -78,6 +78,10 @@ pub struct Instance {
     pub proxy_parameters: BTreeMap<String, String>,
     /// Users of clients, in the order of their names.
     pub accounts: Vec<Account>,
+    /// Replicas that must have a write before it is acknowledged; 0: it is acknowledged at once.
+    pub durability: u32,
+    /// `HH:MM-HH:MM` in UTC; empty: any time is one.
+    pub maintenance_window: String,
 }
 
 impl std::fmt::Debug for Instance {

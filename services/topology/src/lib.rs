@@ -21,5 +21,7 @@ pub mod wire;
 
 pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
 pub use instance::{Architecture, Instance, InstanceState};
-pub use shard::{Handover, Member, Mode, NodeRole, Shard};
+pub use shard::{
+    Failover, FenceProof, Handover, Lineage, Member, Mode, NodeRole, Shard, TransitionError,
+};
 pub use slot::{SLOT_COUNT, Slot, SlotRange};

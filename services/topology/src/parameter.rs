@@ -170,6 +170,21 @@ pub const PROXY: &[ProxyParameter] = &[
         about: "CLUSTER commands answer as one node that has all slots",
     },
     ProxyParameter {
+        name: "durability-fsync",
+        default: "no",
+        values: YES_NO,
+        about: "durable writes are on the disks of the primary and the replicas that confirm them",
+    },
+    ProxyParameter {
+        name: "durability-timeout-ms",
+        default: "1000",
+        values: Values::Number {
+            min: 10,
+            max: 5_000,
+        },
+        about: "how long a durable write waits for its replicas, in milliseconds",
+    },
+    ProxyParameter {
         name: HOLD_BUDGET,
         default: "5000",
         values: Values::Number {
@@ -215,6 +230,12 @@ pub const PROXY: &[ProxyParameter] = &[
         about: "connections for blocked clients and transactions, to one node from one worker",
     },
     ProxyParameter {
+        name: "read-gate",
+        default: "no",
+        values: YES_NO,
+        about: "in durable mode reads wait, too, until replicas have what they may have seen",
+    },
+    ProxyParameter {
         name: "rt_threshold_ms",
         default: "500",
         values: Values::Number {
@@ -246,6 +267,7 @@ pub const PROXY: &[ProxyParameter] = &[
     },
 ];
 
+const YES_NO: Values = Values::OneOf(&["no", "yes"]);
 const SWITCH: Values = Values::OneOf(&["0", "1"]);
 const HOLD_BUDGET: &str = "hold_budget_ms";
 

@@ -34,6 +34,18 @@ pub fn shard(instance: &Instance, shard: &Shard) -> Option<pb::ShardRoute> {
                 .unwrap_or_default(),
             max_hold_ms: handover.max_hold_ms,
         }),
+        Mode::FailingOver(failover) => Some(pb::Hold {
+            task_id: failover.task.to_string(),
+            target_address: failover
+                .target
+                .as_ref()
+                .and_then(|target| shard.member(target))
+                .map(|m| m.address.clone())
+                .unwrap_or_default(),
+            // As long as the proxy holds at all: the epoch before is over, so there is nowhere else
+            // to go.
+            max_hold_ms: u32::try_from(HOLD_BUDGET_MS).unwrap_or(u32::MAX),
+        }),
         Mode::Fenced(_) => Some(pb::Hold {
             max_hold_ms: u32::try_from(HOLD_BUDGET_MS).unwrap_or(u32::MAX),
             ..pb::Hold::default()
@@ -91,5 +103,7 @@ pub fn settings(instance: &Instance) -> pb::InstanceSettings {
         hold_bytes_max: HOLD_BYTES_MAX,
         accounts: instance.accounts.iter().map(wire::account_to).collect(),
         proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
+        durability: instance.durability,
+        controller_addresses: Vec::new(),
     }
 }

@@ -4,6 +4,10 @@
 //! not allow. Whoever calls it then writes the result by compare-and-swap against the record it
 //! read, in a transaction that also checks its right to write.
 
+mod failover;
+
+pub use failover::{Failover, FenceProof, Lineage};
+
 use crate::{
     id::{Epoch, HostId, InstanceId, NodeId, ShardId, TaskId},
     slot::SlotRange,
@@ -73,6 +77,8 @@ pub enum Mode {
     Handover(Handover),
     /// Nobody serves until an operator or a task decides.
     Fenced(String),
+    /// The primary is lost, its epoch is over, and the next one's is being chosen.
+    FailingOver(Failover),
 }
 
 /// Slots, a primary, and those who follow it.
@@ -96,6 +102,8 @@ pub struct Shard {
     pub mode: Mode,
     /// Credentials of this epoch and below are revoked.
     pub closed_epoch: Epoch,
+    /// Where the last failover left the lost primary's history, if that was told.
+    pub lineage: Option<Lineage>,
 }
 
 /// Why a transition is refused. The record stays as it is.
@@ -138,6 +146,7 @@ impl Mode {
             Self::Serving => "Serving",
             Self::Handover(_) => "Handover",
             Self::Fenced(_) => "Fenced",
+            Self::FailingOver(_) => "FailingOver",
         }
     }
 }
@@ -329,6 +338,7 @@ pub(crate) mod tests {
             ],
             mode: Mode::Serving,
             closed_epoch: Epoch(3),
+            lineage: None,
         }
     }
 
@@ -376,6 +386,35 @@ pub(crate) mod tests {
         assert!(committed.commit(Epoch(4), "once").is_err());
         assert!(committed.cancel(&"t-1".into()).is_err());
         assert_eq!(committed.close().closed_epoch, Epoch(4));
+    }
+
+    #[test]
+    fn a_failover_ends_the_lost_epoch_first_and_needs_a_proof_before_a_target() {
+        let (task, b): (TaskId, NodeId) = ("t-1".into(), "b".into());
+        let lost = shard().fail_over(&task, 7).unwrap();
+        assert_eq!((lost.epoch, lost.closed_epoch), (Epoch(5), Epoch(4)));
+        assert!(lost.fail_over(&task, 7).is_err());
+        assert!(lost.choose(&task, &b, "run-b").is_err(), "not fenced yet");
+        assert!(lost.prove(&"t-2".into(), FenceProof::Exited).is_err());
+        let fenced = lost.prove(&task, FenceProof::Exited).unwrap();
+        assert!(
+            fenced.promoted(&task, "run-b", None).is_err(),
+            "nobody is chosen"
+        );
+        let chosen = fenced.choose(&task, &b, "run-b").unwrap();
+        assert!(chosen.promoted(&task, "another", None).is_err());
+        let lineage = Lineage {
+            replid: "old".into(),
+            offset: 71,
+        };
+        let next = chosen
+            .promoted(&task, "run-b", Some(lineage.clone()))
+            .unwrap();
+        assert_eq!(next.lineage, Some(lineage));
+        assert_eq!((next.epoch, next.primary.as_str()), (Epoch(5), "b"));
+        assert_eq!(next.member(&"a".into()).unwrap().role, NodeRole::Replica);
+        assert!(next.member(&b).unwrap().in_sync);
+        assert!(!next.member(&"a".into()).unwrap().in_sync);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::{
     check::{self, CheckError},
     id::Epoch,
     instance::{Architecture, Instance, InstanceState},
-    shard::{Handover, Member, Mode, NodeRole, Shard},
+    shard::{Failover, FenceProof, Handover, Lineage, Member, Mode, NodeRole, Shard},
     slot::SlotRange,
 };
 
@@ -82,6 +82,14 @@ pub fn shard_from(record: &store::ShardRecord) -> Result<Shard, WireError> {
         store::shard_record::Mode::Provisioning(_) => Mode::Provisioning,
         store::shard_record::Mode::Serving(_) => Mode::Serving,
         store::shard_record::Mode::Fenced(f) => Mode::Fenced(f.reason.clone()),
+        store::shard_record::Mode::FailingOver(f) => Mode::FailingOver(Failover {
+            task: f.task_id.as_str().into(),
+            target: Some(f.target_node_id.as_str())
+                .filter(|t| !t.is_empty())
+                .map(Into::into),
+            proof: fence_proof_from(f.proof()),
+            since_unix_ms: f.since_unix_ms,
+        }),
         store::shard_record::Mode::Handover(h) => Mode::Handover(Handover {
             task: h.task_id.as_str().into(),
             target: h.target_node_id.as_str().into(),
@@ -100,6 +108,10 @@ pub fn shard_from(record: &store::ShardRecord) -> Result<Shard, WireError> {
         members,
         mode,
         closed_epoch: Epoch(record.closed_epoch),
+        lineage: (!record.previous_replid.is_empty()).then(|| Lineage {
+            replid: record.previous_replid.clone(),
+            offset: record.previous_offset,
+        }),
     };
     check::shard(&shard)?;
     Ok(shard)
@@ -116,6 +128,19 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
     let mode = match &shard.mode {
         Mode::Provisioning => store::shard_record::Mode::Provisioning(store::Provisioning {}),
         Mode::Serving => store::shard_record::Mode::Serving(store::Serving {}),
+        Mode::FailingOver(f) => store::shard_record::Mode::FailingOver(store::FailingOver {
+            task_id: f.task.to_string(),
+            target_node_id: f
+                .target
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            proof: f
+                .proof
+                .map_or(store::FenceProof::Unspecified, fence_proof_to)
+                .into(),
+            since_unix_ms: f.since_unix_ms,
+        }),
         Mode::Fenced(reason) => store::shard_record::Mode::Fenced(store::Fenced {
             reason: reason.clone(),
         }),
@@ -149,6 +174,12 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
             .collect(),
         mode: Some(mode),
         closed_epoch: shard.closed_epoch.0,
+        previous_replid: shard
+            .lineage
+            .as_ref()
+            .map(|l| l.replid.clone())
+            .unwrap_or_default(),
+        previous_offset: shard.lineage.as_ref().map_or(0, |l| l.offset),
     }
 }
 
@@ -190,6 +221,8 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         parameters: record.parameters.clone().into_iter().collect(),
         parameters_version: record.parameters_version,
         proxy_parameters: record.proxy_parameters.clone().into_iter().collect(),
+        durability: record.durability,
+        maintenance_window: record.maintenance_window.clone(),
         accounts: record.accounts.iter().map(account_from).collect(),
     })
 }
@@ -223,6 +256,8 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         accounts: instance.accounts.iter().map(account_to).collect(),
         proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
         parameters_version: instance.parameters_version,
+        durability: instance.durability,
+        maintenance_window: instance.maintenance_window.clone(),
     }
 }
 
@@ -241,6 +276,29 @@ pub fn account_to(account: &Account) -> topology::Account {
     topology::Account {
         name: account.name.clone(),
         rules: account.rules.clone(),
+    }
+}
+
+/// How a primary is known to be fenced, for records and steps.
+#[must_use]
+pub fn fence_proof_to(proof: FenceProof) -> store::FenceProof {
+    match proof {
+        FenceProof::Exited => store::FenceProof::Exited,
+        FenceProof::Fenced => store::FenceProof::Fenced,
+        FenceProof::Lease => store::FenceProof::Lease,
+        FenceProof::Operator => store::FenceProof::Operator,
+    }
+}
+
+/// `None` when unspecified.
+#[must_use]
+pub fn fence_proof_from(proof: store::FenceProof) -> Option<FenceProof> {
+    match proof {
+        store::FenceProof::Unspecified => None,
+        store::FenceProof::Exited => Some(FenceProof::Exited),
+        store::FenceProof::Fenced => Some(FenceProof::Fenced),
+        store::FenceProof::Lease => Some(FenceProof::Lease),
+        store::FenceProof::Operator => Some(FenceProof::Operator),
     }
 }
 
@@ -331,6 +389,12 @@ mod tests {
             Mode::Serving,
             Mode::Handover(handover),
             Mode::Fenced("why".into()),
+            Mode::FailingOver(Failover {
+                task: "t".into(),
+                target: Some("b".into()),
+                proof: Some(FenceProof::Lease),
+                since_unix_ms: 7,
+            }),
         ];
         for mode in modes {
             let shard = Shard { mode, ..shard() };

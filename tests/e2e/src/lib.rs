@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: clients, witnesses that see every error, the ctl as a program.
 
+pub mod controllers;
+
 use std::{
     collections::BTreeMap,
     future::Future,

@@ -212,6 +212,7 @@ async fn accounts_are_set_listed_and_removed_and_no_password_is_kept() {
                 rules: vec![rule.to_owned()],
             }],
             removed: vec![removed.to_owned()],
+            ..UpdateAccountsRequest::default()
         };
         let refused = service.update_accounts(request).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument);

@@ -1,8 +1,9 @@
 //! Clients that others wrote, with their default settings, do their own basic work through a mesh:
 //! as if it were one Redis, and as if it were a Redis cluster.
 //!
-//! Nothing is skipped: a client that is not installed fails the test and says how to get it. The
-//! checks of each client are beside the judges, in tests/judges/clients.
+//! A client that is not installed fails the test and says how to get it; only Jedis, which no registry
+//! of ours has, is tried where `JEDIS_CLASSPATH` says where it is. The checks of each client are beside
+//! the judges, in tests/judges/clients.
 
 #![allow(clippy::unwrap_used)]
 
@@ -90,6 +91,25 @@ async fn ioredis_does_its_work() {
 #[tokio::test]
 async fn node_redis_does_its_work() {
     checks(&installed("bin/node"), "node_redis.js").await;
+}
+
+/// `JEDIS_CLASSPATH` names the jars of Jedis 5 and of what it needs: commons-pool2, gson, slf4j, json.
+#[tokio::test]
+async fn jedis_does_its_work_where_there_is_one() {
+    let Some(classpath) = std::env::var_os("JEDIS_CLASSPATH") else {
+        eprintln!("Jedis was not tried: JEDIS_CLASSPATH names no jars");
+        return;
+    };
+    let mesh = mesh().await;
+    let (host, port) = mesh.contract.proxies[0].rsplit_once(':').unwrap();
+    for kind in ["standalone", "cluster"] {
+        let mut command = Command::new("java");
+        command.arg("-cp").arg(&classpath);
+        command.arg(script("Jedis.java")).args([host, port, kind]);
+        let said = succeeds(command).await;
+        assert!(said.contains("checks passed"), "{said}");
+    }
+    mesh.stop().await.unwrap();
 }
 
 /// What both kinds of connections of redis-rs can do.

@@ -5,6 +5,7 @@
 
 pub mod engines;
 pub mod etcd;
+pub mod etcd_cluster;
 pub mod mesh;
 pub mod ports;
 pub mod programs;
@@ -13,6 +14,7 @@ pub mod signals;
 pub mod wait;
 
 pub use etcd::Etcd;
+pub use etcd_cluster::EtcdCluster;
 pub use mesh::{Mesh, MeshOptions};
 pub use redis_server::RedisServer;
 pub use wait::wait_until;

@@ -4,7 +4,10 @@
 //! Invariant: what survives a crash is what was journaled; everything else is dropped in the middle
 //! of whatever it did.
 
+pub mod fencer;
+mod guard;
 mod handover;
+mod promote;
 mod steps;
 mod worker;
 
@@ -51,6 +54,10 @@ pub(crate) enum Got {
     Login(bool),
     /// Of a controller.
     Commit(CommitAnswer),
+    /// Of another agent.
+    Promise(bool),
+    /// Of a controller; `None`: the store did not answer it.
+    Confirm(Option<bool>),
 }
 
 /// One node of this host.
@@ -81,6 +88,7 @@ pub(crate) struct Host {
     pub(crate) reports: RefCell<BTreeMap<usize, NodeReport>>,
     /// Connections to targets, and the calls that wait for their login.
     pub(crate) targets: RefCell<BTreeMap<ConnId, u64>>,
+    pub(crate) rights: RefCell<guard::Rights>,
     pub(crate) controllers: usize,
     pub(crate) preferred: RefCell<Option<usize>>,
 }
@@ -126,6 +134,8 @@ pub struct Agent {
     turn: usize,
     revision: u64,
     sent: (Micros, Vec<NodeReport>),
+    /// Of the last report of this session.
+    number: u64,
     controllers: usize,
 }
 
@@ -153,6 +163,7 @@ impl Agent {
             turn: index,
             revision: 0,
             sent: (0, Vec::new()),
+            number: 0,
             controllers,
         }
     }
@@ -165,6 +176,7 @@ impl Agent {
     pub fn start(&mut self) {
         let me = self.party();
         self.world.borrow_mut().born(me);
+        let now = self.world.borrow().now();
         let host = Rc::new(Host {
             index: self.index,
             me,
@@ -175,6 +187,7 @@ impl Agent {
             steps: RefCell::default(),
             reports: RefCell::default(),
             targets: RefCell::default(),
+            rights: RefCell::new(guard::Rights::since(now)),
             controllers: self.controllers,
             preferred: RefCell::default(),
         });
@@ -190,6 +203,8 @@ impl Agent {
             self.fibers
                 .push(Fiber::new(worker::run(Rc::clone(&host), seat.clone())));
         }
+        let guard = guard::run(Rc::clone(&host), self.seats.clone());
+        self.fibers.push(Fiber::new(guard));
         self.host = Some(host);
         let mut ctx = self.world.borrow_mut();
         ctx.timer(me, 1, Timer::Connect);
@@ -215,6 +230,17 @@ impl Agent {
             }
             Input::Rpc(_, Rpc::CommitReply { call, answer }) => {
                 host.answers.put(call, Got::Commit(answer));
+            }
+            Input::Rpc(from, Rpc::Promise { call, request }) => {
+                let promised = host.promise(&request);
+                let reply = Rpc::PromiseReply { call, promised };
+                self.world.borrow_mut().rpc(self.party(), from, reply);
+            }
+            Input::Rpc(_, Rpc::PromiseReply { call, promised }) => {
+                host.answers.put(call, Got::Promise(promised));
+            }
+            Input::Rpc(_, Rpc::ConfirmReply { call, confirmed }) => {
+                host.answers.put(call, Got::Confirm(confirmed));
             }
             Input::Rpc(from, Rpc::Step { call, request }) => {
                 self.step(&host, from, call, *request);
@@ -255,6 +281,14 @@ impl Agent {
                 self.heard = self.world.borrow().now();
                 self.assign(host, *assignment);
             }
+            Stream::LeaseKept {
+                number,
+                ttl_ms,
+                revision,
+            } if self.session == Some(conn) => {
+                self.heard = self.world.borrow().now();
+                host.rights.borrow_mut().kept(number, ttl_ms, revision);
+            }
             Stream::Heartbeat if self.session == Some(conn) => {
                 self.heard = self.world.borrow().now();
             }
@@ -273,8 +307,14 @@ impl Agent {
         let mut ctx = self.world.borrow_mut();
         let me = self.party();
         let conn = ctx.open(me, Party::Controller(to));
-        ctx.send(me, conn, Stream::Register(self.index));
+        let session = ctx.call();
+        let register = Stream::Register {
+            host: self.index,
+            session,
+        };
+        ctx.send(me, conn, register);
         self.session = Some(conn);
+        self.number = 0;
         self.heard = ctx.now();
         drop(ctx);
         *host.preferred.borrow_mut() = Some(to);
@@ -382,9 +422,12 @@ impl Agent {
             return;
         }
         self.sent = (now, nodes.clone());
+        self.number += 1;
+        host.rights.borrow_mut().reporting(self.number, now);
         let report = HostReport {
             nodes,
-            proxies: Vec::new(),
+            number: self.number,
+            ..HostReport::default()
         };
         self.world
             .borrow_mut()
@@ -404,6 +447,7 @@ fn node_of(request: &ExecuteStepRequest) -> &str {
         Some(Act::EnsureUsers(it)) => &it.node_id,
         Some(Act::HandOver(it)) => &it.node_id,
         Some(Act::TakeBack(it)) => &it.node_id,
+        Some(Act::Promote(it)) => &it.node_id,
         None => "",
     }
 }

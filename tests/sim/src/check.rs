@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_topology::{Mode, Shard, wire};
+use slotmesh_topology::{FenceProof, Mode, Shard, wire};
 
 use crate::{
     redis::{Kind, Op, Process, Rights},
@@ -30,8 +30,10 @@ struct Past {
     primaries: BTreeMap<u64, (String, String)>,
     /// Every process that a record has named.
     named: BTreeSet<String>,
-    /// Processes that became primaries.
+    /// Processes that became primaries, and follow nobody since.
     promoted: BTreeSet<String>,
+    /// Processes that have followed nobody since they began.
+    born: BTreeSet<String>,
     written: u64,
 }
 
@@ -44,6 +46,22 @@ pub struct Checks {
     pub lost: BTreeSet<u64>,
     /// A process has lost data, so losses are not the mesh's.
     pub data_was_lost: bool,
+    /// An operator has said that data may be lost.
+    pub loss_was_accepted: bool,
+    /// Operations that an asynchronous failover left behind with a lost primary.
+    pub left_behind: BTreeSet<u64>,
+    /// Operations of lost primaries that were kept in a file.
+    pub captured: BTreeSet<u64>,
+    /// Operations that a process executed when it woke, and was no primary any more.
+    pub late: BTreeSet<u64>,
+    /// Writes are acknowledged only once replicas have them.
+    pub durable: bool,
+    /// Failovers that were declared.
+    pub failovers: usize,
+    /// Failovers that a record told of since the last look: shard, the lost primary, its successor.
+    pub failed_over: Vec<(usize, String, String)>,
+    /// Failovers that were declared since the last look: shard, primary, its process.
+    pub declared: Vec<(usize, String, String)>,
     shards: BTreeMap<usize, Past>,
     routed: BTreeMap<(usize, String), u64>,
     terms: BTreeMap<usize, u64>,
@@ -65,7 +83,14 @@ impl Checks {
     }
 
     /// A process executed a client's write.
-    pub fn wrote(&mut self, shard: usize, node: &str, run_id: &str, user: &str, op: u64) {
+    pub fn wrote(
+        &mut self,
+        shard: usize,
+        (node, run_id): (&str, &str),
+        user: &str,
+        op: u64,
+        late: bool,
+    ) {
         let epoch = epoch_of(user);
         let past = self.shards.entry(shard).or_default();
         let (current, written) = (past.epoch, past.written);
@@ -73,8 +98,19 @@ impl Checks {
             .primaries
             .get(&epoch)
             .is_some_and(|(n, r)| n == node && r == run_id);
+        // What a process does that has stood still, when it goes on: nobody may take it for done.
+        if late && epoch < current {
+            self.late.insert(op);
+            if !self.durable {
+                self.left_behind.insert(op);
+            }
+            return;
+        }
         past.written = written.max(epoch);
-        if !rightful || epoch != current {
+        // The lost primary's epoch is over, and until its successor has the next one it may still
+        // take writes: it is being fenced.
+        let nobody_yet = epoch + 1 == current && !past.primaries.contains_key(&current);
+        if !rightful || (epoch != current && !nobody_yet) {
             self.fail(
                 "A2/A4/I2: only the primary of the record's epoch takes writes",
                 || format!("{node} ({run_id}) executed write {op} as {user} in epoch {current}"),
@@ -122,6 +158,19 @@ impl Checks {
             .insert(run_id.to_owned());
     }
 
+    /// A process began, and follows nobody.
+    pub fn began(&mut self, shard: usize, run_id: &str) {
+        let past = self.shards.entry(shard).or_default();
+        past.born.insert(run_id.to_owned());
+    }
+
+    /// A process follows another.
+    pub fn follows(&mut self, shard: usize, run_id: &str) {
+        let past = self.shards.entry(shard).or_default();
+        past.born.remove(run_id);
+        past.promoted.remove(run_id);
+    }
+
     /// A process began to feed a replica.
     pub fn feeds(&mut self, shard: usize, node: &str, run_id: &str) {
         if !self.shards.entry(shard).or_default().named.contains(run_id) {
@@ -144,12 +193,24 @@ impl Checks {
 
     /// A replica's data were replaced by its primary's.
     pub fn replaced(&mut self, node: &str, process: &Process, log: &[Op]) {
-        let is_write = |op: &Op| op.kind != Kind::Noop;
+        let is_write = |op: &Op| matches!(op.kind, Kind::Set | Kind::Push);
+        let lost = (process.beyond(log).into_iter())
+            .find(|op| !self.captured.contains(&op.id) && !self.lost.contains(&op.id));
+        if let Some(op) = lost {
+            self.fail("I8: what a living old primary loses is captured", || {
+                format!("{node} lost write {} and others", op.id)
+            });
+        }
         if process.log.iter().any(is_write) && !log.iter().any(is_write) {
             self.fail("A5/I3: an empty primary never wipes a replica", || {
                 format!("{node} had {} operations", process.log.len())
             });
         }
+    }
+
+    /// What a lost primary has beyond its successor was kept.
+    pub fn captured(&mut self, ops: &[Op]) {
+        self.captured.extend(ops.iter().map(|op| op.id));
     }
 
     /// A process's data died with it.
@@ -182,7 +243,9 @@ impl Checks {
                         Err(error) => self.fail("A2: records are valid", || error.to_string()),
                     }
                 }
-                (Key::Lock(shard), Value::Lock(task)) if items.contains_key(key) => {
+                (Key::Lock(shard), Value::Lock(task))
+                    if items.contains_key(key) && !takes_over(txn, *shard) =>
+                {
                     self.fail("I7: one operation per shard", || {
                         format!("task {task} took shard {shard}, which is locked")
                     });
@@ -211,7 +274,9 @@ impl Checks {
             }
             let run_id = |s: &Shard| s.primary_member().map(|m| m.run_id.clone());
             let same = old.primary == new.primary && run_id(old) == run_id(new);
-            if old.epoch == new.epoch && old.epoch.0 > 0 && !same {
+            // The epoch of a failover is nobody's until somebody is promoted.
+            let began = old.failover().is_some();
+            if old.epoch == new.epoch && old.epoch.0 > 0 && !same && !began {
                 self.fail("A2: one primary, and one process of it, per epoch", || {
                     format!(
                         "shard {index}: {} to {} in epoch {}",
@@ -220,20 +285,20 @@ impl Checks {
                 });
             }
             if old.primary != new.primary {
-                let target = old.handover().map(|h| &h.target);
+                let failover = old.failover().and_then(|f| f.target.as_ref());
+                let target = old.handover().map(|h| &h.target).or(failover);
                 if target != Some(&new.primary) {
                     self.fail("I4: only the declared target is promoted", || {
                         format!("shard {index}: {} to {}", old.primary, new.primary)
                     });
                 }
             }
+            self.failover(index, old, new, txn);
             let token = txn.token.as_deref();
+            let past = self.shards.entry(index).or_default();
             let promoted = run_id(new).is_some_and(|run_id| {
-                self.shards
-                    .entry(index)
-                    .or_default()
-                    .promoted
-                    .contains(&run_id)
+                let alone = old.failover().is_some() && past.born.contains(&run_id);
+                alone || past.promoted.contains(&run_id)
             });
             if old.primary != new.primary && !promoted {
                 self.fail(
@@ -259,9 +324,58 @@ impl Checks {
             .extend(new.members.iter().map(|m| m.run_id.clone()));
         if let Some(primary) = new.primary_member()
             && new.mode != Mode::Provisioning
+            && new.failover().is_none()
         {
             let named = (primary.node.to_string(), primary.run_id.clone());
             past.primaries.insert(new.epoch.0, named);
+        }
+    }
+
+    /// From a lost primary to its successor: declared, proven, chosen, promoted, in this order.
+    fn failover(&mut self, index: usize, old: &Shard, new: &Shard, txn: &Txn) {
+        match (old.failover(), new.failover()) {
+            (None, Some(after)) => {
+                if let Some(lost) = old.primary_member() {
+                    let declared = (index, lost.node.to_string(), lost.run_id.clone());
+                    self.declared.push(declared);
+                }
+                if new.epoch.0 != old.epoch.0 + 1 || new.closed_epoch != old.epoch {
+                    self.fail("I2: a failover ends the lost epoch first", || {
+                        format!("shard {index}: {} to {}", old.epoch, new.epoch)
+                    });
+                }
+                self.lease_is_compared(index, after.proof, txn);
+            }
+            (Some(before), Some(after)) => {
+                if after.target.is_some() && after.proof.is_none() {
+                    self.fail("I4: nobody is chosen before the lost one is fenced", || {
+                        format!("shard {index}: {:?}", after.target)
+                    });
+                }
+                if before.proof.is_none() {
+                    self.lease_is_compared(index, after.proof, txn);
+                }
+            }
+            (Some(before), None) => {
+                if new.mode != Mode::Serving || before.proof.is_none() {
+                    self.fail(
+                        "I4: a failover ends with a fenced primary and another",
+                        || format!("shard {index}: {:?}", new.mode),
+                    );
+                }
+                let (lost, next) = (old.primary.to_string(), new.primary.to_string());
+                self.failed_over.push((index, lost, next));
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn lease_is_compared(&mut self, index: usize, proof: Option<FenceProof>, txn: &Txn) {
+        let absent = |c: &Compare| matches!(c, Compare::Absent(Key::Host(_)));
+        if proof == Some(FenceProof::Lease) && !txn.compares.iter().any(absent) {
+            self.fail("I4: a lease's end is compared, not believed", || {
+                format!("shard {index}")
+            });
         }
     }
 
@@ -315,6 +429,22 @@ impl Checks {
         }
     }
 
+    /// A client was told that its write is done.
+    pub fn acknowledged(&mut self, client: usize, op: u64) {
+        if self.late.contains(&op) && self.durable {
+            self.fail(
+                "I1: what a lost primary does when it wakes is never acknowledged",
+                || format!("client {client}: write {op}"),
+            );
+        }
+    }
+
+    /// Something may be gone that clients have seen.
+    #[must_use]
+    pub fn may_be_gone(&self) -> bool {
+        self.data_was_lost || self.loss_was_accepted || !self.left_behind.is_empty()
+    }
+
     /// A request waited in a proxy.
     pub fn answered(&mut self, what: &'static str, waited: Micros, limit: Micros) {
         if waited > limit {
@@ -345,6 +475,18 @@ impl Checks {
     pub fn step_ended(&mut self, host: usize, key: String) {
         self.steps.insert((host, key));
     }
+}
+
+/// A lock is taken over only by the declaration of a failover, which compares who has it.
+fn takes_over(txn: &Txn, shard: usize) -> bool {
+    let compared = |c: &Compare| matches!(c, Compare::Unchanged(Key::Lock(s), _) if *s == shard);
+    let declares = |(key, value): &(Key, Value)| match (key, value) {
+        (Key::Shard(s), Value::Shard(record)) => {
+            *s == shard && wire::shard_from(record).is_ok_and(|new| new.failover().is_some())
+        }
+        _ => false,
+    };
+    txn.compares.iter().any(compared) && txn.puts.iter().any(declares)
 }
 
 fn epoch_of(user: &str) -> u64 {

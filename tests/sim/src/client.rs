@@ -177,7 +177,8 @@ impl Client {
             ctx.trace
                 .say(now, || format!("client {index}: {ask:?} failed: {text}"));
             self.errors.push(text.clone());
-            if text.contains("unknown") {
+            if text.contains("unknown") || text.contains("UNCONFIRMED") || text.contains("WAITFAIL")
+            {
                 self.unknown(&ask, shard);
             }
             return;
@@ -193,11 +194,13 @@ impl Client {
                         });
                 }
                 self.acknowledged.push(*id);
+                ctx.checks.acknowledged(self.index, *id);
                 // What is unknown may still happen: a proxy may hold it.
                 self.registers[shard].0 = *id;
             }
             (Ask::Push(id), Reply::Number(Some(length))) => {
                 self.acknowledged.push(*id);
+                ctx.checks.acknowledged(self.index, *id);
                 self.grew(ctx, shard, *length);
             }
             (Ask::Get, Reply::Number(value)) => self.read(ctx, shard, value.unwrap_or(0)),
@@ -205,6 +208,7 @@ impl Client {
                 for (id, item) in ids.iter().zip(items) {
                     if let Reply::Number(Some(length)) = item {
                         self.acknowledged.push(*id);
+                        ctx.checks.acknowledged(self.index, *id);
                         self.grew(ctx, shard, *length);
                     }
                 }
@@ -222,7 +226,7 @@ impl Client {
     /// A list only grows: a length that was told before means that something was lost.
     fn grew(&mut self, ctx: &mut Ctx, shard: usize, length: u64) {
         let before = std::mem::replace(&mut self.lengths[shard], length);
-        if length <= before && !ctx.checks.data_was_lost {
+        if length <= before && !ctx.checks.may_be_gone() {
             let index = self.index;
             ctx.checks.fail("A8/I5: no acknowledged write is lost", || {
                 format!("client {index}: list of shard {shard} has {length} after {before}")
@@ -243,7 +247,7 @@ impl Client {
             self.early.push(value);
             return;
         }
-        if value != *last && !maybe.contains(&value) && !ctx.checks.data_was_lost {
+        if value != *last && !maybe.contains(&value) && !ctx.checks.may_be_gone() {
             let index = self.index;
             ctx.checks.fail("A8: a client reads what it wrote", || {
                 format!("client {index}: register of shard {shard} is {value}, was set to {last}")

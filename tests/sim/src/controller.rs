@@ -1,26 +1,29 @@
-//! A controller: sessions, topology streams, delegated commits and, while it leads, the driver.
+//! A controller: sessions, topology streams, hosts' leases, delegated commits and, while it leads,
+//! the driver; while it does not, what its peers say is relayed to who does.
 //!
 //! Invariant: what it sends is derived by the real model (`assignment::node`, `route::shard`) from
 //! records that a watch showed it; what it writes is a transition of the real `Shard`.
 
 mod commit;
 mod driver;
+mod lease;
 mod mirror;
+mod peers;
 mod write;
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use rand::Rng;
 use slotmesh_proto::{agent::v1::Assignment, topology::v1 as topology};
-use slotmesh_task::{Fleet, HoldLevel, ProxyView};
-use slotmesh_topology::{Epoch, Instance, assignment, route};
+use slotmesh_task::Fleet;
+use slotmesh_topology::{Instance, NodeRole, assignment, route};
 
 use self::mirror::{Mirror, Versioned};
 use crate::{
     fiber::{Answers, Fiber, World, wait_until},
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
     sched::{MS, Micros, SEC},
-    store::{LEADER_TTL, StoreReply, StoreRequest},
+    store::{HOST_TTL, LEADER_TTL, StoreReply, StoreRequest},
 };
 
 /// A call of the store is given up after this time; it may still take effect.
@@ -42,7 +45,10 @@ pub(crate) struct Desk {
     heard: RefCell<BTreeMap<usize, u64>>,
     pub(crate) answers: Answers<StoreReply>,
     pub(crate) steps: Answers<slotmesh_proto::agent::v1::ExecuteStepResponse>,
-    pub(crate) agents: RefCell<BTreeMap<usize, ConnId>>,
+    /// Through which connection each host is heard, and in which of its sessions.
+    pub(crate) agents: RefCell<BTreeMap<usize, (u64, ConnId)>>,
+    /// What hosts hold here: their right to serve.
+    pub(crate) leases: RefCell<BTreeMap<ConnId, lease::Held>>,
     /// The term that it believes to hold.
     pub(crate) term: RefCell<Option<u64>>,
     /// Something that decisions depend on has changed.
@@ -88,16 +94,22 @@ pub struct Controller {
     life: u64,
     watch: Option<ConnId>,
     /// Hosts and proxies by their stream.
-    hosts: BTreeMap<ConnId, usize>,
-    proxies: BTreeMap<ConnId, usize>,
+    hosts: BTreeMap<ConnId, peers::Host>,
+    proxies: BTreeMap<ConnId, peers::Proxy>,
+    /// Followers that relay to this leader, with what they brought.
+    relays: BTreeMap<ConnId, peers::Relay>,
+    /// To the leader, while this is not it.
+    relay: Option<(ConnId, usize)>,
     sent: BTreeMap<ConnId, Assignment>,
     routed: BTreeMap<ConnId, Vec<topology::ShardRoute>>,
     /// What was published last: revision of the mirror, and the newest stream.
-    published: (u64, usize, ConnId),
+    published: (u64, u64, usize, ConnId),
     fibers: Vec<Fiber>,
     driver: Option<Fiber>,
     /// The lease is kept for so long as this leader knows.
     lease_until: Micros,
+    /// Until then every host passes for leased.
+    presumed_until: Micros,
     campaign: Option<u64>,
     keepalive: Option<(u64, Micros)>,
 }
@@ -115,12 +127,15 @@ impl Controller {
             watch: None,
             hosts: BTreeMap::new(),
             proxies: BTreeMap::new(),
+            relays: BTreeMap::new(),
+            relay: None,
             sent: BTreeMap::new(),
             routed: BTreeMap::new(),
-            published: (0, 0, 0),
+            published: (0, 0, 0, 0),
             fibers: Vec::new(),
             driver: None,
             lease_until: 0,
+            presumed_until: 0,
             campaign: None,
             keepalive: None,
         }
@@ -134,6 +149,7 @@ impl Controller {
     pub fn start(&mut self) {
         let me = self.party();
         self.life = self.world.borrow_mut().born(me);
+        self.presumed_until = self.world.borrow().now() + HOST_TTL;
         self.desk = Some(Rc::new(Desk {
             me,
             world: Rc::clone(&self.world),
@@ -144,6 +160,7 @@ impl Controller {
             answers: Answers::default(),
             steps: Answers::default(),
             agents: RefCell::default(),
+            leases: RefCell::default(),
             term: RefCell::default(),
             news: RefCell::default(),
         }));
@@ -192,12 +209,18 @@ impl Controller {
                 let commit = commit::serve(Rc::clone(&desk), from, call, request);
                 self.fibers.push(Fiber::new(commit));
             }
+            Input::Rpc(from, Rpc::Confirm { call, request }) => {
+                let confirm = commit::confirm(Rc::clone(&desk), from, call, request);
+                self.fibers.push(Fiber::new(confirm));
+            }
             Input::Stream(conn, message) => self.stream(&desk, conn, message),
             Input::Closed(conn) => self.closed(&desk, conn),
             Input::Timer(Timer::Connect) if self.watch.is_none() => {
                 let mut ctx = self.world.borrow_mut();
                 let conn = ctx.open(self.party(), Party::Store);
-                ctx.send(self.party(), conn, Stream::Subscribe);
+                let shown = desk.mirror.borrow().revision;
+                let from = (shown > 0).then_some(shown + 1);
+                ctx.send(self.party(), conn, Stream::Subscribe(from));
                 self.watch = Some(conn);
             }
             Input::Timer(Timer::Tick) => self.tick(&desk),
@@ -231,6 +254,7 @@ impl Controller {
                 self.campaign = None;
                 if let (Some(term), None) = (term, self.believes()) {
                     *desk.term.borrow_mut() = Some(term);
+                    self.begin_term(desk);
                     self.lease_until = now + LEADER_TTL;
                     self.driver = Some(Fiber::new(driver::run(Rc::clone(desk), term)));
                 }
@@ -251,13 +275,7 @@ impl Controller {
     fn depose(&mut self, desk: &Rc<Desk>) {
         *desk.term.borrow_mut() = None;
         self.driver = None;
-        let streams: Vec<ConnId> = self
-            .hosts
-            .keys()
-            .chain(self.proxies.keys())
-            .copied()
-            .collect();
-        for conn in streams {
+        for conn in self.relays.keys().copied().collect::<Vec<_>>() {
             self.world.borrow_mut().close(self.party(), conn);
             self.closed(desk, conn);
         }
@@ -287,119 +305,64 @@ impl Controller {
             }
         }
         self.age(desk);
+        self.note_leases(desk);
+        self.relay_on(desk);
         let mut ctx = self.world.borrow_mut();
-        for conn in self.hosts.keys().chain(self.proxies.keys()) {
+        for conn in self
+            .hosts
+            .keys()
+            .chain(self.proxies.keys())
+            .chain(self.relays.keys())
+        {
             ctx.send(me, *conn, Stream::Heartbeat);
         }
         let jitter = ctx.rng.random_range(0..50 * MS);
         ctx.timer(me, HEARTBEAT + jitter, Timer::Tick);
     }
 
-    fn age(&self, desk: &Rc<Desk>) {
-        let limit = desk.now_ms().saturating_sub(FRESH_FOR_MS);
-        for (proxy, heard) in desk.heard.borrow().iter() {
-            let id = format!("p{proxy}").into();
-            if let Some(view) = desk.fleet.borrow_mut().proxies.get_mut(&id) {
-                view.fresh &= *heard >= limit;
-            }
-        }
-        desk.changed();
-    }
-
     fn stream(&mut self, desk: &Rc<Desk>, conn: ConnId, message: Stream) {
-        if let Stream::Watched(changes) = message {
-            if self.watch == Some(conn) {
-                desk.mirror.borrow_mut().take(changes);
-                desk.changed();
-            }
-            return;
-        }
-        // Sessions and topology streams are the leader's.
-        if self.believes().is_none() {
-            self.world.borrow_mut().close(self.party(), conn);
-            return;
-        }
-        let now_ms = desk.now_ms();
+        let from_watch = self.watch == Some(conn);
         match message {
-            Stream::Register(host) => {
-                self.hosts.insert(conn, host);
-                desk.agents.borrow_mut().insert(host, conn);
-                desk.fleet
-                    .borrow_mut()
-                    .hosts
-                    .insert(format!("h{host}").into());
+            Stream::Watched(changes) if from_watch => desk.mirror.borrow_mut().take(changes),
+            Stream::Listed(revision, items) if from_watch => {
+                desk.mirror.borrow_mut().list(revision, items);
             }
-            Stream::HostReport(report) if self.hosts.contains_key(&conn) => {
-                let mut fleet = desk.fleet.borrow_mut();
-                for node in &report.nodes {
-                    let view = slotmesh_task::wire::node_view(node, now_ms);
-                    fleet.nodes.insert(node.node_id.as_str().into(), view);
-                }
+            Stream::Compacted if from_watch => {
+                let list = Stream::Subscribe(None);
+                self.world.borrow_mut().send(self.party(), conn, list);
             }
-            Stream::ProxyReport { proxy, shards } => {
-                self.proxies.insert(conn, proxy);
-                desk.heard.borrow_mut().insert(proxy, now_ms);
-                let mut fleet = desk.fleet.borrow_mut();
-                let view = fleet.proxies.entry(format!("p{proxy}").into()).or_default();
-                view.instance = self.instance.id.clone();
-                view.fresh = true;
-                apply_shards(view, &shards);
-            }
-            _ => return,
+            message => return self.peer(desk, conn, message),
         }
-        desk.changed();
-    }
-
-    fn closed(&mut self, desk: &Rc<Desk>, conn: ConnId) {
-        self.sent.remove(&conn);
-        self.routed.remove(&conn);
-        if self.watch == Some(conn) {
-            self.watch = None;
-            self.world
-                .borrow_mut()
-                .timer(self.party(), 200 * MS, Timer::Connect);
-        } else if let Some(host) = self.hosts.remove(&conn) {
-            let mut agents = desk.agents.borrow_mut();
-            if agents.get(&host) == Some(&conn) {
-                agents.remove(&host);
-                desk.fleet
-                    .borrow_mut()
-                    .hosts
-                    .remove(&format!("h{host}").into());
-            }
-        } else if let Some(proxy) = self.proxies.remove(&conn)
-            && !self.proxies.values().any(|p| *p == proxy)
-        {
-            desk.fleet
-                .borrow_mut()
-                .proxies
-                .remove(&format!("p{proxy}").into());
-        }
+        self.note_leases(desk);
+        self.relay_on(desk);
         desk.changed();
     }
 
     /// Sends every agent and proxy what has changed for it.
     fn publish(&mut self) {
-        let (Some(desk), Some(term)) = (self.desk.clone(), self.believes()) else {
+        let Some(desk) = self.desk.clone() else {
             return;
         };
         let mirror = desk.mirror.borrow();
-        if mirror.shards.is_empty() {
+        let term = mirror.term;
+        if mirror.shards.is_empty() || term == 0 {
             return;
         }
         let streams = self.hosts.keys().chain(self.proxies.keys());
         let newest = streams.clone().max().copied().unwrap_or(0);
-        let now = (mirror.revision, streams.count(), newest);
+        let now = (term, mirror.revision, streams.count(), newest);
         if self.published == now {
             return;
         }
         self.published = now;
         let me = self.party();
         for (conn, host) in &self.hosts {
-            let mut next = self.assignment(&mirror, *host, term);
+            let mut next = self.assignment(&mirror, host.index, term);
             let old = self.sent.get(conn);
             next.revision = old.map_or(mirror.revision, |o| o.revision);
-            if old != Some(&next) {
+            // What proves that nothing changed before its lease began is news, too.
+            let leased = mirror.hosts.get(&host.index).copied().unwrap_or(0);
+            if old != Some(&next) || next.revision < leased {
                 next.revision = mirror.revision;
                 self.sent.insert(*conn, next.clone());
                 let message = Stream::Assignment(Box::new(next));
@@ -429,7 +392,15 @@ impl Controller {
         let mut nodes = Vec::new();
         for shard in mirror.shards.values().map(|s| &s.value) {
             let here = shard.members.iter().filter(|m| m.host.as_str() == name);
-            nodes.extend(here.map(|m| assignment::node(&self.instance, shard, m)));
+            nodes.extend(here.map(|m| {
+                let mut spec = assignment::node(&self.instance, shard, m);
+                if assignment::is_primary(&spec) {
+                    let others = shard.members.iter().filter(|o| o.node != m.node);
+                    let others = others.filter(|o| o.role != NodeRole::ReadOnly);
+                    spec.replica_agents = others.map(|o| o.host.to_string()).collect();
+                }
+                spec
+            }));
         }
         Assignment {
             term,
@@ -451,16 +422,6 @@ pub enum Ask {
     },
     /// Cancel what is under way.
     Cancel,
-}
-
-fn apply_shards(view: &mut ProxyView, shards: &[topology::ShardState]) {
-    for state in shards {
-        let level = match state.level() {
-            topology::HoldLevel::Unspecified => continue,
-            topology::HoldLevel::Applied => HoldLevel::Applied,
-            topology::HoldLevel::Held => HoldLevel::Held,
-        };
-        let value = (Epoch(state.epoch), level, state.task_id.as_str().into());
-        view.shards.insert(state.shard_id.as_str().into(), value);
-    }
+    /// What an operator says to what waits for one.
+    Choose(slotmesh_task::Choice),
 }

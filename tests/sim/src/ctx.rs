@@ -14,6 +14,20 @@ use crate::{
     variant::Variant,
 };
 
+/// What happens to one message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Tamper {
+    /// It is lost.
+    Lose,
+    /// It comes twice.
+    Repeat,
+    /// It comes late.
+    Delay(Micros),
+}
+
+/// Whoever looks after a process that has stood still sees that it went on within this time.
+const DROWSY: Micros = 200 * MS;
+
 /// Something that is due.
 #[derive(Debug)]
 pub enum Event {
@@ -42,6 +56,18 @@ pub struct Ctx {
     pub variant: Variant,
     /// Acts at which the plan wants something to go wrong, and how often they were passed.
     pub points: Vec<(Point, u32, Script)>,
+    /// Messages may be lost or late until then.
+    pub bad_weather_until: Micros,
+    /// What happens to the next messages of parties.
+    pub tampers: Vec<(Party, Tamper)>,
+    /// When a party last stood still, or something that reaches it was cut, until when.
+    pub troubled: std::collections::BTreeMap<Party, Micros>,
+    /// Messages on connections that hang: who sent them, and whether the sender closed after them.
+    parked: Vec<(Party, ConnId, Option<Stream>)>,
+    /// When parties went on that had stood still.
+    pub woken: std::collections::BTreeMap<Party, Micros>,
+    /// Parties that stand still.
+    pub stopped: std::collections::BTreeSet<Party>,
     lives: Vec<(Party, u64, bool)>,
     calls: u64,
 }
@@ -58,6 +84,12 @@ impl Ctx {
             checks: Checks::default(),
             variant,
             points: Vec::new(),
+            bad_weather_until: 0,
+            tampers: Vec::new(),
+            troubled: std::collections::BTreeMap::new(),
+            parked: Vec::new(),
+            woken: std::collections::BTreeMap::new(),
+            stopped: std::collections::BTreeSet::new(),
             lives: Vec::new(),
             calls: 0,
         }
@@ -160,8 +192,19 @@ impl Ctx {
         let Some(link) = self.net.conns.get(&conn).filter(|c| c.up).cloned() else {
             return;
         };
+        if self.net.is_hanging(conn, from, &mut self.rng) {
+            return self.parked.push((from, conn, Some(message)));
+        }
         let to = link.ends[usize::from(link.ends[0].0 == from)];
-        match self.net.arrival(conn, from, now, &mut self.rng) {
+        let arrival = match self.tamper(from, to.0, false) {
+            Some(Tamper::Lose) => None,
+            Some(Tamper::Delay(late)) => {
+                self.net.delay_from(conn, from, now + late);
+                self.net.arrival(conn, from, now, &mut self.rng)
+            }
+            _ => self.net.arrival(conn, from, now, &mut self.rng),
+        };
+        match arrival {
             Some(at) => self.queue.at(
                 at,
                 Event::To(to.0, to.1, Box::new(Input::Stream(conn, message))),
@@ -183,6 +226,9 @@ impl Ctx {
         let Some(link) = self.net.conns.get(&conn).cloned() else {
             return;
         };
+        if self.net.is_hanging(conn, from, &mut self.rng) {
+            return self.parked.push((from, conn, None));
+        }
         let to = link.ends[usize::from(link.ends[0].0 == from)];
         let at = match self.net.arrival(conn, from, now, &mut self.rng) {
             Some(at) if link.up => at,
@@ -191,6 +237,16 @@ impl Ctx {
         self.net.conns.remove(&conn);
         self.queue
             .at(at, Event::To(to.0, to.1, Box::new(Input::Closed(conn))));
+    }
+
+    /// Cuts are mended: what waited goes its way, in order.
+    pub fn flush(&mut self) {
+        for (from, conn, message) in std::mem::take(&mut self.parked) {
+            match message {
+                Some(message) => self.send(from, conn, message),
+                None => self.close(from, conn),
+            }
+        }
     }
 
     /// True if messages may still come from it.
@@ -211,21 +267,39 @@ impl Ctx {
         }
     }
 
+    /// What the plan wants to happen to the next message between these, once. A message of a
+    /// connection comes once.
+    fn tamper(&mut self, from: Party, to: Party, twice: bool) -> Option<Tamper> {
+        let fits = |(party, tamper): &(Party, Tamper)| {
+            (*party == from || *party == to) && (twice || *tamper != Tamper::Repeat)
+        };
+        let at = self.tampers.iter().position(fits)?;
+        Some(self.tampers.remove(at).1)
+    }
+
     /// Sends without a connection.
     pub fn rpc(&mut self, from: Party, to: Party, message: Rpc) {
         let weather = self.net.weather;
+        let tamper = self.tamper(from, to, true);
+        if tamper == Some(Tamper::Lose) {
+            return;
+        }
         if !self.net.passes(from, to) || self.chance(weather.rpc_loss) {
             self.trace.mix(&[from.number(), to.number(), 404]);
             return;
         }
         let Some(life) = self.life(to) else { return };
         let now = self.now();
-        if self.chance(weather.rpc_double) {
+        if self.chance(weather.rpc_double) || tamper == Some(Tamper::Repeat) {
             let at = now + self.net.delay(&mut self.rng) * 3;
             let copy = Input::Rpc(from, message.clone());
             self.queue.at(at, Event::To(to, life, Box::new(copy)));
         }
-        let at = now + self.net.delay(&mut self.rng);
+        let late = match tamper {
+            Some(Tamper::Delay(late)) => late,
+            _ => 0,
+        };
+        let at = now + self.net.delay(&mut self.rng) + late;
         self.queue
             .at(at, Event::To(to, life, Box::new(Input::Rpc(from, message))));
     }
@@ -246,6 +320,27 @@ impl Ctx {
                 }
             }
             (None, _) => {}
+        }
+    }
+
+    /// What the kernel says of a process.
+    #[must_use]
+    pub fn is_stopped(&self, party: Party) -> bool {
+        self.stopped.contains(&party)
+    }
+
+    /// It stands still, or has just woken: whatever it does now was asked for before.
+    #[must_use]
+    pub fn is_asleep(&self, party: Party) -> bool {
+        let woken = self.woken.get(&party);
+        self.is_stopped(party) || woken.is_some_and(|at| self.now() < at + DROWSY)
+    }
+
+    /// These parties are in trouble until then.
+    pub fn trouble(&mut self, parties: impl IntoIterator<Item = Party>, until: Micros) {
+        for party in parties {
+            let last = self.troubled.entry(party).or_default();
+            *last = until.max(*last);
         }
     }
 

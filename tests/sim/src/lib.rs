@@ -13,6 +13,7 @@ pub mod client;
 pub mod controller;
 pub mod ctx;
 pub mod fiber;
+pub mod matrix;
 pub mod msg;
 pub mod net;
 pub mod node;
@@ -34,6 +35,12 @@ pub use world::{Outcome, World};
 #[must_use]
 pub fn run(seed: u64, variant: Variant) -> Outcome {
     World::new(seed, variant, Trace::default()).run()
+}
+
+/// Runs one seed with this going wrong, whatever the seed would choose.
+#[must_use]
+pub fn run_as(profile: plan::Profile, seed: u64, variant: Variant) -> Outcome {
+    World::with(profile, seed, variant, Trace::default()).run()
 }
 
 /// Runs one seed again, for its story: the last events, or all.

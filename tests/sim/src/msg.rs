@@ -7,7 +7,7 @@ use slotmesh_proto::{agent::v1 as agent, topology::v1 as topology};
 
 use crate::{
     redis::{Admin, Answer, Op, Psync},
-    store::{StoreReply, StoreRequest, Watched},
+    store::{StoreReply, StoreRequest, Watched as Change},
 };
 
 /// Whoever can crash.
@@ -25,6 +25,8 @@ pub enum Party {
     Proxy(usize),
     /// A client.
     Client(usize),
+    /// The fencer of a host.
+    Fencer(usize),
 }
 
 impl Party {
@@ -38,19 +40,60 @@ impl Party {
             Self::Node(i) => (3, i),
             Self::Proxy(i) => (4, i),
             Self::Client(i) => (5, i),
+            Self::Fencer(i) => (6, i),
         };
         kind * 1_000 + index as u64
     }
 }
 
+/// A primary that a fencer looks after.
+#[derive(Clone, Copy, Debug)]
+pub struct Watched {
+    /// Which node.
+    pub node: usize,
+    /// The end of its right to serve, as its agent counts it.
+    pub until: crate::sched::Micros,
+    /// So many replicas should follow it.
+    pub replicas: usize,
+}
+
 /// A connection's number.
 pub type ConnId = u64;
+
+/// What a follower heard, on its way to the leader.
+#[derive(Clone, Debug)]
+pub enum Relayed {
+    /// A host, its session, and what it reports, if it has reported.
+    Host(usize, u64, Option<agent::HostReport>),
+    /// Its session has ended.
+    HostGone(usize),
+    /// A proxy, levels of its shards, and its troubles.
+    Proxy(usize, Vec<topology::ShardState>, Vec<topology::Trouble>),
+    /// Its stream has ended.
+    ProxyGone(usize),
+}
 
 /// On a connection, in order.
 #[derive(Clone, Debug)]
 pub enum Stream {
     /// Agent to controller: the session begins.
-    Register(usize),
+    Register {
+        /// Which host.
+        host: usize,
+        /// Later sessions of a host have higher numbers.
+        session: u64,
+    },
+    /// Controller to agent: the host's lease was renewed after its report of this number.
+    LeaseKept {
+        /// Of the report.
+        number: u64,
+        /// From when that report was sent.
+        ttl_ms: u32,
+        /// Of the store, when the lease was granted.
+        revision: u64,
+    },
+    /// Follower to leader.
+    Relayed(Relayed),
     /// Agent to controller.
     HostReport(agent::HostReport),
     /// Controller to agent.
@@ -61,6 +104,8 @@ pub enum Stream {
         proxy: usize,
         /// Levels of its shards.
         shards: Vec<topology::ShardState>,
+        /// Shards whose primary does not answer it.
+        troubles: Vec<topology::Trouble>,
     },
     /// Controller to proxy: routes of a revision.
     Routes {
@@ -71,10 +116,14 @@ pub enum Stream {
     },
     /// Controller to agent or proxy: still there.
     Heartbeat,
-    /// Store to controller.
-    Watched(Vec<Watched>),
-    /// Controller to store.
-    Subscribe,
+    /// Store to controller: what changed.
+    Watched(Vec<Change>),
+    /// Store to controller: everything, as it was at a revision.
+    Listed(u64, Vec<Change>),
+    /// Store to controller: what was asked for is forgotten.
+    Compacted,
+    /// Controller to store: watch from a revision on; `None`: list first.
+    Subscribe(Option<u64>),
     /// What clients, proxies and nodes send each other: RESP.
     Bytes(Vec<u8>),
     /// Replica to primary: log in and ask for the stream.
@@ -148,6 +197,36 @@ pub enum Rpc {
         /// As the agent reads the controller's answer.
         answer: CommitAnswer,
     },
+    /// Agent to agent: a promise not to promote is asked for.
+    Promise {
+        /// Chosen by the caller.
+        call: u64,
+        /// What is asked.
+        request: agent::PromiseNotToPromoteRequest,
+    },
+    /// Agent to agent.
+    PromiseReply {
+        /// Of the request.
+        call: u64,
+        /// Whether it is given.
+        promised: bool,
+    },
+    /// Agent to any controller: is the promotion still what the record says?
+    Confirm {
+        /// Chosen by the caller.
+        call: u64,
+        /// What is asked.
+        request: agent::ConfirmPromotionRequest,
+    },
+    /// Controller to agent.
+    ConfirmReply {
+        /// Of the request.
+        call: u64,
+        /// `None`: the store did not answer.
+        confirmed: Option<bool>,
+    },
+    /// Agent to its fencer: all primaries, and until when they may serve.
+    Pet(Vec<Watched>),
     /// Agent to its node over the local socket: never lost, but either side may die.
     Admin {
         /// Chosen by the caller.

@@ -1,7 +1,8 @@
 //! Who can talk to whom, and how badly.
 //!
 //! Invariant: messages of one connection arrive in order or not at all; once one is lost the
-//! connection is dead for both ends. Messages without a connection may be lost, doubled or late.
+//! connection is dead for both ends. A connection that is cut either dies so, or hangs: what was
+//! sent on it arrives when the cut is mended, however long that takes. Messages without a connection may be lost, doubled or late.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -51,6 +52,8 @@ pub struct Conn {
     pub ends: [(Party, u64); 2],
     /// Messages pass.
     pub up: bool,
+    /// What is sent while it is cut waits.
+    pub hangs: bool,
     next: [Micros; 2],
 }
 
@@ -102,6 +105,7 @@ impl Net {
         let conn = Conn {
             ends: [from, to],
             up: true,
+            hangs: false,
             next: [now; 2],
         };
         self.conns.insert(self.next_conn, conn);
@@ -116,6 +120,27 @@ impl Net {
             return usual + rng.random_range(0..=self.weather.spike_us);
         }
         usual
+    }
+
+    /// Nothing of this side arrives before then.
+    pub fn delay_from(&mut self, id: ConnId, from: Party, until: Micros) {
+        if let Some(conn) = self.conns.get_mut(&id) {
+            let side = usize::from(conn.ends[1].0 == from);
+            conn.next[side] = conn.next[side].max(until);
+        }
+    }
+
+    /// True when the connection hangs in this direction: nothing passes, nobody notices.
+    pub fn is_hanging(&mut self, id: ConnId, from: Party, rng: &mut SmallRng) -> bool {
+        let cuts = &self.cuts;
+        let Some(conn) = self.conns.get_mut(&id).filter(|c| c.up) else {
+            return false;
+        };
+        if !cuts.contains(&(from, conn.peer(from))) {
+            return false;
+        }
+        conn.hangs = conn.hangs || rng.random_range(0..2) == 0;
+        conn.hangs
     }
 
     /// When a message of a connection arrives; `None`: the connection breaks.

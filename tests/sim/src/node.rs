@@ -75,6 +75,7 @@ impl Node {
                 self.disk.len()
             )
         });
+        ctx.checks.began(self.shard, &run_id);
         let log = std::mem::take(&mut self.disk);
         let mut process = Process::start(run_id, replid, self.address.clone(), log);
         process.loading_until = ctx.now() + ctx.rng.random_range(MS..40 * MS);
@@ -161,14 +162,21 @@ impl Node {
                 self.psync_answered(ctx, p, conn, answer);
             }
             Stream::Feed { offset, ops } if p.link_conn == Some(conn) => {
+                p.link_heard = ctx.now();
                 ctx.checks.fed(&self.name, offset, p);
                 self.append(ctx, p, &ops);
+                if ops.iter().any(|op| op.kind == Kind::GetAck) {
+                    self.ack(ctx, p);
+                }
             }
+            Stream::Heartbeat if p.link_conn == Some(conn) => p.link_heard = ctx.now(),
             Stream::Ack(offset) => {
                 if let Some(follower) = p.followers.get_mut(&conn) {
                     follower.ack = offset;
                     follower.online = true;
+                    follower.heard = ctx.now();
                     self.failover_check(ctx, p);
+                    self.unblock(ctx, p);
                 }
             }
             _ => {}
@@ -241,6 +249,7 @@ impl Node {
         if let Some(conn) = p.link_conn.take() {
             ctx.close(self.party(), conn);
         }
+        ctx.checks.follows(self.shard, &p.run_id);
         ctx.say(|| format!("{} follows {address}", self.name));
         p.following = Some(address);
         p.link = LinkState::Down;
@@ -316,7 +325,24 @@ impl Node {
                 }
                 self.follow(ctx, p, address);
             }
-            Admin::Promote => self.become_primary(ctx, p),
+            Admin::Capture { replid, from } => {
+                // Their counting begins at 1, ours tells how many there are.
+                let from = from - 1;
+                if replid != p.replid.to_string() || from < p.backlog_from {
+                    return Answer::Err("not of this history, or not in the backlog any more");
+                }
+                let ops = p.since(from);
+                ctx.checks.captured(&ops);
+                return Answer::Captured(ops);
+            }
+            Admin::Promote => {
+                if p.failover.is_some() {
+                    return Answer::Err("REPLICAOF not allowed while failing over.");
+                }
+                if !p.is_primary() {
+                    self.become_primary(ctx, p);
+                }
+            }
             Admin::Failover { to, timeout } => {
                 let online = p.followers.values().any(|f| f.online && f.address == to);
                 if !p.is_primary() || p.failover.is_some() || !online {
@@ -376,8 +402,13 @@ impl Node {
         if !p.is_primary() && p.link == LinkState::Down && (second || failing_over) {
             self.connect(ctx, p);
         }
+        self.unblock(ctx, p);
         if second {
             self.ack(ctx, p);
+            // What PING does, without its bytes: a primary is heard every second.
+            for conn in p.followers.keys() {
+                ctx.send(self.party(), *conn, Stream::Heartbeat);
+            }
             if p.is_primary() && p.failover.is_none() && !p.log.is_empty() && ctx.chance(300) {
                 let id = ctx.call();
                 self.append(

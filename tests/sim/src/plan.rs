@@ -3,6 +3,8 @@
 //!
 //! Invariant: a plan is made once, from the seed alone, and ends; afterwards nothing goes wrong.
 
+pub mod accident;
+
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
 
 use crate::{
@@ -13,7 +15,7 @@ use crate::{
 };
 
 /// Acts at which something may be made to go wrong.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[repr(u64)]
 pub enum Point {
     /// The record says Handover.
@@ -38,9 +40,27 @@ pub enum Point {
     CommitTaken,
     /// A step's outcome is on its way to the leader.
     StepAnswered,
+    /// The record says FailingOver: its epoch is nobody's yet.
+    Lost,
+    /// It says why the lost primary takes no more writes.
+    Proven,
+    /// It names who is to be promoted.
+    Chosen,
+    /// The target's agent has asked a controller whether it should still promote.
+    Confirmed,
+    /// A host's lease was put or kept.
+    Leased,
+    /// An agent was promised that nobody is promoted for a while.
+    Promised,
 }
 
-const POINTS: [Point; 11] = [
+const POINTS: [Point; 17] = [
+    Point::Lost,
+    Point::Proven,
+    Point::Chosen,
+    Point::Confirmed,
+    Point::Leased,
+    Point::Promised,
     Point::Declared,
     Point::RecordWritten,
     Point::Journaled,
@@ -74,14 +94,24 @@ pub enum Script {
     Crash(Party, Micros),
     /// A node's process dies.
     CrashNode(usize, Kept),
+    /// Its agent or fencer kills this process of a node.
+    Kill(usize, u64),
     /// A party begins again.
     Restart(Party),
     /// A party stands still: what comes waits.
     Stall(Party, Micros),
-    /// Nothing passes from one to the other.
-    Cut(Party, Party, Micros),
+    /// Nothing passes from the first to the second of each pair.
+    Cut(Vec<(Party, Party)>, Micros),
     /// It does again.
-    Mend(Party, Party),
+    Mend(Vec<(Party, Party)>),
+    /// A host's machine ends: its agent, its fencer, its nodes. All but the machine's disk.
+    CrashHost(usize, Kept, Micros),
+    /// A host's machine stands still.
+    StallHost(usize, Micros),
+    /// The store elects a leader of its own, and answers nobody meanwhile.
+    Elect(Micros),
+    /// The store forgets its past.
+    Compact,
     /// An operator asks for a switchover, of all shards or of one.
     SwitchOver {
         /// Chooses shards and targets.
@@ -91,6 +121,10 @@ pub enum Script {
     },
     /// An operator asks to cancel what is under way.
     Cancel,
+    /// An operator answers what waits for one: go on, although data may be lost.
+    AcceptLoss,
+    /// The fault of a cell of the matrix.
+    Befall(crate::matrix::Role, crate::matrix::Fault),
     /// The network changes.
     Weather(Weather),
     /// The accidents are over.
@@ -98,7 +132,7 @@ pub enum Script {
 }
 
 /// How much goes wrong.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Profile {
     /// Nothing: a planned change must be invisible.
     Calm,
@@ -110,6 +144,14 @@ pub enum Profile {
     Harsh,
     /// Everything fails, data too.
     Lossy,
+    /// Primaries are lost: their processes, their hosts, the ways to them; no data is.
+    Unplanned,
+    /// Agents and fencers die, and what they look after does not.
+    Agents,
+    /// Several hosts are lost at once.
+    Mass,
+    /// A primary comes back without its data, again and again.
+    Empty,
 }
 
 /// Of one seed.
@@ -129,6 +171,8 @@ pub struct Shape {
     pub proxies: usize,
     /// Clients.
     pub clients: usize,
+    /// On how many replicas a write is before it is acknowledged.
+    pub durability: u32,
 }
 
 /// The time within which accidents begin.
@@ -138,12 +182,21 @@ impl Shape {
     /// The world of a seed.
     pub fn of(rng: &mut SmallRng) -> Self {
         let profile = match rng.random_range(0..100) {
-            0..12 => Profile::Calm,
-            12..30 => Profile::ControlPlane,
-            30..36 => Profile::Blackout,
-            36..84 => Profile::Harsh,
-            _ => Profile::Lossy,
+            0..8 => Profile::Calm,
+            8..18 => Profile::ControlPlane,
+            18..22 => Profile::Blackout,
+            22..46 => Profile::Harsh,
+            46..54 => Profile::Lossy,
+            54..86 => Profile::Unplanned,
+            86..91 => Profile::Agents,
+            91..95 => Profile::Mass,
+            _ => Profile::Empty,
         };
+        Self::with(profile, rng)
+    }
+
+    /// The world of a seed, with this much going wrong.
+    pub fn with(profile: Profile, rng: &mut SmallRng) -> Self {
         Self {
             profile,
             shards: rng.random_range(1..=2),
@@ -152,7 +205,30 @@ impl Shape {
             controllers: 2,
             proxies: 2,
             clients: 3,
+            durability: u32::from(rng.random_range(0..3) == 0),
         }
+    }
+
+    /// Nodes of a host.
+    pub fn nodes_of(&self, host: usize) -> impl Iterator<Item = usize> + use<> {
+        let Self { nodes, hosts, .. } = *self;
+        let all = 0..self.shards * nodes;
+        all.filter(move |n| (n / nodes + n % nodes) % hosts == host)
+    }
+
+    /// What may never happen here: no primary is lost, so none may be replaced.
+    #[must_use]
+    pub fn loses_primaries(&self) -> bool {
+        !matches!(
+            self.profile,
+            Profile::Calm | Profile::ControlPlane | Profile::Blackout | Profile::Agents
+        )
+    }
+
+    /// What dies keeps its data.
+    #[must_use]
+    pub fn keeps_data(&self) -> bool {
+        !matches!(self.profile, Profile::Lossy | Profile::Empty)
     }
 }
 
@@ -162,6 +238,12 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
     let count = ctx.rng.random_range(2..=5);
     let gap = TROUBLE / count;
     let calm = matches!(shape.profile, Profile::Calm | Profile::Blackout);
+    // An agent that dies in a hand-over leaves it half done, which is another story.
+    let count = if shape.profile == Profile::Agents {
+        0
+    } else {
+        count
+    };
     for n in 0..count {
         let jitter = if calm {
             0
@@ -189,7 +271,11 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             spike_us: 20 * MS,
             ..Weather::calm()
         },
-        Profile::Harsh | Profile::Lossy => Weather {
+        Profile::Agents | Profile::Mass | Profile::Empty => Weather {
+            rpc_double: 100,
+            ..Weather::calm()
+        },
+        Profile::Harsh | Profile::Lossy | Profile::Unplanned => Weather {
             delay_us: *[80, 80, 400, 2_000].choose(&mut ctx.rng).unwrap_or(&80),
             rpc_loss: *[0, 20, 100, 250].choose(&mut ctx.rng).unwrap_or(&0),
             rpc_double: 150,
@@ -214,7 +300,7 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
                 put(ctx, from, Script::Crash(Party::Agent(n), down));
             }
         }
-        _ => accidents(ctx, shape, now),
+        _ => accident::schedule(ctx, shape, now),
     }
     let quiet = if shape.profile == Profile::Blackout {
         6 * SEC
@@ -222,79 +308,6 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
         3 * SEC
     };
     put(ctx, now + TROUBLE + quiet, Script::Heal);
-}
-
-fn accidents(ctx: &mut Ctx, shape: Shape, now: Micros) {
-    for _ in 0..ctx.rng.random_range(1..=6) {
-        let script = accident(ctx, shape);
-        // Most at an act of the protocol, the others at any time.
-        if ctx.chance(600) {
-            let point = *POINTS.choose(&mut ctx.rng).unwrap_or(&Point::Act);
-            let passes = match point {
-                Point::Act => ctx.rng.random_range(1..=24),
-                Point::Journaled => ctx.rng.random_range(1..=40),
-                _ => ctx.rng.random_range(1..=6),
-            };
-            ctx.points.push((point, passes, script));
-        } else {
-            let at = now + ctx.rng.random_range(0..TROUBLE);
-            put(ctx, at, script);
-        }
-    }
-}
-
-fn accident(ctx: &mut Ctx, shape: Shape) -> Script {
-    let rng = &mut ctx.rng;
-    let controller = Party::Controller(rng.random_range(0..shape.controllers));
-    let agent = Party::Agent(rng.random_range(0..shape.hosts));
-    let node = rng.random_range(0..shape.shards * shape.nodes);
-    let proxy = Party::Proxy(rng.random_range(0..shape.proxies));
-    let down = rng.random_range(20 * MS..2_500 * MS);
-    if shape.profile == Profile::ControlPlane {
-        return match rng.random_range(0..4) {
-            0 => Script::Crash(controller, down),
-            1 => Script::Stall(controller, down),
-            2 => Script::Stall(Party::Store, down),
-            _ => Script::Cut(controller, Party::Store, down),
-        };
-    }
-    let kept = match (shape.profile, rng.random_range(0..3)) {
-        (Profile::Lossy, 0) => Kept::MostOf,
-        (Profile::Lossy, 1) => Kept::Nothing,
-        _ => Kept::All,
-    };
-    match rng.random_range(0..16) {
-        0 | 1 => Script::Crash(controller, down),
-        2..=4 => Script::Crash(agent, down),
-        5..=7 => Script::CrashNode(node, kept),
-        8 => Script::Crash(proxy, down),
-        9 => Script::Stall(Party::Node(node), down),
-        10 => Script::Stall(proxy, down),
-        11 => Script::Stall(agent, down),
-        12 => Script::Stall(
-            *[controller, Party::Store]
-                .choose(rng)
-                .unwrap_or(&controller),
-            down,
-        ),
-        _ => {
-            let other = Party::Node(rng.random_range(0..shape.shards * shape.nodes));
-            let pairs = [
-                (controller, Party::Store),
-                (Party::Store, controller),
-                (agent, controller),
-                (controller, agent),
-                (proxy, controller),
-                (controller, proxy),
-                (proxy, Party::Node(node)),
-                (Party::Node(node), proxy),
-                (Party::Node(node), other),
-                (agent, Party::Node(node)),
-            ];
-            let (from, to) = *pairs.choose(rng).unwrap_or(&pairs[0]);
-            Script::Cut(from, to, down)
-        }
-    }
 }
 
 fn put(ctx: &mut Ctx, at: Micros, script: Script) {

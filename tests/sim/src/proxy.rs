@@ -35,8 +35,8 @@ const HEARTBEAT: Micros = 500 * MS;
 /// A stream on which nothing comes for so long is given up.
 const SILENCE: Micros = 2 * SEC;
 
-/// Longest hold: the budget, and for how long a proxy may stand still in it.
-const HELD_MAX: Micros = 5 * SEC + 2_600 * MS;
+/// Longest hold: the budget, twice when a lane that held is lost, and a proxy that stands still in it.
+const HELD_MAX: Micros = 5 * SEC + 6 * SEC;
 
 /// See the module.
 #[derive(Debug)]
@@ -56,12 +56,15 @@ pub struct Proxy {
     armed: Option<u64>,
     life: u64,
     reports: Vec<pb::ShardState>,
+    /// Per lane: shard, epoch, and since when its primary has not answered.
+    troubles: BTreeMap<LaneNo, (usize, u64, u64)>,
+    durability: u32,
 }
 
 impl Proxy {
     /// A proxy that has just started, without a topology.
     #[must_use]
-    pub fn new(index: usize, controllers: usize) -> Self {
+    pub fn new(index: usize, controllers: usize, durability: u32) -> Self {
         Self {
             index,
             core: core(),
@@ -77,6 +80,8 @@ impl Proxy {
             armed: None,
             life: 0,
             reports: Vec::new(),
+            troubles: BTreeMap::new(),
+            durability,
         }
     }
 
@@ -138,14 +143,7 @@ impl Proxy {
         self.stream = Some(conn);
         self.heard = ctx.now();
         let shards = self.levels();
-        ctx.send(
-            self.party(),
-            conn,
-            Stream::ProxyReport {
-                proxy: self.index,
-                shards,
-            },
-        );
+        self.report(ctx, shards);
     }
 
     fn closed(&mut self, ctx: &mut Ctx, conn: ConnId) {
@@ -229,7 +227,10 @@ impl Proxy {
             ranges.extend(route.slots.iter().map(range));
             table.push(Some(Arc::new(shard_route(route))));
         }
-        let settings = InstanceSettings::default();
+        let settings = InstanceSettings {
+            durability: self.durability,
+            ..InstanceSettings::default()
+        };
         self.core.apply(Arc::new(RoutingTable::new(
             self.revision,
             settings,
@@ -267,9 +268,31 @@ impl Proxy {
                 Stream::ProxyReport {
                     proxy: self.index,
                     shards,
+                    troubles: self.troubles(ctx.now()),
                 },
             );
         }
+    }
+
+    /// Per shard the newest epoch at which a lane is in trouble, and for how long.
+    fn troubles(&self, now: Micros) -> Vec<pb::Trouble> {
+        let mut all: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
+        for (shard, epoch, since) in self.troubles.values() {
+            let seen = all.entry(*shard).or_insert((*epoch, *since));
+            if *epoch > seen.0 {
+                *seen = (*epoch, *since);
+            } else if *epoch == seen.0 {
+                seen.1 = seen.1.min(*since);
+            }
+        }
+        let trouble = |(shard, (epoch, since)): (usize, (u64, u64))| {
+            Some(pb::Trouble {
+                shard_id: self.shards.keys().nth(shard)?.clone(),
+                epoch,
+                since_ms: now.saturating_sub(since) / MS,
+            })
+        };
+        all.into_iter().filter_map(trouble).collect()
     }
 
     /// What follows, until nothing more follows; as the turn of a worker.
@@ -282,6 +305,7 @@ impl Proxy {
             self.core.resume_stalled();
             self.read_resumed();
             self.obey(ctx);
+            self.core.seal_batches();
             self.send_nodes(ctx);
             self.send_clients(ctx);
             if !self.core.out.unsteady && self.core.out.orders.is_empty() {
@@ -291,6 +315,20 @@ impl Proxy {
         for sample in std::mem::take(&mut self.core.out.samples) {
             ctx.checks
                 .answered("a held request", sample.longest_us, HELD_MAX);
+        }
+        let news = std::mem::take(&mut self.core.out.troubles);
+        let begins = news.iter().any(|t| t.since_us.is_some());
+        for trouble in news {
+            match trouble.since_us {
+                Some(since) => {
+                    let seen = (usize::from(trouble.shard), trouble.epoch, since);
+                    self.troubles.insert(trouble.lane, seen);
+                }
+                None => drop(self.troubles.remove(&trouble.lane)),
+            }
+        }
+        if begins {
+            self.report(ctx, Vec::new());
         }
         if !std::mem::take(&mut self.core.out.levels).is_empty() {
             let levels = self.levels();

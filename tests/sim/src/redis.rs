@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 
 use slotmesh_agent::fence::{KnownUser, KnownUsers, password_sha256};
 
-use crate::{msg::ConnId, sched::Micros};
+use crate::{
+    msg::ConnId,
+    sched::{Micros, SEC},
+};
 
 /// What a command does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,6 +21,8 @@ pub enum Kind {
     Push,
     /// Moves the offset: what expiry and PING do.
     Noop,
+    /// REPLCONF GETACK in the stream: whoever gets it says at once how far it is.
+    GetAck,
 }
 
 /// A write, as the log has it.
@@ -54,7 +59,9 @@ pub enum Admin {
     SetLogin { user: String, password: String },
     /// REPLICAOF.
     Follow(String),
-    /// REPLICAOF NO ONE: only broken variants and nobody else sends it.
+    /// What was written since a byte of a history, as a replica would get it.
+    Capture { replid: String, from: i64 },
+    /// REPLICAOF NO ONE.
     Promote,
     /// FAILOVER TO … TIMEOUT.
     Failover { to: String, timeout: Micros },
@@ -85,6 +92,8 @@ pub enum Answer {
     Info(String),
     /// ACL LIST, read.
     Users(KnownUsers),
+    /// What was captured.
+    Captured(Vec<Op>),
 }
 
 /// A replica asks for the stream.
@@ -165,6 +174,8 @@ pub struct Follower {
     pub ack: i64,
     /// Streaming.
     pub online: bool,
+    /// When it acknowledged last.
+    pub heard: Micros,
 }
 
 /// One connection.
@@ -178,6 +189,10 @@ pub struct Client {
     pub multi: Option<Vec<Op>>,
     /// One of them was refused.
     pub dirty: bool,
+    /// Offset after its last write.
+    pub wrote: i64,
+    /// WAIT: for how many replicas, and until when.
+    pub waits: Option<(usize, Micros)>,
 }
 
 /// FAILOVER under way.
@@ -204,6 +219,8 @@ pub struct Process {
     pub link: LinkState,
     /// The connection to its primary.
     pub link_conn: Option<ConnId>,
+    /// When its primary was heard last.
+    pub link_heard: Micros,
     /// With which it logs in there.
     pub login: (String, String),
     /// Who may do what.
@@ -234,6 +251,10 @@ pub struct Process {
     pub loading_until: Micros,
     /// Full synchronisations served.
     pub sync_full: u64,
+    /// So much of the log was on its disk when it began.
+    pub loaded: usize,
+    /// It has been a primary.
+    pub led: bool,
 }
 
 impl Process {
@@ -246,6 +267,7 @@ impl Process {
             following: None,
             link: LinkState::Down,
             link_conn: None,
+            link_heard: 0,
             login: (String::new(), String::new()),
             users: BTreeMap::new(),
             replid,
@@ -261,6 +283,8 @@ impl Process {
             failover: None,
             loading_until: 0,
             sync_full: 0,
+            loaded: log.len(),
+            led: false,
         };
         for op in log {
             process.apply(op);
@@ -287,9 +311,31 @@ impl Process {
                 self.last.insert(op.key, op.id);
             }
             Kind::Push => *self.lengths.entry(op.key).or_default() += 1,
-            Kind::Noop => {}
+            Kind::Noop | Kind::GetAck => {}
         }
         self.log.push(op);
+    }
+
+    /// What it has written as a primary and a successor's data do not have.
+    #[must_use]
+    pub fn beyond(&self, log: &[Op]) -> Vec<Op> {
+        if !self.led {
+            return Vec::new();
+        }
+        let known: std::collections::BTreeSet<u64> = log.iter().map(|op| op.id).collect();
+        let own = self.log.iter().skip(self.loaded);
+        let writes = own.filter(|op| matches!(op.kind, Kind::Set | Kind::Push));
+        writes
+            .filter(|op| !known.contains(&op.id))
+            .copied()
+            .collect()
+    }
+
+    /// How many replicas have everything up to an offset.
+    #[must_use]
+    pub fn acknowledged(&self, offset: i64) -> usize {
+        let has = |f: &&Follower| f.online && f.ack >= offset;
+        self.followers.values().filter(has).count()
     }
 
     /// Operations after an offset.
@@ -396,6 +442,11 @@ impl Process {
                  master_sync_in_progress:{syncing}\r\nslave_repl_offset:{}\r\n",
                 self.offset()
             );
+            let silent = match up {
+                "up" => i64::try_from(now.saturating_sub(self.link_heard) / SEC).unwrap_or(0),
+                _ => -1,
+            };
+            let _ = write!(text, "master_last_io_seconds_ago:{silent}\r\n");
         }
         for (n, follower) in self.followers.values().enumerate() {
             let Some((ip, port)) = follower.address.rsplit_once(':') else {
@@ -408,16 +459,25 @@ impl Process {
             };
             let _ = write!(
                 text,
-                "slave{n}:ip={ip},port={port},state={state},offset={},lag=0\r\n",
-                follower.ack
+                "slave{n}:ip={ip},port={port},state={state},offset={},lag={}\r\n",
+                follower.ack,
+                now.saturating_sub(follower.heard) / SEC
             );
         }
         let _ = write!(
             text,
-            "master_replid:{}\r\nmaster_repl_offset:{}\r\nsync_full:{}\r\n",
+            "master_replid:{}\r\nmaster_repl_offset:{}\r\nsync_full:{}\r\n\
+             master_replid2:{}\r\nsecond_repl_offset:{}\r\n",
             self.replid,
             self.offset(),
-            self.sync_full
+            self.sync_full,
+            self.replid2,
+            if self.replid2 == 0 {
+                -1
+            } else {
+                // The first byte that is not of the old history, as the engine counts.
+                self.second_offset + 1
+            }
         );
         let keys = self.lengths.len() + self.last.len();
         if keys > 0 {

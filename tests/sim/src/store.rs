@@ -1,11 +1,19 @@
-//! A model of the store: revisions, compare-and-swap, a leased leader key, watches.
+//! A model of the store: revisions, compare-and-swap, leases, watches that history is compacted
+//! under, and elections of its own, during which it answers nobody.
 //!
-//! Invariant: a transaction is applied whole, at one revision, or not at all.
+//! Invariant: a transaction is applied whole, at one revision, or not at all; a lease never ends
+//! before its time, and a key that was put again belongs to the lease it was put with last.
+
+mod history;
+mod lease;
 
 use std::collections::BTreeMap;
 
+use rand::Rng;
+
 use slotmesh_proto::store::v1 as records;
 
+use self::{history::History, lease::Leases};
 use crate::{
     ctx::Ctx,
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
@@ -15,6 +23,13 @@ use crate::{
 
 /// How long a leader lives without keeping its lease.
 pub const LEADER_TTL: Micros = 2 * SEC;
+/// How long a host's right to serve lives without being kept, as the product has it.
+pub const HOST_TTL: Micros = 3 * SEC;
+/// How late the end of a lease is noticed at most.
+const EXPIRY_LOOK: Micros = 500 * MS;
+
+/// A lease's number.
+pub type LeaseId = u64;
 
 /// Keys.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -29,6 +44,10 @@ pub enum Key {
     Lock(usize),
     /// A request that was admitted.
     Idem(String),
+    /// A host's right to serve.
+    Host(usize),
+    /// Why a shard's epoch began.
+    Audit(usize, u64),
 }
 
 /// Values: the real records.
@@ -44,6 +63,10 @@ pub enum Value {
     Lock(String),
     /// The request's task.
     Idem(String),
+    /// That it has one.
+    Host,
+    /// Cause and task.
+    Audit(String),
 }
 
 /// A value and its revisions.
@@ -55,6 +78,8 @@ pub struct Stored {
     pub mod_revision: u64,
     /// When the key was made.
     pub create_revision: u64,
+    /// With which it ends.
+    pub lease: Option<LeaseId>,
 }
 
 /// A change, as a watch shows it.
@@ -88,6 +113,8 @@ pub struct Txn {
     pub puts: Vec<(Key, Value)>,
     /// Deleted.
     pub deletes: Vec<Key>,
+    /// What is put ends with this lease.
+    pub lease: Option<LeaseId>,
     /// As leader of this term; `None`: a delegated commit. For the checks only.
     pub leader: Option<u64>,
     /// Of a delegated commit: the token that was presented. For the checks only.
@@ -105,6 +132,10 @@ pub enum StoreRequest {
     Campaign { controller: usize, life: u64 },
     /// Stay leader.
     KeepAlive(u64),
+    /// A new lease.
+    Grant(Micros),
+    /// The lease is to live on.
+    Keep(LeaseId),
 }
 
 /// What they get.
@@ -120,6 +151,10 @@ pub enum StoreReply {
     Term(Option<u64>),
     /// Whether the term lasts.
     Lasts(bool),
+    /// The lease.
+    Granted(LeaseId),
+    /// Whether the lease lives on.
+    Kept(bool),
 }
 
 /// See the module.
@@ -129,8 +164,12 @@ pub struct Store {
     pub items: BTreeMap<Key, Stored>,
     /// Of the newest write.
     pub revision: u64,
-    lease_until: Micros,
+    leases: Leases,
+    leader: Option<LeaseId>,
     watchers: Vec<ConnId>,
+    history: History,
+    /// It elects a leader of its own and answers nobody until then.
+    away_until: Micros,
 }
 
 impl Store {
@@ -142,6 +181,7 @@ impl Store {
                 value,
                 mod_revision: 1,
                 create_revision: 1,
+                lease: None,
             };
             (key, stored)
         };
@@ -164,14 +204,50 @@ impl Store {
         self.items.get(&Key::Leader).map(|l| l.create_revision)
     }
 
+    /// It loses its own leader: it answers nobody for a while, every watch breaks, and afterwards
+    /// every lease has all its time again.
+    pub fn elect(&mut self, ctx: &mut Ctx, away: Micros) {
+        self.away_until = ctx.now() + away;
+        for conn in std::mem::take(&mut self.watchers) {
+            ctx.close(Party::Store, conn);
+        }
+        self.leases.extend(self.away_until);
+    }
+
+    /// It forgets what was before now.
+    pub fn compact(&mut self) {
+        self.history.compact(self.revision);
+    }
+
     /// Something happens to it.
     pub fn handle(&mut self, ctx: &mut Ctx, input: Input) {
+        let away = ctx.now() < self.away_until;
         match input {
+            Input::Rpc(..) if away => {}
+            Input::Stream(conn, Stream::Subscribe(_)) if away => ctx.close(Party::Store, conn),
             Input::Rpc(from, Rpc::Store { call, request }) => {
                 let reply = self.serve(ctx, request);
                 ctx.rpc(Party::Store, from, Rpc::StoreReply { call, reply });
             }
-            Input::Stream(conn, Stream::Subscribe) => {
+            Input::Stream(conn, Stream::Subscribe(from)) => self.subscribe(ctx, conn, from),
+            Input::Closed(conn) => self.watchers.retain(|c| *c != conn),
+            Input::Timer(Timer::Tick) => {
+                if !away {
+                    self.expire(ctx);
+                }
+                ctx.timer(Party::Store, 50 * MS, Timer::Tick);
+            }
+            _ => {}
+        }
+    }
+
+    /// A watch from a revision on, or a listing and a watch from there on.
+    fn subscribe(&mut self, ctx: &mut Ctx, conn: ConnId, from: Option<u64>) {
+        match from.map(|from| self.history.since(from)) {
+            Some(None) => return ctx.send(Party::Store, conn, Stream::Compacted),
+            Some(Some(changes)) if changes.is_empty() => {}
+            Some(Some(changes)) => ctx.send(Party::Store, conn, Stream::Watched(changes)),
+            None => {
                 let all = (self.items.iter())
                     .map(|(key, stored)| Watched {
                         key: key.clone(),
@@ -179,24 +255,26 @@ impl Store {
                         revision: self.revision,
                     })
                     .collect();
-                self.watchers.push(conn);
-                ctx.send(Party::Store, conn, Stream::Watched(all));
+                ctx.send(Party::Store, conn, Stream::Listed(self.revision, all));
             }
-            Input::Closed(conn) => self.watchers.retain(|c| *c != conn),
-            Input::Timer(Timer::Tick) => {
-                if self.items.contains_key(&Key::Leader) && self.lease_until <= ctx.now() {
-                    ctx.say(|| "the leader's lease has expired".into());
-                    self.apply(
-                        ctx,
-                        &Txn {
-                            deletes: vec![Key::Leader],
-                            ..Txn::default()
-                        },
-                    );
-                }
-                ctx.timer(Party::Store, 50 * MS, Timer::Tick);
+        }
+        self.watchers.push(conn);
+    }
+
+    fn expire(&mut self, ctx: &mut Ctx) {
+        let late = ctx.rng.random_range(0..EXPIRY_LOOK);
+        for lease in self.leases.expired(ctx.now().saturating_sub(late)) {
+            let with = |s: &Stored| s.lease == Some(lease);
+            let items = self.items.iter().filter(|(_, s)| with(s));
+            let deletes: Vec<Key> = items.map(|(key, _)| key.clone()).collect();
+            if !deletes.is_empty() {
+                ctx.say(|| format!("the lease of {deletes:?} has expired"));
+                let txn = Txn {
+                    deletes,
+                    ..Txn::default()
+                };
+                self.apply(ctx, &txn);
             }
-            _ => {}
         }
     }
 
@@ -212,7 +290,8 @@ impl Store {
                     Compare::Absent(key) => !self.items.contains_key(key),
                     Compare::Term(at) => term == Some(*at),
                 };
-                if !txn.compares.iter().all(holds) {
+                let leased = txn.lease.is_none_or(|l| self.leases.lives(l));
+                if !leased || !txn.compares.iter().all(holds) {
                     return StoreReply::Conflict;
                 }
                 ctx.checks.txn(&self.items, &txn, term);
@@ -226,15 +305,14 @@ impl Store {
                     }
                     Some(_) => StoreReply::Term(None),
                     None => {
-                        self.lease_until = ctx.now() + LEADER_TTL;
-                        let puts = vec![(Key::Leader, value)];
-                        let term = self.apply(
-                            ctx,
-                            &Txn {
-                                puts,
-                                ..Txn::default()
-                            },
-                        );
+                        let lease = self.leases.grant(ctx.now(), LEADER_TTL);
+                        self.leader = Some(lease);
+                        let txn = Txn {
+                            puts: vec![(Key::Leader, value)],
+                            lease: Some(lease),
+                            ..Txn::default()
+                        };
+                        let term = self.apply(ctx, &txn);
                         ctx.say(|| format!("controller {controller} leads, term {term}"));
                         StoreReply::Term(Some(term))
                     }
@@ -242,11 +320,11 @@ impl Store {
             }
             StoreRequest::KeepAlive(term) => {
                 let lasts = self.term() == Some(term);
-                if lasts {
-                    self.lease_until = ctx.now() + LEADER_TTL;
-                }
-                StoreReply::Lasts(lasts)
+                let kept = self.leader.is_some_and(|l| self.leases.keep(ctx.now(), l));
+                StoreReply::Lasts(lasts && kept)
             }
+            StoreRequest::Grant(ttl) => StoreReply::Granted(self.leases.grant(ctx.now(), ttl)),
+            StoreRequest::Keep(lease) => StoreReply::Kept(self.leases.keep(ctx.now(), lease)),
         }
     }
 
@@ -260,6 +338,7 @@ impl Store {
                 value: value.clone(),
                 mod_revision: revision,
                 create_revision,
+                lease: txn.lease,
             };
             self.items.insert(key.clone(), stored.clone());
             changes.push(Watched {
@@ -276,8 +355,12 @@ impl Store {
                 revision,
             });
         }
+        self.history.add(&changes);
         for conn in &self.watchers {
             ctx.send(Party::Store, *conn, Stream::Watched(changes.clone()));
+        }
+        if txn.puts.iter().any(|(key, _)| matches!(key, Key::Host(_))) {
+            ctx.point(Point::Leased);
         }
         for (key, value) in &txn.puts {
             if let (Key::Shard(shard), Value::Shard(record)) = (key, value) {
@@ -295,6 +378,13 @@ impl Store {
                 });
                 ctx.point(match &record.mode {
                     Some(records::shard_record::Mode::Handover(_)) => Point::Declared,
+                    Some(records::shard_record::Mode::FailingOver(f)) => {
+                        match (f.proof, f.target_node_id.is_empty()) {
+                            (0, _) => Point::Lost,
+                            (_, true) => Point::Proven,
+                            (_, false) => Point::Chosen,
+                        }
+                    }
                     _ => Point::RecordWritten,
                 });
             }

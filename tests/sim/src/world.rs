@@ -4,6 +4,8 @@
 
 mod end;
 mod first;
+mod lost;
+mod stage;
 
 use std::{
     cell::RefCell,
@@ -12,11 +14,11 @@ use std::{
 };
 
 use rand::Rng;
-use slotmesh_task::{State as TaskState, Task, wire};
+use slotmesh_task::{Choice, State as TaskState, Task, failover::is_parked, wire};
 use slotmesh_topology::{Mode, Shard};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, fencer::Fencer},
     check::Violation,
     client::Client,
     controller::{Ask, Controller},
@@ -38,13 +40,15 @@ const PROVISION_LIMIT: Micros = 20 * SEC;
 /// After the last accident everything must have ended and serve again within this: the longest
 /// waits of the machines (preflight, settle, a lease, a stalled write) one after the other.
 const CALM_DOWN_LIMIT: Micros = 60 * SEC;
+/// An operator comes this long after the accidents: what can go on by itself has gone on by then.
+const OPERATOR: Micros = 20 * SEC;
 /// How long clients are watched once everything has ended.
 const PROGRESS: Micros = 300 * MS;
 /// More events mean a loop.
 const EVENTS_MAX: u64 = 3_000_000;
 /// Longest wait of a client while everything fails: at a node that stands still, then the hold's
-/// budget, then what the network adds.
-const WAIT_LIMIT: Micros = 5 * SEC + 4_500 * MS;
+/// budget, then the wait for replicas, then what the network adds.
+const WAIT_LIMIT: Micros = 5 * SEC + 6 * SEC;
 /// Longest wait of a client while nothing fails but primaries change.
 const PLANNED_LIMIT: Micros = 250 * MS;
 
@@ -67,6 +71,10 @@ pub struct Outcome {
     pub acknowledged: usize,
     /// Writes of which the clients know nothing.
     pub ambiguous: usize,
+    /// Failovers that were declared.
+    pub failovers: usize,
+    /// Acknowledged writes that asynchronous failovers left behind.
+    pub left_behind: usize,
     /// Errors that clients saw.
     pub errors: usize,
     /// Longest wait of a client for a reply.
@@ -82,6 +90,7 @@ pub struct World {
     store: Store,
     controllers: Vec<Controller>,
     agents: Vec<Agent>,
+    fencers: Vec<Fencer>,
     nodes: Vec<Node>,
     proxies: Vec<Proxy>,
     clients: Vec<Client>,
@@ -103,6 +112,19 @@ impl World {
     pub fn new(seed: u64, variant: Variant, trace: Trace) -> Self {
         let mut ctx = Ctx::new(seed, variant, trace);
         let shape = Shape::of(&mut ctx.rng);
+        Self::of(shape, ctx)
+    }
+
+    /// As [`Self::new`], with this going wrong.
+    #[must_use]
+    pub fn with(profile: Profile, seed: u64, variant: Variant, trace: Trace) -> Self {
+        let mut ctx = Ctx::new(seed, variant, trace);
+        let shape = Shape::with(profile, &mut ctx.rng);
+        Self::of(shape, ctx)
+    }
+
+    fn of(shape: Shape, mut ctx: Ctx) -> Self {
+        ctx.checks.durable = shape.durability > 0;
         let ctx = Rc::new(RefCell::new(ctx));
         let instance = Rc::new(first::instance(shape));
         let (nodes, shards) = first::shards(shape, &instance);
@@ -118,7 +140,7 @@ impl World {
             .map(|i| Controller::new(i, Rc::clone(&ctx), Rc::clone(&instance)))
             .collect();
         let proxies = (0..shape.proxies)
-            .map(|i| Proxy::new(i, shape.controllers))
+            .map(|i| Proxy::new(i, shape.controllers, shape.durability))
             .collect();
         let mut keys = first::Keys {
             next: 0,
@@ -133,6 +155,7 @@ impl World {
             store,
             controllers,
             agents,
+            fencers: (0..shape.hosts).map(Fencer::new).collect(),
             nodes,
             proxies,
             clients,
@@ -171,9 +194,14 @@ impl World {
     }
 
     fn start(&mut self) {
+        let shape = self.shape;
+        self.ctx.borrow_mut().say(|| format!("{shape:?}"));
         self.store.start(&mut self.ctx.borrow_mut());
         self.controllers.iter_mut().for_each(Controller::start);
         self.agents.iter_mut().for_each(Agent::start);
+        for fencer in &mut self.fencers {
+            fencer.start(&mut self.ctx.borrow_mut());
+        }
         for proxy in &mut self.proxies {
             proxy.start(&mut self.ctx.borrow_mut());
         }
@@ -234,6 +262,11 @@ impl World {
             ctx.trace.mix(&[now, party.number(), life]);
         }
         if matches!(input, Input::Timer(Timer::Wake)) {
+            let mut ctx = self.ctx.borrow_mut();
+            ctx.stopped.remove(&party);
+            let now = ctx.now();
+            ctx.woken.insert(party, now);
+            drop(ctx);
             if let Some((_, waiting)) = self.stalled.remove(&party) {
                 for (life, input) in waiting {
                     if self.ctx.borrow().life(party) == Some(life) {
@@ -254,12 +287,16 @@ impl World {
             Party::Node(i) => self.nodes[i].handle(&mut self.ctx.borrow_mut(), input),
             Party::Proxy(i) => self.proxies[i].handle(&mut self.ctx.borrow_mut(), input),
             Party::Client(i) => self.clients[i].handle(&mut self.ctx.borrow_mut(), input),
+            Party::Fencer(i) => self.fencers[i].handle(&mut self.ctx.borrow_mut(), input),
         }
     }
 
     fn act(&mut self, script: Script) {
-        let is_start = matches!(script, Script::Start(_) | Script::Restart(_));
-        if self.healed && !is_start && !matches!(script, Script::Mend(..)) {
+        let is_start = matches!(
+            script,
+            Script::Start(_) | Script::Restart(_) | Script::Kill(..) | Script::AcceptLoss
+        );
+        if self.healed && !is_start && !matches!(script, Script::Mend(_)) {
             return;
         }
         self.ctx.borrow_mut().say(|| format!("plan: {script:?}"));
@@ -272,46 +309,103 @@ impl World {
                 }
             }
             Script::Crash(party, down) => self.crash(party, down),
-            Script::CrashNode(node, kept) => {
-                self.stalled.remove(&Party::Node(node));
-                let mut ctx = self.ctx.borrow_mut();
-                let all = self.nodes[node].process.as_ref().map_or(0, |p| p.log.len());
-                let kept = match kept {
-                    Kept::All => all,
-                    Kept::MostOf => all.saturating_sub(ctx.rng.random_range(1..20)),
-                    Kept::Nothing => 0,
-                };
-                self.nodes[node].crash(&mut ctx, kept);
-            }
-            Script::Restart(party) => self.restart(party),
-            Script::Stall(party, time) => {
-                let mut ctx = self.ctx.borrow_mut();
-                let until = ctx.now() + time;
-                if ctx.life(party).is_some() && !self.stalled.contains_key(&party) {
-                    self.stalled.insert(party, (until, VecDeque::new()));
-                    ctx.timer(party, time, Timer::Wake);
+            Script::CrashNode(node, kept) => self.crash_node(node, kept),
+            Script::Kill(node, life) => {
+                if self.ctx.borrow().life(Party::Node(node)) == Some(life) {
+                    self.crash_node(node, Kept::All);
                 }
             }
-            Script::Cut(from, to, time) => {
-                let mut ctx = self.ctx.borrow_mut();
-                ctx.net.cuts.insert((from, to));
-                let at = ctx.now() + time;
-                ctx.queue.at(at, Event::Script(Script::Mend(from, to)));
+            Script::CrashHost(host, kept, down) => {
+                for node in self.shape.nodes_of(host) {
+                    self.crash_node(node, kept);
+                }
+                self.crash(Party::Agent(host), down);
+                self.crash(Party::Fencer(host), down);
             }
-            Script::Mend(from, to) => {
-                self.ctx.borrow_mut().net.cuts.remove(&(from, to));
+            Script::StallHost(host, time) => {
+                self.stall(Party::Agent(host), time);
+                self.stall(Party::Fencer(host), time);
+                for node in self.shape.nodes_of(host) {
+                    self.stall(Party::Node(node), time);
+                }
+            }
+            Script::Restart(party) => self.restart(party),
+            Script::Stall(party, time) => self.stall(party, time),
+            Script::Elect(away) => self.store.elect(&mut self.ctx.borrow_mut(), away),
+            Script::Compact => self.store.compact(),
+            Script::Cut(pairs, time) => {
+                let mut ctx = self.ctx.borrow_mut();
+                ctx.net.cuts.extend(pairs.iter().copied());
+                let at = ctx.now() + time;
+                ctx.trouble(pairs.iter().flat_map(|(a, b)| [*a, *b]), at);
+                ctx.queue.at(at, Event::Script(Script::Mend(pairs)));
+            }
+            Script::Mend(pairs) => {
+                let mut ctx = self.ctx.borrow_mut();
+                for pair in pairs {
+                    ctx.net.cuts.remove(&pair);
+                }
+                ctx.flush();
             }
             Script::SwitchOver { choice, token } => self.ask(&Ask::SwitchOver { choice, token }),
+            Script::Befall(role, fault) => self.befall(role, fault),
             Script::Cancel => self.ask(&Ask::Cancel),
-            Script::Weather(weather) => self.ctx.borrow_mut().net.weather = weather,
+            Script::AcceptLoss => self.accept_loss(),
+            Script::Weather(weather) => {
+                let mut ctx = self.ctx.borrow_mut();
+                ctx.net.weather = weather;
+                // So bad that leases are lost.
+                if weather.rpc_loss >= 100 || weather.stream_break > 0 || weather.spike > 0 {
+                    ctx.bad_weather_until = plan::TROUBLE * 2;
+                }
+            }
             Script::Heal => {
                 let mut ctx = self.ctx.borrow_mut();
                 ctx.net.weather = Weather::calm();
                 ctx.net.cuts.clear();
+                ctx.flush();
                 ctx.points.clear();
+                let at = ctx.now() + OPERATOR;
+                ctx.queue.at(at, Event::Script(Script::AcceptLoss));
                 self.healed = true;
             }
         }
+    }
+
+    /// The last resort of operators, and only where tasks say so; while any is left, again later.
+    fn accept_loss(&mut self) {
+        let parked = self.tasks().any(|t| is_parked(&t));
+        if parked {
+            self.ctx.borrow_mut().checks.loss_was_accepted = true;
+            self.ask(&Ask::Choose(Choice::AcceptLoss));
+        }
+        let mut ctx = self.ctx.borrow_mut();
+        let at = ctx.now() + SEC;
+        ctx.queue.at(at, Event::Script(Script::AcceptLoss));
+    }
+
+    fn stall(&mut self, party: Party, time: Micros) {
+        let mut ctx = self.ctx.borrow_mut();
+        let until = ctx.now() + time;
+        if ctx.life(party).is_some() && !self.stalled.contains_key(&party) {
+            self.stalled.insert(party, (until, VecDeque::new()));
+            ctx.stopped.insert(party);
+            ctx.trouble([party], until);
+            ctx.timer(party, time, Timer::Wake);
+        }
+    }
+
+    fn crash_node(&mut self, node: usize, kept: Kept) {
+        self.stalled.remove(&Party::Node(node));
+        let mut ctx = self.ctx.borrow_mut();
+        ctx.stopped.remove(&Party::Node(node));
+        let all = self.nodes[node].process.as_ref().map_or(0, |p| p.log.len());
+        let kept = match kept {
+            Kept::All => all,
+            Kept::MostOf => all.saturating_sub(ctx.rng.random_range(1..20)),
+            Kept::Nothing => 0,
+        };
+        self.nodes[node].crash(&mut ctx, kept);
     }
 
     fn ask(&mut self, ask: &Ask) {
@@ -327,13 +421,16 @@ impl World {
             return;
         }
         self.stalled.remove(&party);
+        self.ctx.borrow_mut().stopped.remove(&party);
         match party {
             Party::Controller(i) => self.controllers[i].crash(),
             Party::Agent(i) => self.agents[i].crash(),
             Party::Proxy(i) => {
-                self.proxies[i] = Proxy::new(i, self.shape.controllers);
+                let shape = self.shape;
+                self.proxies[i] = Proxy::new(i, shape.controllers, shape.durability);
                 self.ctx.borrow_mut().died(party);
             }
+            Party::Fencer(i) => self.fencers[i].crash(&mut self.ctx.borrow_mut()),
             Party::Store | Party::Node(_) | Party::Client(_) => return,
         }
         let mut ctx = self.ctx.borrow_mut();
@@ -349,18 +446,23 @@ impl World {
             Party::Controller(i) => self.controllers[i].start(),
             Party::Agent(i) => self.agents[i].start(),
             Party::Proxy(i) => self.proxies[i].start(&mut self.ctx.borrow_mut()),
+            Party::Fencer(i) => self.fencers[i].start(&mut self.ctx.borrow_mut()),
             Party::Store | Party::Node(_) | Party::Client(_) => {}
         }
     }
 
     /// What must hold at every instant.
     fn check_now(&mut self) {
+        self.check_failovers();
         for shard in 0..self.shape.shards {
             let of_shard = self.nodes.iter().filter(|n| n.shard == shard);
-            let mut writable =
-                of_shard.filter_map(|n| Some((n, n.process.as_ref()?.writable_as()?)));
+            let ctx = self.ctx.borrow();
+            // Nobody can take what a process has that stands still; it is taken when it wakes.
+            let awake = of_shard.filter(|n| !ctx.is_asleep(Party::Node(n.index)));
+            let mut writable = awake.filter_map(|n| Some((n, n.process.as_ref()?.writable_as()?)));
             if let (Some((a, as_a)), Some((b, as_b))) = (writable.next(), writable.next()) {
                 let how = format!("{} takes writes of {as_a}, {} of {as_b}", a.name, b.name);
+                drop(ctx);
                 self.ctx
                     .borrow_mut()
                     .checks
@@ -397,9 +499,10 @@ impl World {
         let serving = |s: Shard| match s.mode {
             Mode::Serving => s.members.iter().all(|m| m.in_sync || m.node == s.primary),
             Mode::Fenced(_) => lost,
-            Mode::Provisioning | Mode::Handover(_) => false,
+            Mode::Provisioning | Mode::Handover(_) | Mode::FailingOver(_) => false,
         };
-        self.tasks().all(|t| t.state.is_ended()) && self.shards().all(serving)
+        let ended = |t: Task| t.state.is_ended() && !is_parked(&t);
+        self.tasks().all(ended) && self.shards().all(serving)
     }
 
     fn progressed_since(&self, since: Micros) -> bool {

@@ -5,7 +5,7 @@
 use slotmesh_sim::{Variant, run};
 
 /// Within so many seeds; the rarest needs an accident at one certain act.
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 250;
 
 fn caught_by(variant: Variant, rules: &[&str]) {
     for seed in 1..=SEEDS {
@@ -57,10 +57,30 @@ fn executing_a_step_twice_is_caught() {
 
 #[test]
 fn promoting_a_target_that_is_behind_is_caught() {
-    caught_by(Variant::PromoteBehind, &["A8", "A2"]);
+    caught_by(Variant::PromoteBehind, &["A8", "A2", "I8"]);
 }
 
 #[test]
 fn routing_at_a_lower_epoch_is_caught() {
     caught_by(Variant::ProxyGoesBack, &["A6"]);
+}
+
+#[test]
+fn believing_in_the_end_of_a_lease_without_comparing_it_is_caught() {
+    caught_by(Variant::LeaseNotCompared, &["I4: a lease's end"]);
+}
+
+#[test]
+fn serving_on_without_a_right_is_caught() {
+    caught_by(Variant::NoSelfFence, &["A2/I1", "A2/A4/I2", "I1"]);
+}
+
+#[test]
+fn promoting_somebody_who_is_behind_is_caught() {
+    caught_by(Variant::NotHighest, &["A8"]);
+}
+
+#[test]
+fn promoting_another_process_than_the_recorded_one_is_caught() {
+    caught_by(Variant::AnyProcess, &["A8", "A5", "I8", "liveness"]);
 }

@@ -2,12 +2,17 @@
 //!
 //! Invariant: an epoch is in the journal before anything is granted for it.
 
+use slotmesh_proto::store::v1::NodeRole;
+
 use super::Worker;
 use crate::{
-    control::ControlError,
+    control::{Control, ControlError},
     fence,
-    handover::{Role, driver::set_login},
-    node::{Action, Assigned, Decision, FROZEN, Login, Observed, decide, facts},
+    handover::{
+        Role,
+        driver::{chain, set_login},
+    },
+    node::{Action, Assigned, Decision, FROZEN, Login, NOWHERE, Observed, decide, facts},
     probe::Info,
 };
 
@@ -17,6 +22,7 @@ const ROUNDS_MAX: u32 = 3;
 
 impl Worker {
     pub(super) async fn converge(&mut self, assigned: &Assigned) {
+        self.report.detached &= assigned.spec.detached;
         if self.report.loading {
             return;
         }
@@ -37,18 +43,22 @@ impl Worker {
                     return;
                 }
                 Decision::Act(actions) if actions.is_empty() => {
-                    match self.stand(assigned.spec.epoch).await {
-                        Ok(()) => self.report.assigned_epoch = assigned.spec.epoch,
+                    match self.stand(assigned).await {
+                        Ok(()) => self.converged(assigned),
                         Err(error) => self.report.error = format!("journal: {error}"),
                     }
                     return;
                 }
                 Decision::Act(actions) => actions,
             };
+            self.report.detached = false;
             for action in actions {
                 tracing::info!(node = %self.node_id, epoch = assigned.spec.epoch, action = name(&action), "converging");
-                if let Err(error) = self.apply(action).await {
-                    let why = crate::handover::driver::chain(&error);
+                let done = match action {
+                    Action::Capture { replid, from } => self.capture(assigned, &replid, from).await,
+                    action => self.apply(action).await.map_err(|error| chain(&error)),
+                };
+                if let Err(why) = done {
                     tracing::warn!(node = %self.node_id, %why, "node not converged");
                     self.report.error = why;
                     return;
@@ -68,22 +78,43 @@ impl Worker {
         journal.append(facts).await
     }
 
+    /// Journals a freeze also while the process does not answer: a target that stood still in its
+    /// hand-over may promote itself when it wakes, and only who knows of the freeze may demote it.
+    pub(super) async fn remember_freeze(&mut self, assigned: &Assigned) {
+        if assigned.spec.frozen
+            && let Err(error) = self.remember(assigned).await
+        {
+            // Tried again at the next look; until then nothing follows from the freeze.
+            tracing::error!(node = %self.node_id, %error, "freeze not journaled");
+        }
+    }
+
     /// Journals that the process agrees with the record.
-    async fn stand(&self, epoch: u64) -> Result<(), crate::journal::JournalError> {
+    async fn stand(&self, assigned: &Assigned) -> Result<(), crate::journal::JournalError> {
         let journal = &self.host.journal;
-        let fact = journal
-            .read(|memory| facts::when_converged(memory, &self.node_id, &self.run.run_id, epoch));
+        let run_id = &self.run.run_id;
+        let fact =
+            journal.read(|memory| facts::when_converged(memory, &self.node_id, run_id, assigned));
         journal.append(Vec::from_iter(fact)).await
+    }
+
+    /// There was nothing left to do, and the report was made after the last thing that was done.
+    fn converged(&mut self, assigned: &Assigned) {
+        self.report.assigned_epoch = assigned.spec.epoch;
+        self.report.detached =
+            assigned.spec.detached && self.report.observed_role() == NodeRole::Replica;
     }
 
     async fn decide(&mut self, assigned: &Assigned) -> Decision {
         let spec = &assigned.spec;
-        let (fence, standing, journaled_epoch) = self.host.journal.read(|memory| {
+        let lost_epoch = self.lost_epoch(assigned);
+        let (fence, standing, captured, journaled_epoch) = self.host.journal.read(|memory| {
             let fence = memory.fence(&self.node_id).cloned();
             let standing = memory.standing(&self.node_id).cloned();
             (
                 fence,
                 standing,
+                memory.has_captured(&self.node_id, &self.run.run_id, lost_epoch),
                 memory.epoch(&spec.instance_id, &spec.shard_id),
             )
         });
@@ -106,12 +137,17 @@ impl Worker {
             role: info.role().unwrap_or(Role::Replica),
             failover: info.failover(),
             following: &following,
+            link: info.link(),
+            replid: info.text("master_replid"),
+            offset: info.offset(),
+            captured,
             users: &self.run.users,
             login: self.run.login.as_ref(),
             fence: fence.as_ref(),
             fence_target_online: target_online,
             standing: standing.as_ref(),
             journaled_epoch,
+            serving_right: self.host.lease.may_serve(assigned),
         };
         decide(assigned, &seen)
     }
@@ -119,9 +155,7 @@ impl Worker {
     async fn apply(&mut self, action: Action) -> Result<(), ControlError> {
         let dialect = self.run.dialect();
         let Some(control) = self.admin().await else {
-            return Err(ControlError::Connect {
-                source: std::io::ErrorKind::NotConnected.into(),
-            });
+            return Err(not_connected());
         };
         match action {
             Action::Delete(users) => fence::delete(control, &users).await,
@@ -132,6 +166,13 @@ impl Worker {
                 self.run.login = Some(login);
                 Ok(())
             }
+            Action::Detach => {
+                detach(control).await?;
+                self.run.login = Some(Login::default());
+                Ok(())
+            }
+            // See `capture`.
+            Action::Capture { .. } => Ok(()),
             Action::Follow { host, port } => {
                 control.call(&["REPLICAOF", &host, &port]).await.map(drop)
             }
@@ -158,15 +199,32 @@ impl Worker {
         match fence::grant_observer(control, &wanted.user, &wanted.password, dialect).await {
             Ok(()) => self.run.observer = Some(wanted),
             Err(error) => {
-                let why = crate::handover::driver::chain(&error);
+                let why = chain(&error);
                 tracing::warn!(node = %self.node_id, %why, "observer not granted");
             }
         }
     }
 }
 
+fn not_connected() -> ControlError {
+    ControlError::Connect {
+        source: std::io::ErrorKind::NotConnected.into(),
+    }
+}
+
+/// One command breaks the link and ends a handshake or a full sync that is under way, so that no
+/// byte comes after it, and keeps what the replica needs to continue elsewhere.
+async fn detach(control: &mut Control) -> Result<(), ControlError> {
+    if let Some((host, port)) = NOWHERE.rsplit_once(':') {
+        control.call(&["REPLICAOF", host, port]).await?;
+    }
+    set_login(control, "", "").await
+}
+
 fn name(action: &Action) -> &'static str {
     match action {
+        Action::Detach => "detach",
+        Action::Capture { .. } => "capture",
         Action::Delete(_) => "delete users",
         Action::SoftFence(_) => "soft fence",
         Action::SetLogin(_) => "set login",

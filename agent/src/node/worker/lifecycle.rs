@@ -6,7 +6,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use rustix::process::Signal;
-use slotmesh_proto::agent::v1::{Desired, NodeReport, NodeSpec, ProcessState};
+use slotmesh_proto::{
+    agent::v1::{Desired, NodeReport, NodeSpec, ProcessState},
+    store::v1::NodeRole,
+};
 use tokio::time::Instant;
 
 use super::{Run, Trouble, Worker};
@@ -14,7 +17,10 @@ use crate::{
     control::Control,
     fence,
     handover::driver::chain,
-    node::{Assigned, files::NodeDir},
+    node::{
+        Assigned,
+        files::{KEPT_SINCE_START, NodeDir},
+    },
     probe::{Info, granted_epoch},
     process::{Output, Process, last_line},
 };
@@ -37,6 +43,8 @@ impl Worker {
                 return;
             }
             self.note_end(process);
+            // Out before a successor is started: a failover begins with this word.
+            self.publish();
         }
         if self.adopt().await {
             return;
@@ -55,6 +63,7 @@ impl Worker {
                 tracing::info!(node = %self.node_id, pid = process.pid, "node started");
                 self.host.metrics.node_starts.add(1);
                 self.process = Some(process);
+                self.adopted = false;
                 let trouble = self
                     .trouble
                     .as_ref()
@@ -100,6 +109,7 @@ impl Worker {
         tracing::info!(node = %self.node_id, pid = process.pid, "node adopted");
         self.host.metrics.node_adoptions.add(1);
         self.process = Some(process);
+        self.adopted = true;
         self.set_state(ProcessState::Starting, "");
         true
     }
@@ -155,9 +165,7 @@ impl Worker {
         });
         let why = why.unwrap_or_default();
         tracing::warn!(node = %self.node_id, pid = process.pid, last = %why, "node ended");
-        self.process = None;
-        self.control = None;
-        self.run = Run::default();
+        self.forget_process();
         let mut state = ProcessState::Stopped;
         if let Some(dir) = &self.dir
             && !dir.has_served()
@@ -171,6 +179,18 @@ impl Worker {
         let why = format!("the process ended; it said: {why}");
         self.trouble = Some(Trouble { state, why });
         self.show_trouble();
+    }
+
+    /// The process has ended, and whoever needs to know which one it was is told for good.
+    fn forget_process(&mut self) {
+        if !self.run.run_id.is_empty() {
+            self.exited_run_id.clone_from(&self.run.run_id);
+        }
+        self.process = None;
+        self.control = None;
+        self.pulse = None;
+        self.silent_since = None;
+        self.run = Run::default();
     }
 
     fn show_trouble(&mut self) {
@@ -220,6 +240,8 @@ impl Worker {
                 ..Run::default()
             };
             self.report.assigned_epoch = 0;
+            self.report.detached = false;
+            self.set_engine().await;
             if let Some(dir) = &self.dir
                 && let Err(error) = dir.mark_served()
             {
@@ -227,6 +249,8 @@ impl Worker {
             }
         }
         info.fill(&mut self.report);
+        self.report.detached &=
+            self.report.observed_role() == NodeRole::Replica && !self.report.link_up;
         self.run.version = info.version();
         self.report.granted_epoch = granted_epoch(&users);
         self.run.users = users;
@@ -235,6 +259,16 @@ impl Worker {
         self.report.address = self.address();
         self.trouble = None;
         true
+    }
+
+    /// What the boot configuration says too, for a process that an older agent started.
+    async fn set_engine(&mut self) {
+        if let Some(control) = self.admin().await {
+            for (name, value) in KEPT_SINCE_START {
+                // Refused while it loads; then its configuration is as new as this agent.
+                let _ = control.call(&["CONFIG", "SET", name, value]).await;
+            }
+        }
     }
 
     /// Stops the process, if there is one, and waits for its end.
@@ -258,11 +292,11 @@ impl Worker {
             }
             None => false,
         };
-        self.control = None;
         // A second signal while it shuts down would make Redis exit at once, unflushed.
         process
             .stop((!asked).then_some(Signal::TERM), SHUTDOWN_GRACE)
             .await;
+        self.forget_process();
         if let Some(dir) = &self.dir {
             let _ = std::fs::remove_file(dir.process_file());
         }

@@ -80,6 +80,7 @@ impl Worker {
             Act::EnsureUsers(ensure) => self.ensure_users(ensure, request.epoch).await,
             Act::HandOver(order) => Box::pin(self.hand_over(&request, order)).await,
             Act::TakeBack(order) => self.take_back(order).await,
+            Act::Promote(order) => self.promote(&request, order).await,
         };
         self.probe().await;
         self.publish();
@@ -123,7 +124,7 @@ impl Worker {
         }
     }
 
-    fn wrong_process(&self, run_id: &str) -> Option<ExecuteStepResponse> {
+    pub(super) fn wrong_process(&self, run_id: &str) -> Option<ExecuteStepResponse> {
         (run_id.is_empty() || run_id != self.run.run_id).then(|| {
             response(
                 StepOutcome::NoEffect,
@@ -384,6 +385,10 @@ impl Worker {
         let Some((fence::UserKind::Proxy, epoch)) = fence::parse_user(&order.proxy_user) else {
             return response(StepOutcome::NoEffect, "no proxy user is named");
         };
+        if !self.host.lease.may_serve_node(&self.node_id) {
+            let why = "this host's lease has run out, so the node may not serve now";
+            return response(StepOutcome::Uncertain, why);
+        }
         match self.end_failover().await {
             Ok(Role::Primary) => {}
             Ok(Role::Replica) => return response(StepOutcome::NoEffect, "the node is a replica"),

@@ -122,7 +122,8 @@ impl Sets {
             }
             Output::Store(destination) => {
                 let destination = std::mem::take(destination);
-                let store = Store::begin(destination, b"SADD", &members, members.len(), round);
+                let passes = [(&[][..], &members[..])];
+                let store = Store::begin(destination, b"SADD", &passes, members.len(), round);
                 self.phase = Phase::Store(store);
                 Step::Asked
             }

@@ -104,11 +104,20 @@ impl Sorted {
             Output::Store(destination) => {
                 let destination = std::mem::take(destination);
                 let scores: Vec<String> = members.iter().map(|(_, s)| score::exact(*s)).collect();
-                let pairs = scores.iter().zip(&members);
-                let words: Vec<&[u8]> = pairs
-                    .flat_map(|(score, (member, _))| [score.as_bytes(), *member])
-                    .collect();
-                let store = Store::begin(destination, b"ZADD", &words, members.len(), round);
+                let mut words: Vec<&[u8]> = Vec::with_capacity(members.len() * 2);
+                let mut negative_zeros: Vec<&[u8]> = Vec::new();
+                for (score, (member, value)) in scores.iter().zip(&members) {
+                    if *value == 0.0 && value.is_sign_negative() {
+                        // A small sorted set forgets that sign, and the large one that it becomes
+                        // here member by member had forgotten it; an engine makes it large at once.
+                        negative_zeros.extend([score.as_bytes(), *member]);
+                        words.extend([&b"1"[..], *member]);
+                    } else {
+                        words.extend([score.as_bytes(), *member]);
+                    }
+                }
+                let passes = [(&[][..], &words[..]), (&[&b"XX"[..]], &negative_zeros)];
+                let store = Store::begin(destination, b"ZADD", &passes, members.len(), round);
                 self.phase = Phase::Store(store);
                 Step::Asked
             }

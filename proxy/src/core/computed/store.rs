@@ -12,6 +12,9 @@ use slotmesh_resp::write;
 /// parses each command by itself. Even, so that a score and its member stay together.
 const CHUNK_ARGUMENTS: usize = 4096;
 
+/// Options, and arguments that may be spread over several commands.
+pub(super) type Pass<'a> = (&'a [&'a [u8]], &'a [&'a [u8]]);
+
 /// The last phase of a command that stores.
 #[derive(Debug)]
 pub(super) struct Store {
@@ -22,11 +25,11 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Asks for it. `arguments` are what follows the key in `verb`.
+    /// Asks for it. Each pass is what follows the key in `verb`.
     pub(super) fn begin(
         destination: Vec<u8>,
         verb: &[u8],
-        arguments: &[&[u8]],
+        passes: &[Pass<'_>],
         cardinality: usize,
         round: &mut Round<'_>,
     ) -> Self {
@@ -34,10 +37,13 @@ impl Store {
             round.ask_owner(&destination, Effect::Write, &[b"DEL", &destination]);
         } else {
             let mut block = vec![vec![b"DEL".as_slice(), &destination]];
-            for chunk in arguments.chunks(CHUNK_ARGUMENTS) {
-                let mut command = vec![verb, &destination];
-                command.extend_from_slice(chunk);
-                block.push(command);
+            for (options, arguments) in passes {
+                for chunk in arguments.chunks(CHUNK_ARGUMENTS) {
+                    let mut command = vec![verb, &destination];
+                    command.extend_from_slice(options);
+                    command.extend_from_slice(chunk);
+                    block.push(command);
+                }
             }
             round.ask_block(round.shard_of(&destination), round.db, &block);
         }

@@ -145,6 +145,21 @@ fn a_lost_connection_closes_the_gate_until_the_next_login() {
     check(&mut gate, 20, &[(Event::LinkUp, 0, &[Action::Drain])]);
 }
 
+#[test]
+fn a_pause_keeps_requests_back_and_does_not_outlive_its_connection() {
+    let mut gate = open(1);
+    check(&mut gate, 10, &[(Event::Pause(true), 1, &[])]);
+    assert!(!gate.admits() && gate.only_pauses());
+    check(&mut gate, 20, &[(Event::Pause(false), 1, &[Action::Drain])]);
+    check(
+        &mut gate,
+        30,
+        &[(Event::Pause(true), 1, &[]), (Event::LinkDown, 0, &[])],
+    );
+    assert!(!gate.only_pauses());
+    check(&mut gate, 40, &[(Event::LinkUp, 0, &[Action::Drain])]);
+}
+
 /// Any events in any order: the epoch never falls, an ordered hold admits nothing, and the gate
 /// always has either a deadline or something that it waits for.
 #[test]
@@ -162,7 +177,7 @@ fn random_events_break_no_invariant() {
             now_us += below(60);
             let epoch = below(4);
             let in_flight = below(2) as usize;
-            let event = match below(9) {
+            let event = match below(10) {
                 0 => route(epoch, None),
                 1 => route(epoch, order("t")),
                 2 => Event::Refused(Refusal::ReadOnly),
@@ -170,6 +185,7 @@ fn random_events_break_no_invariant() {
                 4 => Event::LinkUp,
                 5 => Event::LinkDown,
                 6 => Event::Settled,
+                7 => Event::Pause(below(2) == 0),
                 _ => Event::Tick,
             };
             gate.step(event, in_flight, now_us);

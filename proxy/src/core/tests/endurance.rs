@@ -62,8 +62,9 @@ fn a_node_that_says_nothing_is_given_up_and_only_its_own_requests_fail() {
     check(&mut world, a, "$-1\r\n");
     // Silence without a request is none.
     let losses = world.core.counters.node_losses;
-    for _ in 0..3 {
-        world.pass(2 * SILENCE_LIMIT_US);
+    for _ in 0..30 {
+        world.pass(2 * SILENCE_LIMIT_US / 10);
+        world.settle(); // it answers whether it is there
     }
     assert_eq!(world.core.counters.node_losses, losses);
 }

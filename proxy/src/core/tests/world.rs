@@ -44,6 +44,8 @@ pub(super) struct Node {
     pub(super) down: bool,
     /// Commands that took effect, of any client.
     pub(super) executed: u64,
+    /// Replicas that have everything.
+    pub(super) replicas: i64,
 }
 
 #[derive(Default)]
@@ -201,6 +203,13 @@ impl World {
         self.obey();
     }
 
+    /// So many replicas must have a write; with or without a gate for reads.
+    pub(super) fn set_durability(&mut self, replicas: u32, read_gate: &str) {
+        self.settings.durability = replicas;
+        self.settings.parameters.read_gate = read_gate == "yes";
+        self.publish();
+    }
+
     pub(super) fn connect(&mut self) -> u32 {
         let slot = self.core.open_client(ClientState::new(1, None, 0));
         self.replies.insert(slot, Vec::new());
@@ -239,6 +248,7 @@ impl World {
                 break;
             }
         }
+        self.core.seal_batches();
         for lane in std::mem::take(&mut self.core.out.touched) {
             self.core.lane_untouch(lane);
             let unsent = self.core.lane_unsent(lane).to_vec();
@@ -433,6 +443,8 @@ fn apply(out: &mut Vec<u8>, node: &mut Node, db: &mut u16, words: &[Vec<u8>]) {
             write::write_simple(out, "OK");
         }
         "PING" => write::write_simple(out, "PONG"),
+        "WAIT" => write::write_int(out, node.replicas),
+        "SPUBLISH" => write::write_int(out, 0),
         "GET" => bulk(out, node.data.get(&key(1))),
         "SET" => {
             node.data.insert(key(1), words[2].clone());

@@ -1,5 +1,6 @@
 //! Forgets what nobody asks for any more, so that neither the store nor the hub grows with time:
-//! ended tasks with their events, idempotency records, and reports of what no record names.
+//! ended tasks with their events, idempotency records, records of old epochs, and reports of what no
+//! record names.
 
 use slotmesh_proto::store::v1 as records;
 use slotmesh_topology::TaskId;
@@ -18,6 +19,10 @@ pub(super) const INTERVAL_MS: u64 = 10 * 60 * 1_000;
 const TASKS_KEPT: usize = 1_000;
 /// A token can be repeated for this long.
 const TOKEN_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
+/// Epochs that are kept of each shard.
+const EPOCHS_KEPT: usize = 1_000;
+/// Epochs of an instance that is gone are kept for this long.
+const EPOCHS_MS_MAX: u64 = 30 * 24 * 60 * 60 * 1_000;
 /// Deletions in one transaction; below the store's bound on operations, with room for compares.
 const DELETIONS_MAX: usize = 100;
 /// Tasks forgotten in one go; the rest follows the next time.
@@ -35,11 +40,9 @@ impl Driver {
         });
         self.hub.forget_others(&nodes, &proxies);
         let ended: Vec<(TaskId, u64)> = self.mirror.read(|state| {
-            let ended = state
-                .tasks
-                .values()
-                .rev()
-                .filter(|t| t.value.state.is_ended());
+            let ended = state.tasks.values().rev().filter(|t| {
+                t.value.state.is_ended() && !slotmesh_task::failover::is_parked(&t.value)
+            });
             let old = ended.skip(TASKS_KEPT).take(TASKS_PER_RUN_MAX);
             old.map(|t| (t.value.id.clone(), t.value.event_count))
                 .collect()
@@ -59,6 +62,7 @@ impl Driver {
                 Err(error) => warn!(%error, "record left where it is"),
             }
         }
+        doomed.extend(self.old_epochs().await?);
         for some in doomed.chunks(DELETIONS_MAX) {
             let txn = some
                 .iter()
@@ -75,6 +79,43 @@ impl Driver {
             );
         }
         Ok(())
+    }
+}
+
+impl Driver {
+    /// Records of epochs that nobody asks for any more.
+    async fn old_epochs(&self) -> Result<Vec<String>, DriveError> {
+        let now_ms = clock::now_ms();
+        let mut doomed = Vec::new();
+        let mut of_shard = (String::new(), 0);
+        // The newest of each shard first.
+        for item in self.store.list(keys::AUDIT).await?.items.into_iter().rev() {
+            let Some(Key::Audit {
+                instance, shard, ..
+            }) = Key::parse(&item.key)
+            else {
+                continue;
+            };
+            let id = format!("{instance}/{shard}");
+            of_shard = match of_shard {
+                (last, count) if last == id => (last, count + 1),
+                _ => (id, 1),
+            };
+            let is_known = self
+                .mirror
+                .read(|s| s.instances.contains_key(&instance.into()));
+            let is_old = match keys::decode::<records::EpochRecord>(&item) {
+                Ok(record) => record.unix_ms + EPOCHS_MS_MAX < now_ms,
+                Err(error) => {
+                    warn!(%error, "record left where it is");
+                    continue;
+                }
+            };
+            if of_shard.1 > EPOCHS_KEPT || (!is_known && is_old) {
+                doomed.push(item.key);
+            }
+        }
+        Ok(doomed)
     }
 }
 
@@ -137,6 +178,7 @@ mod tests {
             Hub::default(),
             Agents::default(),
             term,
+            "c".into(),
         );
         driver.forget_the_old().await.unwrap();
         let left = store.list(keys::IDEMPOTENCY).await.unwrap().items;

@@ -66,6 +66,11 @@ impl Driver {
         };
         let key = step_key(task, switch);
         let step = self.steps.get(&key).cloned().unwrap_or_default();
+        // While it serves, the loss of its primary is not the switchover's to declare.
+        let is_handing_over = shard.value.handover().is_some();
+        let lost = is_handing_over
+            .then(|| self.loss_of(&shard.value, instance.value.durability))
+            .flatten();
         let decision = self.hub.read(|fleet| {
             switchover::decide(View {
                 task: &task.value.id,
@@ -73,6 +78,7 @@ impl Driver {
                 shard: &shard.value,
                 fleet,
                 step: &step,
+                lost: lost.as_ref(),
                 cancel_requested: task.value.cancel_requested,
                 other_in_hold,
                 now_ms: clock::now_ms(),
@@ -105,6 +111,7 @@ impl Driver {
                         .await
                 }
             },
+            Decision::FailOver(loss) => self.declare_lost(&shard, &loss).await,
             Decision::Close(note) => self.close(task, switch, &shard, &note).await,
         }
     }
@@ -278,6 +285,7 @@ impl Driver {
                     key,
                     status,
                     critical_us,
+                    promoted: None,
                 })
                 .await;
         });

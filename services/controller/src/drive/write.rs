@@ -2,7 +2,7 @@
 //! of a task comes with an event, in the same transaction.
 
 use slotmesh_proto::store::v1 as records;
-use slotmesh_task::{State as TaskState, Task};
+use slotmesh_task::{Spec, State as TaskState, Task};
 use slotmesh_topology::{Instance, InstanceState, Shard};
 
 use super::{DriveError, Driver, Next};
@@ -51,6 +51,68 @@ pub(crate) fn put_task(
         .put(event_key, keys::encode(event))
 }
 
+/// Who begins an epoch, and why, for its record.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Author<'a> {
+    /// Begin, `SwitchOver`, Failover or Restart.
+    pub(crate) cause: &'static str,
+    /// Empty: no task did.
+    pub(crate) task: &'a str,
+    pub(crate) trace: &'a str,
+    /// The controller.
+    pub(crate) who: &'a str,
+    /// Its term; 0: the delegated commit of a hand-over.
+    pub(crate) term: u64,
+}
+
+/// The epoch's record, when `next` begins an epoch or names its primary.
+pub(crate) fn epoch_record(
+    before: &Shard,
+    next: &Shard,
+    author: Author<'_>,
+) -> Option<(String, Vec<u8>)> {
+    if before.epoch == next.epoch && before.primary == next.primary {
+        return None;
+    }
+    let key = Key::Audit {
+        instance: next.instance.as_str(),
+        shard: next.id.as_str(),
+        epoch: next.epoch.0,
+    };
+    let primary = match next.failover() {
+        Some(_) => String::new(),
+        None => next.primary.to_string(),
+    };
+    let record = records::EpochRecord {
+        schema: 0,
+        instance_id: next.instance.to_string(),
+        shard_id: next.id.to_string(),
+        epoch: next.epoch.0,
+        primary_node_id: primary,
+        before_node_id: before.primary.to_string(),
+        cause: author.cause.to_owned(),
+        task_id: author.task.to_owned(),
+        who: author.who.to_owned(),
+        term: author.term,
+        trace_id: author.trace.to_owned(),
+        unix_ms: clock::now_ms(),
+    };
+    Some((key.to_string(), keys::encode(record)))
+}
+
+/// Adds the epoch's record to a transaction that may begin one.
+pub(crate) fn put_epoch(
+    txn: LeaderTxn,
+    before: &Shard,
+    next: &Shard,
+    author: Author<'_>,
+) -> LeaderTxn {
+    match epoch_record(before, next, author) {
+        Some((key, record)) => txn.put(key, record),
+        None => txn,
+    }
+}
+
 pub(crate) fn shard_key(shard: &Shard) -> String {
     Key::Shard {
         instance: shard.instance.as_str(),
@@ -89,7 +151,22 @@ impl Driver {
         }
     }
 
-    fn txn_on(&self, task: &Versioned<Task>) -> LeaderTxn {
+    /// This leader, for a task.
+    pub(super) fn author<'a>(&'a self, task: &'a Task) -> Author<'a> {
+        Author {
+            cause: match &task.spec {
+                Spec::Provision | Spec::Decommission => "Begin",
+                Spec::Switchover(_) => "SwitchOver",
+                Spec::Failover(_) => "Failover",
+            },
+            task: task.id.as_str(),
+            trace: &task.trace_id,
+            who: &self.who,
+            term: self.term.number(),
+        }
+    }
+
+    pub(super) fn txn_on(&self, task: &Versioned<Task>) -> LeaderTxn {
         let key = Key::Task {
             task: task.value.id.as_str(),
         };
@@ -135,6 +212,7 @@ impl Driver {
             .txn_on(task)
             .unchanged(key.clone(), old.mod_revision)
             .put(key, encode_shard(next));
+        let txn = put_epoch(txn, &old.value, next, self.author(&task.value));
         self.commit(put_task(txn, next_task, shard, step, message))
             .await
     }
@@ -150,10 +228,17 @@ impl Driver {
             .txn()
             .unchanged(key.clone(), old.mod_revision)
             .put(key, encode_shard(next));
-        self.commit(txn).await
+        let author = Author {
+            cause: "Restart",
+            task: "",
+            trace: "",
+            who: &self.who,
+            term: self.term.number(),
+        };
+        self.commit(put_epoch(txn, &old.value, next, author)).await
     }
 
-    /// Ends a task and frees its shards.
+    /// Ends a task and frees the shards that are still its own: a failover may have taken some.
     pub(super) async fn end_task(
         &self,
         task: &Versioned<Task>,
@@ -162,7 +247,13 @@ impl Driver {
         message: &str,
     ) -> Result<Next, DriveError> {
         let instance = task.value.instance.as_str();
-        let txn = shards.iter().fold(self.txn_on(task), |txn, shard| {
+        let is_own = |shard: &str| {
+            let id = (task.value.instance.clone(), shard.into());
+            self.mirror
+                .read(|s| s.locks.get(&id) == Some(&task.value.id))
+        };
+        let own = shards.iter().filter(|shard| is_own(shard));
+        let txn = own.fold(self.txn_on(task), |txn, shard| {
             txn.delete(Key::Lock { instance, shard })
         });
         self.commit(put_task(txn, next, "", "Ended", message)).await

@@ -5,16 +5,20 @@ use slotmesh_proto::agent::v1::{
 };
 use slotmesh_task::admit::RefusalKind;
 use slotmesh_topology::{Epoch, HostId, InstanceId, InstanceState, ShardId, assignment};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Context, MessageStream, refuse, store_failed};
 use crate::{
-    drive::write::{encode_shard, shard_key},
+    drive::write::{Author, encode_shard, epoch_record, shard_key},
+    hosts,
     mirror::State,
-    store::{Txn, TxnOutcome, keys::valid_id},
+    store::{
+        Txn, TxnOutcome,
+        keys::{self, Key, valid_id},
+    },
 };
 
 /// Assignments on their way to one agent; only the newest matters, so few are ever queued.
@@ -35,7 +39,7 @@ impl Control {
         Self { context }
     }
 
-    /// Keeps the agent's assignment true until the session ends or this controller leads no more.
+    /// Keeps the agent's assignment true until the session ends or this controller is cut off.
     async fn send_assignments(
         self,
         host: HostId,
@@ -43,24 +47,34 @@ impl Control {
     ) {
         let mut state = self.context.mirror.subscribe();
         let mut leadership = self.context.leadership.clone();
+        let mut in_reach = self.context.in_reach.clone();
         let mut sent: Option<pb::Assignment> = None;
         loop {
-            let term = match self.context.leading() {
-                Ok(term) => term.number(),
-                Err(status) => {
-                    let _ = sender.send(Err(status)).await;
-                    return;
-                }
+            if let Err(status) = self.context.serving() {
+                let _ = sender.send(Err(status)).await;
+                return;
+            }
+            let term = leadership.borrow_and_update().known_term();
+            let (mut next, leased_since) = {
+                let state = state.borrow_and_update();
+                let entry = state.hosts.get(&host);
+                let leased_since = entry.and_then(|h| h.leased_since).unwrap_or_default();
+                (assignment_of(&host, &state), leased_since)
             };
-            let mut next = assignment_of(&host, &state.borrow_and_update());
             next.term = term;
-            next.controller_addresses = vec![self.context.address.clone()];
-            // The revision moves with every write anywhere; only a change for this host is sent.
+            next.controller_addresses = self
+                .context
+                .mirror
+                .read(|s| self.context.controller_addresses(s));
+            // The revision moves with every write anywhere; only a change for this host is sent, and
+            // what proves that nothing changed before its lease began.
             let is_news = sent.as_ref().is_none_or(|old| {
-                pb::Assignment {
+                let proves = old.revision < leased_since;
+                let changed = pb::Assignment {
                     revision: next.revision,
                     ..old.clone()
-                } != next
+                } != next;
+                proves || changed
             });
             if is_news {
                 sent = Some(next.clone());
@@ -75,11 +89,23 @@ impl Control {
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
                 changed = leadership.changed() => if changed.is_err() { return },
+                changed = in_reach.changed() => if changed.is_err() { return },
                 () = sender.closed() => return,
                 () = self.context.stopping.cancelled() => return,
             }
         }
     }
+}
+
+fn in_use(host: &HostId, address: &str) -> Status {
+    refuse(
+        RefusalKind::AlreadyExists,
+        "HOST_ID_IN_USE",
+        format!(
+            "the agent at {address} has a session as host {host}: give each agent its own \
+             --host-id; one that was just restarted gets in within seconds"
+        ),
+    )
 }
 
 /// The whole intent for one host.
@@ -90,7 +116,13 @@ fn assignment_of(host: &HostId, state: &State) -> pb::Assignment {
             continue;
         };
         let here = shard.members.iter().filter(|m| m.host == *host);
-        nodes.extend(here.map(|m| assignment::node(&instance.value, shard, m)));
+        nodes.extend(here.map(|m| pb::NodeSpec {
+            replica_agents: match m.node == shard.primary {
+                true => hosts::replica_agents(state, shard),
+                false => Vec::new(),
+            },
+            ..assignment::node(&instance.value, shard, m)
+        }));
     }
     let mut proxies = Vec::new();
     for instance in state.instances.values().map(|i| &i.value) {
@@ -122,7 +154,7 @@ impl ControlService for Control {
         &self,
         request: Request<Streaming<pb::SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        self.context.leading()?;
+        self.context.serving()?;
         let mut inbound = request.into_inner();
         let first = inbound.message().await?.and_then(|m| m.message);
         let Some(session_request::Message::Register(register)) = first else {
@@ -134,19 +166,16 @@ impl ControlService for Control {
             ));
         }
         let host: HostId = register.host_id.as_str().into();
-        if let Some(address) = self.context.hub.other_agent(&register) {
-            return Err(refuse(
-                RefusalKind::AlreadyExists,
-                "HOST_ID_IN_USE",
-                format!(
-                    "the agent at {address} has a session as host {host}: give each agent its own \
-                     --host-id; one that was just restarted gets in within seconds"
-                ),
-            ));
+        if let Some(address) = self.context.other_agent(&register).await {
+            return Err(in_use(&host, &address));
         }
         info!(%host, agent = register.agent_address, "agent session opened");
-        let session = self.context.hub.host_opened(register);
+        let session = self.context.hub.host_opened(register.clone());
+        let refused = self.context.hub.host_refusal(&host, session);
         let (sender, receiver) = mpsc::channel(ASSIGNMENTS_BUFFERED);
+        let (reported, numbers) = watch::channel(0);
+        let store = self.context.store.clone();
+        tokio::spawn(hosts::keep(store, register, numbers, sender.clone()));
         tokio::spawn(self.clone().send_assignments(host.clone(), sender.clone()));
         let (hub, stopping) = (self.context.hub.clone(), self.context.stopping.clone());
         tokio::spawn(async move {
@@ -154,12 +183,19 @@ impl ControlService for Control {
                 let message = tokio::select! {
                     () = sender.closed() => break,
                     () = stopping.cancelled() => break,
+                    () = refused.cancelled() => {
+                        let _ = sender.try_send(Err(in_use(&host, "another controller")));
+                        break;
+                    }
                     message = inbound.message() => message,
                 };
                 match message {
                     Ok(Some(pb::SessionRequest {
                         message: Some(session_request::Message::Report(report)),
-                    })) => hub.host_reported(&host, session, &report),
+                    })) => {
+                        reported.send_replace(report.number);
+                        hub.host_reported(&host, session, &report);
+                    }
                     Ok(Some(_)) => {}
                     Ok(None) => break,
                     Err(status) => {
@@ -172,6 +208,54 @@ impl ControlService for Control {
             hub.host_closed(&host, session);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    /// Served leader or not: the record in the store is the word.
+    async fn confirm_promotion(
+        &self,
+        request: Request<pb::ConfirmPromotionRequest>,
+    ) -> Result<Response<pb::ConfirmPromotionResponse>, Status> {
+        let request = request.into_inner();
+        if !valid_id(&request.instance_id) || !valid_id(&request.shard_id) {
+            return Err(Status::invalid_argument(
+                "instance_id or shard_id is malformed",
+            ));
+        }
+        let key = Key::Shard {
+            instance: &request.instance_id,
+            shard: &request.shard_id,
+        }
+        .to_string();
+        let item = self.context.store.get(&key).await;
+        let Some(item) = item.map_err(|e| store_failed(&e))? else {
+            return Err(refuse(
+                RefusalKind::NotFound,
+                "SHARD_NOT_FOUND",
+                "no such shard",
+            ));
+        };
+        let record = keys::decode(&item).map_err(|e| store_failed(&e))?;
+        let shard = slotmesh_topology::wire::shard_from(&record)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let node = request.node_id.as_str().into();
+        let names_it = shard.epoch == Epoch(request.epoch)
+            && shard
+                .member(&node)
+                .is_some_and(|m| m.run_id == request.run_id)
+            && shard.failover().is_some_and(|f| {
+                f.task.as_str() == request.task_id && f.target.as_ref() == Some(&node)
+            });
+        Ok(Response::new(pb::ConfirmPromotionResponse {
+            confirmed: names_it,
+            reason: match names_it {
+                true => String::new(),
+                false => format!(
+                    "the record is {} at epoch {}",
+                    shard.mode.name(),
+                    shard.epoch
+                ),
+            },
+        }))
     }
 
     /// Served leader or not: the token in the record is the right to commit, once.
@@ -224,6 +308,18 @@ impl ControlService for Control {
             let txn = Txn::new()
                 .unchanged(key.clone(), shard.mod_revision)
                 .put(key, encode_shard(&next));
+            let task = shard.value.handover().map(|h| h.task.to_string());
+            let author = Author {
+                cause: "SwitchOver",
+                task: task.as_deref().unwrap_or_default(),
+                trace: "",
+                who: &self.context.controller_id,
+                term: 0,
+            };
+            let txn = match epoch_record(&shard.value, &next, author) {
+                Some((key, record)) => txn.put(key, record),
+                None => txn,
+            };
             let outcome = self
                 .context
                 .store

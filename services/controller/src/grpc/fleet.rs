@@ -1,4 +1,5 @@
-//! `FleetService`: what runs where.
+//! `FleetService`: what runs where. The leader knows it all; without one each controller shows the
+//! agents and proxies that have their streams with it.
 
 use slotmesh_proto::fleet::v1::{self as api, fleet_service_server::FleetService};
 use tonic::{Request, Response, Status};
@@ -10,17 +11,13 @@ use crate::leader::Leadership;
 #[derive(Clone, Debug)]
 pub struct Fleet {
     context: Context,
-    controller_id: String,
 }
 
 impl Fleet {
     /// The service over what it needs.
     #[must_use]
-    pub fn new(context: Context, controller_id: String) -> Self {
-        Self {
-            context,
-            controller_id,
-        }
+    pub fn new(context: Context) -> Self {
+        Self { context }
     }
 }
 
@@ -30,8 +27,6 @@ impl FleetService for Fleet {
         &self,
         _: Request<api::ListHostsRequest>,
     ) -> Result<Response<api::ListHostsResponse>, Status> {
-        // Agents keep their sessions with the leader.
-        self.context.leading()?;
         let hosts = self.context.hub.hosts();
         let hosts = self.context.mirror.read(|state| {
             let nodes_on = |host: &str| {
@@ -63,7 +58,6 @@ impl FleetService for Fleet {
         &self,
         request: Request<api::ListProxiesRequest>,
     ) -> Result<Response<api::ListProxiesResponse>, Status> {
-        self.context.leading()?;
         let wanted = request.into_inner().instance_id;
         let proxies = self
             .context
@@ -96,14 +90,19 @@ impl FleetService for Fleet {
         let leadership = self.context.leadership.borrow().clone();
         Ok(Response::new(match leadership {
             Leadership::Leading { term } => api::GetLeaderResponse {
-                controller_id: self.controller_id.clone(),
+                controller_id: self.context.controller_id.clone(),
                 address: self.context.address.clone(),
                 term: term.number(),
             },
-            Leadership::Following { leader } => api::GetLeaderResponse {
-                address: leader.unwrap_or_default(),
-                ..api::GetLeaderResponse::default()
+            Leadership::Following {
+                leader: Some(leader),
+                ..
+            } => api::GetLeaderResponse {
+                controller_id: leader.controller_id,
+                address: leader.address,
+                term: leader.term,
             },
+            Leadership::Following { leader: None, .. } => api::GetLeaderResponse::default(),
         }))
     }
 }

@@ -2,13 +2,13 @@
 
 mod change;
 mod describe;
+mod durability;
+mod failover;
 mod plan;
+pub(super) mod schedule;
 
 use prost::Message;
-use slotmesh_proto::{
-    instance::v1::{self as api, instance_service_server::InstanceService},
-    store::v1 as records,
-};
+use slotmesh_proto::instance::v1::{self as api, instance_service_server::InstanceService};
 use slotmesh_task::{
     Spec, State as TaskState, Task,
     admit::{self, RefusalKind},
@@ -18,13 +18,13 @@ use slotmesh_topology::{Instance, InstanceId, InstanceState, TaskId, wire};
 use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
-use super::{Context, refuse, refused, store_failed};
+use super::{Context, refuse, refused, store_failed, token::Token};
 use crate::{
     clock,
     drive::write::{encode_instance, encode_shard, put_task, shard_key},
     leader::{LeaderOutcome, LeaderTxn},
     mirror::State,
-    store::keys::{self, Key},
+    store::keys::Key,
 };
 
 /// Tries of an admission that loses a race against another write.
@@ -56,26 +56,10 @@ impl Instances {
     /// The outcome of an earlier request with this token, if there was one.
     #[allow(clippy::result_large_err)]
     async fn earlier(&self, token: &str, fingerprint: &[u8]) -> Result<Option<Admitted>, Status> {
-        if token.is_empty() {
+        let token = Token::with(token, fingerprint.to_vec());
+        let Some(record) = token.earlier(&self.context).await? else {
             return Ok(None);
-        }
-        let key = idempotency_key(token);
-        let found = self
-            .context
-            .store
-            .get(&key)
-            .await
-            .map_err(|e| store_failed(&e))?;
-        let Some(found) = found else { return Ok(None) };
-        let record: records::IdempotencyRecord =
-            keys::decode(&found).map_err(|e| store_failed(&e))?;
-        if record.request_sha256 != fingerprint {
-            return Err(refuse(
-                RefusalKind::AlreadyExists,
-                "CLIENT_TOKEN_REUSED",
-                "client_token was used for another request; use a new one",
-            ));
-        }
+        };
         Ok(Some(Admitted {
             task: record.task_id.into(),
             resource: record.resource_id,
@@ -94,17 +78,7 @@ impl Instances {
         let mut txn = txn.absent(Key::Task {
             task: task.id.as_str(),
         });
-        if !token.is_empty() {
-            let record = records::IdempotencyRecord {
-                schema: 0,
-                task_id: task.id.to_string(),
-                request_sha256: fingerprint.to_vec(),
-                resource_id: resource.to_owned(),
-                created_unix_ms: clock::now_ms(),
-            };
-            let key = idempotency_key(token);
-            txn = txn.absent(key.clone()).put(key, keys::encode(record));
-        }
+        txn = Token::with(token, fingerprint.to_vec()).put(txn, task.id.as_str(), resource);
         let kind = task.spec.kind();
         let txn = put_task(txn, task.clone(), "", "Admitted", kind);
         match txn
@@ -148,6 +122,22 @@ impl Instances {
 
 #[tonic::async_trait]
 impl InstanceService for Instances {
+    async fn fail_over(
+        &self,
+        request: Request<api::FailOverRequest>,
+    ) -> Result<Response<api::FailOverResponse>, Status> {
+        let task_id = self.admit_failover(request.into_inner()).await?.to_string();
+        Ok(Response::new(api::FailOverResponse { task_id }))
+    }
+
+    async fn set_durability(
+        &self,
+        request: Request<api::SetDurabilityRequest>,
+    ) -> Result<Response<api::SetDurabilityResponse>, Status> {
+        let revision = self.change_durability(request.into_inner()).await?;
+        Ok(Response::new(api::SetDurabilityResponse { revision }))
+    }
+
     async fn create_instance(
         &self,
         request: Request<api::CreateInstanceRequest>,
@@ -300,6 +290,15 @@ impl InstanceService for Instances {
         Ok(Response::new(api::UpdateAccountsResponse { revision }))
     }
 
+    async fn modify_instance_maintain_time(
+        &self,
+        request: Request<api::ModifyInstanceMaintainTimeRequest>,
+    ) -> Result<Response<api::ModifyInstanceMaintainTimeResponse>, Status> {
+        let revision = self.change_window(request.into_inner()).await?;
+        let answer = api::ModifyInstanceMaintainTimeResponse { revision };
+        Ok(Response::new(answer))
+    }
+
     async fn describe_accounts(
         &self,
         request: Request<api::DescribeAccountsRequest>,
@@ -328,7 +327,9 @@ impl InstanceService for Instances {
                 return Ok(Response::new(api::SwitchOverResponse { task_id }));
             }
             let (instance, revision) = self.instance(&request.instance_id)?;
-            let (txn, task) = self.switchover_txn(term, (&instance, revision), &targets)?;
+            let not_before_ms = schedule::not_before(request.schedule.as_ref(), &instance)?;
+            let (txn, task) =
+                self.switchover_txn(term, (&instance, revision), &targets, not_before_ms)?;
             let token = &request.client_token;
             if let Some(done) = self.admit(txn, &task, token, &fingerprint, "").await? {
                 let task_id = done.task.to_string();
@@ -345,12 +346,6 @@ fn busy() -> Status {
         "CONFLICT",
         "the records changed with every try; try again in a moment",
     )
-}
-
-fn idempotency_key(token: &str) -> String {
-    // Tokens are the caller's words; keys have a narrower alphabet.
-    let id = hex::encode(admit::fingerprint("token", token.as_bytes()));
-    Key::Idempotency { token: &id }.to_string()
 }
 
 fn create_fingerprint(request: &api::CreateInstanceRequest) -> Vec<u8> {
@@ -384,5 +379,8 @@ fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
         deadline_ms: now_ms + limit_ms,
         event_count: 0,
         cancel_requested: false,
+        not_before_ms: 0,
+        choice: None,
+        trace_id: String::new(),
     }
 }

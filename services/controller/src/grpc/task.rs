@@ -1,12 +1,16 @@
 //! `TaskService`: shows tasks, streams their events, and asks a task to end without effect.
 
+mod audit;
+mod change;
+mod lost;
+
 use std::collections::HashSet;
 
 use slotmesh_proto::{
     store::v1 as records,
     task::v1::{self as api, task_service_server::TaskService},
 };
-use slotmesh_task::{Task, admit::RefusalKind, wire};
+use slotmesh_task::{Task, admit::RefusalKind, schedule, wire};
 use slotmesh_topology::TaskId;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,9 +19,7 @@ use tonic::{Request, Response, Status};
 use super::{Context, MessageStream, refuse, store_failed};
 use crate::{
     clock,
-    drive::write::put_task,
-    leader::LeaderOutcome,
-    mirror::Versioned,
+    mirror::{State, Versioned},
     store::keys::{self, Key},
 };
 
@@ -27,8 +29,6 @@ const PAGE_SIZE_MAX: u32 = 1_000;
 const PAGE_SIZE_DEFAULT: u32 = 100;
 /// Events buffered for a watcher that reads slowly; then it is waited for.
 const EVENTS_BUFFERED: usize = 16;
-/// Tries of a cancel that loses a race against the task's own progress.
-const CANCEL_TRIES: usize = 5;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -41,6 +41,10 @@ impl Tasks {
     #[must_use]
     pub fn new(context: Context) -> Self {
         Self { context }
+    }
+
+    fn show(&self, task: &Task) -> api::Task {
+        self.context.mirror.read(|state| show(task, state))
     }
 
     #[allow(clippy::result_large_err)]
@@ -67,7 +71,7 @@ impl TaskService for Tasks {
     ) -> Result<Response<api::GetTaskResponse>, Status> {
         let task = self.task(&request.into_inner().task_id)?;
         Ok(Response::new(api::GetTaskResponse {
-            task: Some(show(&task.value)),
+            task: Some(self.show(&task.value)),
         }))
     }
 
@@ -88,6 +92,7 @@ impl TaskService for Tasks {
             }
         };
         let states: HashSet<_> = request.states().collect();
+        let (after_ms, before_ms) = created_between(&request)?;
         let mut tasks: Vec<_> = self.context.mirror.read(|state| {
             state
                 .tasks
@@ -99,8 +104,13 @@ impl TaskService for Tasks {
                     request.instance_id.is_empty() || t.instance.as_str() == request.instance_id
                 })
                 .filter(|t| states.is_empty() || states.contains(&wire::state_to(t.state)))
+                .filter(|t| {
+                    request.kinds.is_empty() || request.kinds.iter().any(|k| k == t.spec.kind())
+                })
+                .filter(|t| (after_ms..before_ms).contains(&t.created_ms))
+                .filter(|t| request.shard_id.is_empty() || t.spec.touches(&request.shard_id))
                 .take(size as usize + 1)
-                .map(show)
+                .map(|task| show(task, state))
                 .collect()
         });
         let has_more = tasks.len() > size as usize;
@@ -111,6 +121,40 @@ impl TaskService for Tasks {
             tasks,
             next_page_token,
         }))
+    }
+
+    async fn reschedule_task(
+        &self,
+        request: Request<api::RescheduleTaskRequest>,
+    ) -> Result<Response<api::RescheduleTaskResponse>, Status> {
+        let task = self.reschedule(request.into_inner()).await?;
+        let task = Some(self.show(&task));
+        Ok(Response::new(api::RescheduleTaskResponse { task }))
+    }
+
+    async fn resolve_task(
+        &self,
+        request: Request<api::ResolveTaskRequest>,
+    ) -> Result<Response<api::ResolveTaskResponse>, Status> {
+        let task = self.resolve(request.into_inner()).await?;
+        let task = Some(self.show(&task));
+        Ok(Response::new(api::ResolveTaskResponse { task }))
+    }
+
+    async fn list_epochs(
+        &self,
+        request: Request<api::ListEpochsRequest>,
+    ) -> Result<Response<api::ListEpochsResponse>, Status> {
+        let epochs = self.epochs(request.into_inner()).await?;
+        Ok(Response::new(api::ListEpochsResponse { epochs }))
+    }
+
+    async fn list_lost_writes(
+        &self,
+        request: Request<api::ListLostWritesRequest>,
+    ) -> Result<Response<api::ListLostWritesResponse>, Status> {
+        let lost_writes = self.lost_writes(request.into_inner()).await?;
+        Ok(Response::new(api::ListLostWritesResponse { lost_writes }))
     }
 
     type WatchTaskStream = MessageStream<api::WatchTaskResponse>;
@@ -137,67 +181,9 @@ impl TaskService for Tasks {
         &self,
         request: Request<api::CancelTaskRequest>,
     ) -> Result<Response<api::CancelTaskResponse>, Status> {
-        let id = request.into_inner().task_id;
-        for _ in 0..CANCEL_TRIES {
-            let term = self.context.leading()?;
-            let task = self.task(&id)?;
-            if task.value.cancel_requested && !task.value.state.is_ended() {
-                return Ok(Response::new(api::CancelTaskResponse {
-                    task: Some(show(&task.value)),
-                }));
-            }
-            if !task.value.is_cancellable() {
-                return Err(refuse(
-                    RefusalKind::Precondition,
-                    "NOT_CANCELLABLE",
-                    if task.value.state.is_ended() {
-                        "the task has ended"
-                    } else {
-                        "the task is past its point of no return and will finish"
-                    },
-                ));
-            }
-            let next = Task {
-                cancel_requested: true,
-                ..task.value.clone()
-            };
-            let txn = term
-                .txn()
-                .unchanged(Key::Task { task: id.as_str() }, task.mod_revision);
-            let txn = put_task(
-                txn,
-                next,
-                "",
-                "CancelRequested",
-                "an operator asked to cancel",
-            );
-            match txn
-                .commit(&*self.context.store)
-                .await
-                .map_err(|e| store_failed(&e))?
-            {
-                LeaderOutcome::Committed { revision } => {
-                    self.context.mirror.shows(revision).await;
-                    let task = self.task(&id)?;
-                    let task = Some(show(&task.value));
-                    return Ok(Response::new(api::CancelTaskResponse { task }));
-                }
-                LeaderOutcome::Conflict | LeaderOutcome::Deposed => {
-                    let mut state = self.context.mirror.subscribe();
-                    let moved = state.wait_for(|s| {
-                        s.tasks
-                            .get(&TaskId::from(id.as_str()))
-                            .is_none_or(|t| t.mod_revision != task.mod_revision)
-                    });
-                    let _ = tokio::time::timeout(std::time::Duration::from_secs(1), moved).await;
-                }
-            }
-        }
-        Err(refuse(
-            RefusalKind::Conflict,
-            "CONFLICT",
-            "the task moves on; try again",
-        ))
+        let task = self.cancel(request.into_inner()).await?;
+        let task = Some(self.show(&task));
+        Ok(Response::new(api::CancelTaskResponse { task }))
     }
 }
 
@@ -246,7 +232,7 @@ impl Tasks {
                         keys::decode(&item).map_err(|e| store_failed(&e))?;
                     let event = api::WatchTaskResponse {
                         event: Some(show_event(record)),
-                        task: Some(show(&task)),
+                        task: Some(self.show(&task)),
                     };
                     if sender.send(Ok(event)).await.is_err() {
                         return Ok(());
@@ -261,16 +247,42 @@ impl Tasks {
     }
 }
 
+/// The times between which tasks were created, the second one excluded.
+#[allow(clippy::result_large_err)]
+fn created_between(request: &api::ListTasksRequest) -> Result<(u64, u64), Status> {
+    let read = |text: &str, otherwise| match text {
+        "" => Ok(otherwise),
+        text => clock::from_rfc3339(text).ok_or_else(|| {
+            refuse(
+                RefusalKind::Invalid,
+                "TIME_INVALID",
+                format!("{text:?} is no time such as 2026-11-22T03:00:00Z"),
+            )
+        }),
+    };
+    Ok((
+        read(&request.created_after, 0)?,
+        read(&request.created_before, u64::MAX)?,
+    ))
+}
+
 fn stopping() -> Status {
     Status::unavailable("the controller is stopping; watch again from the next event")
 }
 
-fn show(task: &Task) -> api::Task {
-    wire::task_api(
+/// A task as the API shows it, in the light of the others.
+fn show(task: &Task, state: &State) -> api::Task {
+    let shown = wire::task_api(
         task,
         clock::rfc3339(task.created_ms),
         clock::rfc3339(task.updated_ms),
-    )
+    );
+    let others = state.tasks.values().rev().map(|t| &t.value);
+    api::Task {
+        not_before: clock::rfc3339(task.not_before_ms),
+        predicted_hold_ms: schedule::predicted_hold_ms(task, others),
+        ..shown
+    }
 }
 
 fn show_event(record: records::TaskEventRecord) -> api::TaskEvent {

@@ -35,7 +35,7 @@ impl Topology {
         Self { context }
     }
 
-    /// Keeps the proxy's routes true until its stream ends or this controller leads no more.
+    /// Keeps the proxy's routes true until its stream ends or this controller is cut off.
     async fn publish(
         self,
         instance: InstanceId,
@@ -43,16 +43,16 @@ impl Topology {
         sender: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) {
         let mut state = self.context.mirror.subscribe();
-        let mut leadership = self.context.leadership.clone();
+        let mut in_reach = self.context.in_reach.clone();
         let mut sent: Option<View> = None;
         let mut refused_at = None;
         let mut nonce = 0;
         loop {
-            if let Err(status) = self.context.leading() {
+            if let Err(status) = self.context.serving() {
                 let _ = sender.send(Err(status)).await;
                 return;
             }
-            let view = view_of(&instance, &state.borrow_and_update());
+            let view = self.view_of(&instance, &state.borrow_and_update());
             let message = match (&view, &sent) {
                 // Not created yet, or deleted: the proxy keeps what it has.
                 (None, _) => None,
@@ -74,7 +74,7 @@ impl Topology {
             }
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
-                changed = leadership.changed() => if changed.is_err() { return },
+                changed = in_reach.changed() => if changed.is_err() { return },
                 changed = refused.changed() => {
                     if changed.is_err() { return }
                     refused_at = sent.take().map(|view| view.revision);
@@ -92,26 +92,28 @@ impl Topology {
             }
         }
     }
-}
 
-fn view_of(instance: &InstanceId, state: &State) -> Option<View> {
-    let found = state.instances.get(instance)?;
-    let shards: BTreeMap<_, _> = state
-        .shards
-        .values()
-        .filter(|s| s.value.instance == *instance)
-        .filter_map(|s| route::shard(&found.value, &s.value))
-        .map(|route| (route.shard_id.clone(), route))
-        .collect();
-    // Half an instance is not served: wait until every shard has begun.
-    if shards.len() < found.value.shard_count as usize {
-        return None;
+    fn view_of(&self, instance: &InstanceId, state: &State) -> Option<View> {
+        let found = state.instances.get(instance)?;
+        let shards: BTreeMap<_, _> = state
+            .shards
+            .values()
+            .filter(|s| s.value.instance == *instance)
+            .filter_map(|s| route::shard(&found.value, &s.value))
+            .map(|route| (route.shard_id.clone(), route))
+            .collect();
+        // Half an instance is not served: wait until every shard has begun.
+        if shards.len() < found.value.shard_count as usize {
+            return None;
+        }
+        let mut settings = route::settings(&found.value);
+        settings.controller_addresses = self.context.controller_addresses(state);
+        Some(View {
+            revision: state.revision,
+            settings,
+            shards,
+        })
     }
-    Some(View {
-        revision: state.revision,
-        settings: route::settings(&found.value),
-        shards,
-    })
 }
 
 #[tonic::async_trait]
@@ -122,7 +124,7 @@ impl TopologyService for Topology {
         &self,
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        self.context.leading()?;
+        self.context.serving()?;
         let mut inbound = request.into_inner();
         let first = inbound.message().await?.and_then(|m| m.message);
         let Some(watch_request::Message::Hello(hello)) = first else {

@@ -9,8 +9,9 @@ use std::{future::Future, time::Duration};
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare as EtcdCompare, CompareOp, ConnectOptions, DeleteOptions, Error as EtcdError,
-    GetOptions, GetResponse, KvClient, LeaseClient, PutOptions, Txn as EtcdTxn, TxnOp, WatchClient,
+    Certificate, Client, Compare as EtcdCompare, CompareOp, ConnectOptions, DeleteOptions,
+    Error as EtcdError, GetOptions, GetResponse, Identity, KvClient, LeaseClient, PutOptions,
+    TlsOptions, Txn as EtcdTxn, TxnOp, WatchClient,
 };
 use tokio::time::timeout;
 use tonic::Code;
@@ -35,11 +36,58 @@ const MAX_PAGE_BYTES: usize = PAGE * (MAX_VALUE_BYTES + MAX_KEY_BYTES + 1024);
 /// took longer than the interval of compactions.
 const MAX_LIST_ATTEMPTS: usize = 3;
 
-/// Where etcd is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where etcd is, and as whom we go there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EtcdSettings {
-    /// `http://host:port` of each member.
+    /// `http://host:port` of each member; `https://host:port` with `tls`.
     pub endpoints: Vec<String>,
+    /// When etcd asks for one.
+    pub user: Option<EtcdUser>,
+    pub tls: Option<EtcdTls>,
+}
+
+/// A user of etcd. It needs read and write access to keys below [`super::keys::ROOT`].
+#[derive(Clone, PartialEq, Eq)]
+pub struct EtcdUser {
+    pub name: String,
+    pub password: String,
+}
+
+/// Without the password.
+impl std::fmt::Debug for EtcdUser {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdUser")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Contents of PEM files.
+#[derive(Clone, PartialEq, Eq)]
+pub struct EtcdTls {
+    /// Who signed the members' certificates.
+    pub ca: Vec<u8>,
+    /// Our certificate and its key, when etcd asks for one.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Without the key.
+impl std::fmt::Debug for EtcdTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdTls")
+            .field("with_certificate", &self.identity.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl EtcdTls {
+    fn options(&self) -> TlsOptions {
+        let options = TlsOptions::new().ca_certificate(Certificate::from_pem(&self.ca));
+        match &self.identity {
+            Some((certificate, key)) => options.identity(Identity::from_pem(certificate, key)),
+            None => options,
+        }
+    }
 }
 
 /// Cheap to share: one HTTP/2 connection to each member.
@@ -62,12 +110,20 @@ impl std::fmt::Debug for EtcdStore {
 impl EtcdStore {
     /// Fails if no member answers: a wrong address should end the start, not be waited for.
     pub async fn connect(settings: &EtcdSettings) -> Result<Self, StoreError> {
-        let options = ConnectOptions::new()
+        let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
             .with_keep_alive_while_idle(true)
             // A member without a leader must say so, rather than stay silent.
-            .with_require_leader(true);
+            .with_require_leader(true)
+            // Tokens end after minutes, and with each start of a member.
+            .with_auto_token_refresh(true);
+        if let Some(user) = &settings.user {
+            options = options.with_user(user.name.as_str(), user.password.as_str());
+        }
+        if let Some(tls) = &settings.tls {
+            options = options.with_tls(tls.options());
+        }
         let client = call(
             "connect to etcd",
             // On the heap: it is large, and `connect` is part of the future of a whole start.
@@ -307,6 +363,8 @@ async fn call<T>(
     }
 }
 
+/// What etcd says when a call comes with yesterday's token.
+const AUTH_MOVED: [&str; 2] = ["revision of auth store is old", "invalid auth token"];
 const LEASE_NOT_FOUND: &str = "lease not found";
 
 fn sorted(doing: &'static str, error: EtcdError) -> StoreError {
@@ -322,6 +380,17 @@ fn sorted(doing: &'static str, error: EtcdError) -> StoreError {
             Code::NotFound if status.message().contains(LEASE_NOT_FOUND) => {
                 StoreError::LeaseExpired {
                     lease: LeaseId::from_raw(0),
+                }
+            }
+            // Users were changed meanwhile, or the token has ended: the next call has a new one.
+            Code::InvalidArgument | Code::Unauthenticated
+                if AUTH_MOVED
+                    .iter()
+                    .any(|said| status.message().contains(said)) =>
+            {
+                StoreError::Unavailable {
+                    doing,
+                    source: Some(Box::new(error)),
                 }
             }
             Code::InvalidArgument
@@ -388,6 +457,11 @@ mod tests {
         assert!(matches!(
             sort(Code::OutOfRange, future),
             StoreError::Invalid { .. }
+        ));
+        let token = "etcdserver: invalid auth token";
+        assert!(matches!(
+            sort(Code::Unauthenticated, token),
+            StoreError::Unavailable { .. }
         ));
         let lease = "etcdserver: requested lease not found";
         assert!(matches!(

@@ -15,12 +15,17 @@ use super::{KeyValue, StoreError};
 pub const ROOT: &str = "/slotmesh/";
 pub const INSTANCES: &str = "/slotmesh/instance/";
 pub const SHARDS: &str = "/slotmesh/shard/";
+pub const CONTROLLERS: &str = "/slotmesh/controller/";
 pub const HOSTS: &str = "/slotmesh/host/";
 pub const PROXIES: &str = "/slotmesh/proxy/";
 pub const LOCKS: &str = "/slotmesh/lock/";
 /// Tasks and their events: one listing of all tasks passes over the events of all.
 pub const TASKS: &str = "/slotmesh/task/";
 pub const IDEMPOTENCY: &str = "/slotmesh/idem/";
+/// Which node was the primary of which epoch; never changed by anything but a failover's end.
+pub const AUDIT: &str = "/slotmesh/audit/";
+/// Files with what lost primaries wrote beyond their successors.
+pub const LOST: &str = "/slotmesh/lost/";
 
 /// Ids are parts of keys, so they are short and hold no separator.
 pub const MAX_ID_BYTES: usize = 100;
@@ -33,14 +38,47 @@ pub const RECORD_SCHEMA: u32 = 1;
 pub enum Key<'a> {
     Meta,
     Leader,
-    Instance { instance: &'a str },
-    Shard { instance: &'a str, shard: &'a str },
-    Host { host: &'a str },
-    Proxy { proxy: &'a str },
-    Lock { instance: &'a str, shard: &'a str },
-    Idempotency { token: &'a str },
-    Task { task: &'a str },
-    TaskEvent { task: &'a str, number: u64 },
+    Controller {
+        controller: &'a str,
+    },
+    Instance {
+        instance: &'a str,
+    },
+    Shard {
+        instance: &'a str,
+        shard: &'a str,
+    },
+    Host {
+        host: &'a str,
+    },
+    Proxy {
+        proxy: &'a str,
+    },
+    Lock {
+        instance: &'a str,
+        shard: &'a str,
+    },
+    Idempotency {
+        token: &'a str,
+    },
+    Task {
+        task: &'a str,
+    },
+    TaskEvent {
+        task: &'a str,
+        number: u64,
+    },
+    Audit {
+        instance: &'a str,
+        shard: &'a str,
+        epoch: u64,
+    },
+    Lost {
+        instance: &'a str,
+        shard: &'a str,
+        epoch: u64,
+        node: &'a str,
+    },
 }
 
 impl fmt::Display for Key<'_> {
@@ -48,6 +86,7 @@ impl fmt::Display for Key<'_> {
         match *self {
             Self::Meta => write!(f, "{ROOT}meta"),
             Self::Leader => write!(f, "{ROOT}ctl/leader"),
+            Self::Controller { controller } => write!(f, "{CONTROLLERS}{}", id(controller)),
             Self::Instance { instance } => write!(f, "{INSTANCES}{}", id(instance)),
             Self::Shard { instance, shard } => {
                 write!(f, "{SHARDS}{}/{}", id(instance), id(shard))
@@ -59,6 +98,21 @@ impl fmt::Display for Key<'_> {
             Self::Task { task } => write!(f, "{TASKS}{}", id(task)),
             // Padded, so that events list in the order in which they were written.
             Self::TaskEvent { task, number } => write!(f, "{TASKS}{}/ev/{number:010}", id(task)),
+            // Padded, as above.
+            Self::Audit {
+                instance,
+                shard,
+                epoch,
+            } => write!(f, "{AUDIT}{}/{}/{epoch:010}", id(instance), id(shard)),
+            Self::Lost {
+                instance,
+                shard,
+                epoch,
+                node,
+            } => {
+                let shard = format!("{}/{}", id(instance), id(shard));
+                write!(f, "{LOST}{shard}/{epoch:010}/{}", id(node))
+            }
         }
     }
 }
@@ -76,6 +130,7 @@ impl<'a> Key<'a> {
         let parsed = match parts[..] {
             ["meta"] => Self::Meta,
             ["ctl", "leader"] => Self::Leader,
+            ["controller", controller] => Self::Controller { controller },
             ["instance", instance] => Self::Instance { instance },
             ["shard", instance, shard] => Self::Shard { instance, shard },
             ["host", host] => Self::Host { host },
@@ -86,6 +141,17 @@ impl<'a> Key<'a> {
             ["task", task, "ev", number] => Self::TaskEvent {
                 task,
                 number: number.parse().ok()?,
+            },
+            ["audit", instance, shard, epoch] => Self::Audit {
+                instance,
+                shard,
+                epoch: epoch.parse().ok()?,
+            },
+            ["lost", instance, shard, epoch, node] => Self::Lost {
+                instance,
+                shard,
+                epoch: epoch.parse().ok()?,
+                node,
             },
             _ => return None,
         };
@@ -106,6 +172,16 @@ pub fn locks_of(instance: &str) -> String {
 /// Prefix of one task's events.
 pub fn events_of(task: &str) -> String {
     format!("{TASKS}{}/ev/", id(task))
+}
+
+/// Prefix of the epochs of every shard of one instance.
+pub fn epochs_of(instance: &str) -> String {
+    format!("{AUDIT}{}/", id(instance))
+}
+
+/// Prefix of the files of one instance.
+pub fn lost_of(instance: &str) -> String {
+    format!("{LOST}{}/", id(instance))
 }
 
 /// Whether this may be part of a key. Ids from outside are checked with it where they come in.
@@ -173,6 +249,7 @@ macro_rules! records {
 records!(
     Meta,
     LeaderRecord,
+    ControllerRecord,
     InstanceRecord,
     ShardRecord,
     HostRecord,
@@ -181,6 +258,8 @@ records!(
     IdempotencyRecord,
     TaskRecord,
     TaskEventRecord,
+    EpochRecord,
+    LostWritesRecord,
 );
 
 #[cfg(test)]
@@ -192,6 +271,7 @@ mod tests {
         let keys = [
             Key::Meta,
             Key::Leader,
+            Key::Controller { controller: "c-1" },
             Key::Instance { instance: "i-1" },
             Key::Shard {
                 instance: "i-1",
@@ -208,6 +288,17 @@ mod tests {
             Key::TaskEvent {
                 task: "t-1",
                 number: 12,
+            },
+            Key::Audit {
+                instance: "i-1",
+                shard: "s-0",
+                epoch: 7,
+            },
+            Key::Lost {
+                instance: "i-1",
+                shard: "s-0",
+                epoch: 7,
+                node: "n-2",
             },
         ];
         for key in keys {

@@ -51,15 +51,10 @@ impl Controller {
     }
 
     async fn follows(&mut self, address: &str) {
-        let expected = Leadership::Following {
-            leader: Some(address.into()),
-        };
-        soon(
-            "this controller to follow",
-            self.leadership.wait_for(|l| *l == expected),
-        )
-        .await
-        .unwrap();
+        let knows = |l: &Leadership| l.leader().is_some_and(|l| l.address == address);
+        soon("this controller to follow", self.leadership.wait_for(knows))
+            .await
+            .unwrap();
     }
 
     async fn stop(self) {

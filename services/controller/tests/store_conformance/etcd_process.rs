@@ -44,6 +44,7 @@ impl EtcdProcess {
     pub(crate) async fn store(&self) -> Arc<dyn Store> {
         let settings = EtcdSettings {
             endpoints: vec![self.client.clone()],
+            ..EtcdSettings::default()
         };
         Arc::new(EtcdStore::connect(&settings).await.unwrap())
     }
@@ -63,6 +64,7 @@ impl EtcdProcess {
     async fn answers(&mut self) -> bool {
         let settings = EtcdSettings {
             endpoints: vec![self.client.clone()],
+            ..EtcdSettings::default()
         };
         let start = Instant::now();
         while start.elapsed() < START_TIMEOUT {

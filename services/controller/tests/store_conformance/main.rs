@@ -152,6 +152,7 @@ async fn an_etcd_that_does_not_answer_ends_the_start_in_time() {
     let endpoint = format!("http://{}", deaf.local_addr().unwrap());
     let settings = EtcdSettings {
         endpoints: vec![endpoint],
+        ..EtcdSettings::default()
     };
     let connected = soon("the attempt to end", EtcdStore::connect(&settings)).await;
     assert!(

@@ -176,6 +176,7 @@ async fn controller(
         advertise: None,
         store: StoreChoice::Embedded,
         data: data.path().to_owned(),
+        etcd: slotmesh_controller::settings::EtcdAccess::default(),
     };
     let app = App::bind(settings).await.unwrap();
     let (address, stop) = (app.address().to_owned(), stop.clone());
@@ -225,6 +226,7 @@ async fn agent_session(
                 .map(|spec| report(spec, roles))
                 .collect(),
             proxies: assignment.proxies.iter().map(proxy_report).collect(),
+            ..agent::HostReport::default()
         };
         let report = message(agent::session_request::Message::Report(report));
         if sender.send(report).await.is_err() {
@@ -302,6 +304,22 @@ struct FakeAgent {
 
 #[tonic::async_trait]
 impl agent_service_server::AgentService for FakeAgent {
+    type ReadLostWritesStream = tokio_stream::Empty<Result<agent::ReadLostWritesResponse, Status>>;
+
+    async fn read_lost_writes(
+        &self,
+        _: Request<agent::ReadLostWritesRequest>,
+    ) -> Result<Response<Self::ReadLostWritesStream>, Status> {
+        Ok(Response::new(tokio_stream::empty()))
+    }
+
+    async fn promise_not_to_promote(
+        &self,
+        _: Request<agent::PromiseNotToPromoteRequest>,
+    ) -> Result<Response<agent::PromiseNotToPromoteResponse>, Status> {
+        Ok(Response::new(agent::PromiseNotToPromoteResponse::default()))
+    }
+
     async fn execute_step(
         &self,
         request: Request<agent::ExecuteStepRequest>,

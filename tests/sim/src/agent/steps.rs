@@ -56,7 +56,7 @@ fn name_of(request: &ExecuteStepRequest) -> String {
 }
 
 /// How long a step may take.
-fn time_of(request: &ExecuteStepRequest) -> Micros {
+pub(super) fn time_of(request: &ExecuteStepRequest) -> Micros {
     match Micros::from(request.timeout_ms) * MS {
         0 => STEP_TIMEOUT,
         asked => asked,
@@ -98,6 +98,7 @@ impl Worker {
             Act::EnsureUsers(ensure) => self.ensure_users(ensure, request.epoch).await,
             Act::HandOver(order) => self.hand_over(&request, order).await,
             Act::TakeBack(order) => self.take_back(order).await,
+            Act::Promote(order) => self.promote(&request, order).await,
         };
         self.probe().await;
         self.publish();
@@ -341,6 +342,9 @@ impl Worker {
             order.proxy_user.clone(),
             password_sha256(&order.proxy_password),
         );
+        if !self.host.may_serve_node(&self.seat.name) {
+            return response(StepOutcome::NoEffect, "the host has no right to serve");
+        }
         let grant = self
             .admin(Admin::Grant {
                 user,

@@ -9,10 +9,13 @@ use slotmesh_agent::{
     fence::{KnownUsers, password_sha256},
     handover::Role,
     journal::record::{Begun, Fact},
-    node::{Action, Assigned, Decision, Login, Observed, decide, facts},
+    node::{Action, Assigned, Decision, Login, NOWHERE, Observed, decide, facts},
     probe::{Info, granted_epoch},
 };
-use slotmesh_proto::agent::v1::{Desired, NodeReport, ProcessState};
+use slotmesh_proto::{
+    agent::v1::{Desired, NodeReport, ProcessState},
+    store::v1::NodeRole,
+};
 
 use super::{Got, Host, Seat, steps};
 use crate::{
@@ -27,6 +30,10 @@ use crate::{
 const PROBE_EVERY: Micros = 100 * MS;
 /// As the real control connection has it.
 const COMMAND_TIMEOUT: Micros = 500 * MS;
+/// Five pings.
+const MISSED: Micros = 500 * MS;
+/// Of a process that is unresponsive already.
+const MERCY: Micros = 300 * MS;
 const ROUNDS_MAX: u32 = 3;
 /// Between starts of a node that ends at once.
 const RESTART_PAUSE: Micros = 100 * MS;
@@ -44,6 +51,12 @@ pub(crate) struct Worker {
     /// What follows from the step that is ending; journaled with its outcome.
     pub(crate) concluded: Vec<Fact>,
     started: Option<Micros>,
+    /// What this process has beyond its successor was looked at.
+    captured: bool,
+    /// Of the last process that was seen to end.
+    exited_run_id: String,
+    /// Since when the process does not answer.
+    silent_since: Option<Micros>,
 }
 
 /// Runs until the agent dies.
@@ -65,6 +78,9 @@ pub(crate) async fn run(host: Rc<Host>, seat: Seat) {
         resume,
         concluded: Vec::new(),
         started: None,
+        captured: false,
+        exited_run_id: String::new(),
+        silent_since: None,
     };
     let mut seen = None;
     loop {
@@ -110,6 +126,12 @@ impl Worker {
     async fn turn(&mut self) {
         let assigned = self.assigned();
         self.ensure_process(assigned.as_ref()).await;
+        self.fence_by_force(assigned.as_ref());
+        // A freeze that is not remembered would pass for one that never was: a target that stands
+        // still meanwhile may promote itself when it wakes.
+        if let Some(assigned) = assigned.as_ref().filter(|a| a.spec.frozen) {
+            self.remember(assigned).await;
+        }
         if self.is_running() && self.probe().await {
             self.resume_hand_over(assigned.as_ref()).await;
             if let Some(assigned) = &assigned {
@@ -119,7 +141,9 @@ impl Worker {
         self.publish();
     }
 
-    pub(crate) fn publish(&self) {
+    pub(crate) fn publish(&mut self) {
+        self.report.exited_run_id.clone_from(&self.exited_run_id);
+        self.report.unresponsive = self.is_unresponsive();
         self.host
             .reports
             .borrow_mut()
@@ -139,8 +163,13 @@ impl Worker {
         if self.is_running() {
             return;
         }
+        if !self.run_id.is_empty() {
+            self.exited_run_id.clone_from(&self.run_id);
+        }
         self.forget();
         self.set_state(ProcessState::Stopped);
+        // Out before a successor is started.
+        self.publish();
         // Without an assignment it is started as it was last time, if there was one.
         let desired = assigned.map(|a| a.spec.desired());
         let known = self.host.memory.borrow().term() > 0;
@@ -163,6 +192,32 @@ impl Worker {
         self.run_id.clear();
         self.users.clear();
         self.login = None;
+        self.captured = false;
+        self.silent_since = None;
+    }
+
+    /// The kernel says that the process is stopped, and it has not answered for a while.
+    fn is_unresponsive(&self) -> bool {
+        let missed = |since| self.host.now() >= since + MISSED;
+        let stopped = self
+            .host
+            .world
+            .borrow()
+            .is_stopped(Party::Node(self.seat.node));
+        stopped && self.silent_since.is_some_and(missed)
+    }
+
+    /// The last resort: a process that could still serve an epoch that is over, and takes no fence.
+    fn fence_by_force(&self, assigned: Option<&Assigned>) {
+        let owes = assigned.is_some_and(|a| {
+            let granted = self.report.granted_epoch;
+            let lost = a.spec.detached && a.spec.primary_node_id == self.seat.name;
+            (granted > 0 && granted <= a.spec.closed_epoch) || (lost && self.run_id.is_empty())
+        });
+        let overdue = |since| self.host.now() >= since + MISSED + MERCY;
+        if owes && self.is_unresponsive() && self.silent_since.is_some_and(overdue) {
+            self.host.kill(self.seat.node);
+        }
     }
 
     fn set_state(&mut self, state: ProcessState) {
@@ -213,25 +268,32 @@ impl Worker {
             info.run_id().clone_into(&mut self.run_id);
         }
         self.users = users;
-        let assigned_epoch = self.report.assigned_epoch;
+        self.silent_since = None;
+        let (assigned_epoch, detached) = (self.report.assigned_epoch, self.report.detached);
         self.set_state(ProcessState::Running);
         info.fill(&mut self.report);
+        let is_replica = self.report.observed_role() == NodeRole::Replica;
+        self.report.detached = detached && is_replica && !self.report.link_up;
         self.report.granted_epoch = granted_epoch(&self.users);
         self.report.assigned_epoch = assigned_epoch;
         true
     }
 
     fn lost(&mut self) -> bool {
-        let state = if self.is_running() {
-            ProcessState::Starting
+        if self.is_running() {
+            // As it was when it answered last: only its end is news.
+            self.silent_since
+                .get_or_insert(self.host.now() - COMMAND_TIMEOUT);
+            if self.report.state() != ProcessState::Running {
+                self.set_state(ProcessState::Starting);
+            }
         } else {
-            ProcessState::Stopped
-        };
-        self.set_state(state);
+            self.set_state(ProcessState::Stopped);
+        }
         false
     }
 
-    async fn converge(&mut self, assigned: &Assigned) {
+    pub(super) async fn converge(&mut self, assigned: &Assigned) {
         if self.report.loading {
             return;
         }
@@ -240,14 +302,17 @@ impl Worker {
             let actions = match self.decide(assigned).await {
                 Decision::Leave(_) => return,
                 Decision::Act(actions) if actions.is_empty() => {
-                    self.stand(assigned.spec.epoch).await;
+                    self.stand(assigned).await;
                     self.report.assigned_epoch = assigned.spec.epoch;
+                    let replica = self.report.observed_role() == NodeRole::Replica;
+                    self.report.detached = assigned.spec.detached && replica;
                     return;
                 }
                 Decision::Act(actions) => actions,
             };
+            self.report.detached = false;
             for action in actions {
-                if !self.apply(action).await {
+                if !self.apply(assigned, action).await {
                     return;
                 }
             }
@@ -267,10 +332,10 @@ impl Worker {
     }
 
     /// Journals that the process agrees with the record.
-    async fn stand(&self, epoch: u64) {
+    async fn stand(&self, assigned: &Assigned) {
         let fact = {
             let memory = self.host.memory.borrow();
-            facts::when_converged(&memory, &self.seat.name, &self.run_id, epoch)
+            facts::when_converged(&memory, &self.seat.name, &self.run_id, assigned)
         };
         self.host.append(fact).await;
     }
@@ -299,20 +364,26 @@ impl Worker {
             role: info.role().unwrap_or(Role::Replica),
             failover: info.failover(),
             following: &following,
+            link: info.link(),
+            replid: info.text("master_replid"),
+            offset: info.offset(),
+            captured: self.captured,
             users: &self.users,
             login: self.login.as_ref(),
             fence: fence.as_ref(),
             fence_target_online: info.observation(target).is_some_and(|o| o.target_online),
             standing: standing.as_ref(),
             journaled_epoch,
+            serving_right: self.host.may_serve(assigned),
         };
         decide(assigned, &seen)
     }
 
-    async fn apply(&mut self, action: Action) -> bool {
+    async fn apply(&mut self, assigned: &Assigned, action: Action) -> bool {
         let ok = match action {
             Action::Delete(users) => self.admin(Admin::Delete(users)).await,
             Action::SoftFence(user) => self.admin(Admin::SoftFence(user)).await,
+            Action::Grant(_) if !self.host.may_serve(assigned) => return false,
             Action::Grant(user) => {
                 let sha = password_sha256(&user.password);
                 let (user, replication) = (user.name, user.replication);
@@ -330,6 +401,25 @@ impl Worker {
                     self.login = Some(login);
                 }
                 answer
+            }
+            Action::Detach => {
+                let followed = self.admin(Admin::Follow(NOWHERE.to_owned())).await;
+                if !matches!(followed, Some(Answer::Ok)) {
+                    return false;
+                }
+                let (user, password) = (String::new(), String::new());
+                let answer = self.admin(Admin::SetLogin { user, password }).await;
+                self.login = Some(Login::default());
+                answer
+            }
+            Action::Capture { replid, from } => {
+                let from = i64::try_from(from).unwrap_or(i64::MAX);
+                let answer = self.admin(Admin::Capture { replid, from }).await;
+                if answer.is_none() {
+                    return false;
+                }
+                self.captured = true;
+                Some(Answer::Ok)
             }
             Action::Follow { host, port } => {
                 self.admin(Admin::Follow(format!("{host}:{port}"))).await

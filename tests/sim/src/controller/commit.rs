@@ -5,7 +5,7 @@
 use std::rc::Rc;
 
 use slotmesh_agent::controllers::CommitAnswer;
-use slotmesh_proto::agent::v1::CommitHandoverRequest;
+use slotmesh_proto::agent::v1::{CommitHandoverRequest, ConfirmPromotionRequest};
 use slotmesh_topology::{Epoch, Shard};
 
 use super::{Desk, Versioned};
@@ -24,6 +24,40 @@ pub(super) async fn serve(desk: Rc<Desk>, from: Party, call: u64, request: Commi
     let mut ctx = desk.world.borrow_mut();
     ctx.say(|| format!("{:?}: commit answered {answer:?}", desk.me));
     ctx.rpc(desk.me, from, Rpc::CommitReply { call, answer });
+}
+
+/// Answers whether the record, as the store has it now, names who is to be promoted.
+pub(super) async fn confirm(
+    desk: Rc<Desk>,
+    from: Party,
+    call: u64,
+    request: ConfirmPromotionRequest,
+) {
+    let index = request.shard_id.parse().unwrap_or(usize::MAX);
+    let confirmed = match desk.store(StoreRequest::Get(Key::Shard(index))).await {
+        Some(StoreReply::Got(Some(found))) => Some(names(&found.value, &request)),
+        Some(StoreReply::Got(None)) => Some(false),
+        _ => None,
+    };
+    let mut ctx = desk.world.borrow_mut();
+    ctx.rpc(desk.me, from, Rpc::ConfirmReply { call, confirmed });
+}
+
+fn names(value: &Value, request: &ConfirmPromotionRequest) -> bool {
+    let Value::Shard(record) = value else {
+        return false;
+    };
+    let Ok(shard) = slotmesh_topology::wire::shard_from(record) else {
+        return false;
+    };
+    let node = request.node_id.as_str().into();
+    let process = shard
+        .member(&node)
+        .is_some_and(|m| m.run_id == request.run_id);
+    let target = shard
+        .failover()
+        .is_some_and(|f| f.task.as_str() == request.task_id && f.target.as_ref() == Some(&node));
+    shard.epoch == Epoch(request.epoch) && process && target
 }
 
 async fn committed(desk: &Desk, request: &CommitHandoverRequest) -> CommitAnswer {

@@ -3,11 +3,15 @@
 //!
 //! Invariant: it holds nothing that a successor would need.
 
+mod failover;
+
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
 use slotmesh_task::{
-    Phase, ShardSwitch, Spec, State as TaskState, Task, provision, step,
+    NodeView, Phase, ShardSwitch, Spec, State as TaskState, Task, detect,
+    failover::is_parked,
+    provision, step,
     switchover::{self, Decision, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View},
     upkeep,
 };
@@ -44,6 +48,10 @@ struct Driver {
     term: u64,
     steps: Rc<RefCell<BTreeMap<StepKey, (StepStatus, u64)>>>,
     calls: Vec<Fiber>,
+    /// What this leader has seen vanish, and when.
+    sightings: detect::Sightings,
+    /// Nodes as their agents saw them after they were promoted.
+    promoted: Rc<RefCell<BTreeMap<StepKey, NodeView>>>,
 }
 
 /// Acts until deposed.
@@ -58,6 +66,8 @@ pub(super) async fn run(desk: Rc<Desk>, term: u64) {
         term,
         steps: Rc::default(),
         calls: Vec::new(),
+        sightings: detect::Sightings::default(),
+        promoted: Rc::default(),
     };
     let begun = desk.world.borrow().now();
     loop {
@@ -92,8 +102,12 @@ pub(super) async fn run(desk: Rc<Desk>, term: u64) {
 impl Driver {
     async fn turn(&mut self, reports_are_in: bool) -> Result<u64, Wrote> {
         let mut wake_ms = u64::MAX;
+        if reports_are_in {
+            self.look();
+            wake_ms = self.detect().await?;
+        }
         let open: Vec<String> = (self.desk.mirror.borrow().tasks.iter())
-            .filter(|(_, t)| !t.value.state.is_ended())
+            .filter(|(_, t)| !t.value.state.is_ended() || is_parked(&t.value))
             .map(|(id, _)| id.clone())
             .collect();
         for id in open {
@@ -101,7 +115,7 @@ impl Driver {
                 let Some(task) = self.desk.mirror.borrow().tasks.get(&id).cloned() else {
                     break;
                 };
-                if task.value.state.is_ended() {
+                if task.value.state.is_ended() && !is_parked(&task.value) {
                     break;
                 }
                 match self.act(&task, reports_are_in).await? {
@@ -131,6 +145,8 @@ impl Driver {
             Spec::Provision | Spec::Decommission => self.provision(task).await,
             Spec::Switchover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
+            Spec::Failover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
+            Spec::Failover(lost) => self.act_on_failover(task, lost).await,
         }
     }
 
@@ -165,10 +181,19 @@ impl Driver {
         }
     }
 
+    fn upkeep(&self, shard: &Shard) -> Option<(Shard, String)> {
+        let fleet = self.desk.fleet.borrow();
+        let forgets = self.desk.world.borrow().variant == Variant::ForgetsReplicas;
+        if forgets && let Some(next) = failover::forgetting(shard, &fleet) {
+            return Some((next, "forgotten".into()));
+        }
+        upkeep::decide(shard, self.scene(&fleet))
+    }
+
     async fn keep_records_true(&mut self) -> Result<(), Wrote> {
         let shards: Vec<_> = self.desk.mirror.borrow().shards.values().cloned().collect();
         for shard in shards {
-            let change = upkeep::decide(&shard.value, &self.desk.fleet.borrow());
+            let change = self.upkeep(&shard.value);
             if let Some((next, reason)) = change {
                 self.desk
                     .world
@@ -220,12 +245,14 @@ impl Driver {
         };
         let key = step_key(task, index, switch);
         let (step, critical_us) = self.steps.borrow().get(&key).cloned().unwrap_or_default();
+        let lost = self.lost(&shard.value);
         let decision = switchover::decide(View {
             task: &task.value.id,
             switch,
             shard: &shard.value,
             fleet: &self.desk.fleet.borrow(),
             step: &step,
+            lost: lost.as_ref(),
             cancel_requested: task.value.cancel_requested,
             other_in_hold,
             now_ms: self.desk.now_ms(),
@@ -306,6 +333,7 @@ impl Driver {
                         .await
                 }
             },
+            Decision::FailOver(loss) => self.declare(shard, &loss).await,
             Decision::Close(note) => {
                 let next = shard.value.close();
                 self.write

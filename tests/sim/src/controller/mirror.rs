@@ -1,8 +1,8 @@
 //! A controller's copy of the records, as a watch shows them.
 //!
-//! Invariant: it may be behind; whoever writes compares the revisions that it holds.
+//! Invariant: it may be behind, and then shows an earlier state whole; whoever writes compares the revisions that it holds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use slotmesh_task::Task;
 use slotmesh_topology::Shard;
@@ -22,10 +22,27 @@ pub(crate) struct Mirror {
     pub(crate) revision: u64,
     pub(crate) shards: BTreeMap<usize, Versioned<Shard>>,
     pub(crate) tasks: BTreeMap<String, Versioned<Task>>,
-    pub(crate) locks: BTreeSet<usize>,
+    /// Which task has which shard, and when it got it.
+    pub(crate) owners: BTreeMap<usize, (String, u64)>,
+    /// Which controller leads, if the records say so.
+    pub(crate) leader: Option<usize>,
+    /// The newest term that was seen.
+    pub(crate) term: u64,
+    /// Hosts that have a right to serve, and since which revision.
+    pub(crate) hosts: BTreeMap<usize, u64>,
 }
 
 impl Mirror {
+    /// Everything anew: what is not listed is gone.
+    pub(crate) fn list(&mut self, revision: u64, items: Vec<Watched>) {
+        *self = Self {
+            revision,
+            term: self.term,
+            ..Self::default()
+        };
+        self.take(items);
+    }
+
     pub(crate) fn take(&mut self, changes: Vec<Watched>) {
         for Watched {
             key,
@@ -71,8 +88,31 @@ impl Mirror {
                         );
                     }
                 }
-                (Key::Lock(shard), Some(_)) => drop(self.locks.insert(shard)),
-                (Key::Lock(shard), None) => drop(self.locks.remove(&shard)),
+                (
+                    Key::Leader,
+                    Some(Stored {
+                        value: Value::Leader(controller, _),
+                        create_revision,
+                        ..
+                    }),
+                ) => {
+                    self.leader = Some(controller);
+                    self.term = create_revision;
+                }
+                (Key::Leader, None) => self.leader = None,
+                (
+                    Key::Lock(shard),
+                    Some(Stored {
+                        value: Value::Lock(task),
+                        mod_revision,
+                        ..
+                    }),
+                ) => drop(self.owners.insert(shard, (task, mod_revision))),
+                (Key::Lock(shard), None) => drop(self.owners.remove(&shard)),
+                (Key::Host(host), Some(stored)) => {
+                    self.hosts.insert(host, stored.create_revision);
+                }
+                (Key::Host(host), None) => drop(self.hosts.remove(&host)),
                 _ => {}
             }
         }

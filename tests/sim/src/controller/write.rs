@@ -4,7 +4,9 @@
 
 use std::rc::Rc;
 
-use slotmesh_task::{ShardSwitch, Spec, State as TaskState, Task, admit, wire};
+use slotmesh_task::{
+    Choice, ShardSwitch, Spec, State as TaskState, Task, admit, failover::is_parked, wire,
+};
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
 use super::{Ask, Desk, Versioned};
@@ -37,7 +39,7 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    fn leader_txn(&self) -> Txn {
+    pub(super) fn leader_txn(&self) -> Txn {
         let compares = match self.desk.world.borrow().variant {
             Variant::DeposedLeaderWrites => Vec::new(),
             _ => vec![Compare::Term(self.term)],
@@ -49,7 +51,7 @@ impl Writer {
         }
     }
 
-    fn with_task(&self, mut txn: Txn, old: &Versioned<Task>, mut next: Task) -> Txn {
+    pub(super) fn with_task(&self, mut txn: Txn, old: &Versioned<Task>, mut next: Task) -> Txn {
         next.updated_ms = self.desk.now_ms();
         next.event_count += 1;
         let key = Key::Task(next.id.to_string());
@@ -60,7 +62,7 @@ impl Writer {
         txn
     }
 
-    fn with_shard(mut txn: Txn, old: &Versioned<Shard>, next: &Shard) -> Txn {
+    pub(super) fn with_shard(mut txn: Txn, old: &Versioned<Shard>, next: &Shard) -> Txn {
         let key = Key::Shard(next.index as usize);
         txn.compares
             .push(Compare::Unchanged(key.clone(), old.mod_revision));
@@ -69,7 +71,39 @@ impl Writer {
         txn
     }
 
-    async fn commit(&self, txn: Txn) -> Result<Next, Wrote> {
+    /// A task that there was none of.
+    pub(super) fn new_task(&self, txn: &mut Txn, task: &Task) {
+        let key = Key::Task(task.id.to_string());
+        let record = wire::task_to(task, self.term);
+        txn.puts.push((key, Value::Task(record)));
+    }
+
+    /// Ends a failover and frees its shard; what the lost epoch had is revoked already.
+    pub(super) async fn end_failover(
+        &self,
+        task: &Versioned<Task>,
+        next: Task,
+        shard: &Versioned<Shard>,
+    ) -> Result<Next, Wrote> {
+        let mut txn = self.with_task(self.leader_txn(), task, next);
+        self.unlock(&mut txn, shard.value.index as usize, task);
+        self.commit(txn).await
+    }
+
+    /// Frees a shard if this task has it.
+    fn unlock(&self, txn: &mut Txn, index: usize, task: &Versioned<Task>) {
+        let owner = self.desk.mirror.borrow().owners.get(&index).cloned();
+        if let Some((owner, revision)) = owner
+            && owner == task.value.id.as_str()
+        {
+            let lock = Key::Lock(index);
+            txn.compares
+                .push(Compare::Unchanged(lock.clone(), revision));
+            txn.deletes.push(lock);
+        }
+    }
+
+    pub(super) async fn commit(&self, txn: Txn) -> Result<Next, Wrote> {
         match self.desk.store(StoreRequest::Txn(txn)).await {
             Some(StoreReply::Committed(revision)) => {
                 if self.desk.shows(revision).await {
@@ -140,8 +174,9 @@ impl Writer {
         };
         let mut txn = self.with_task(self.leader_txn(), task, next);
         let index = |s: &ShardSwitch| s.shard.as_str().parse().unwrap_or(0);
-        txn.deletes
-            .extend(switches.iter().map(|s| Key::Lock(index(s))));
+        for switch in switches {
+            self.unlock(&mut txn, index(switch), task);
+        }
         self.commit(txn).await
     }
 }
@@ -158,6 +193,7 @@ pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
     match ask {
         Ask::SwitchOver { choice, token } => switch_over(&writer, choice, token).await,
         Ask::Cancel => cancel(&writer).await,
+        Ask::Choose(choice) => choose(&writer, choice).await,
     }
 }
 
@@ -202,6 +238,9 @@ async fn switch_over(writer: &Writer, choice: u64, token: u64) {
         deadline_ms: now_ms + 60_000,
         event_count: 1,
         cancel_requested: false,
+        not_before_ms: 0,
+        choice: None,
+        trace_id: String::new(),
     };
     txn.puts.push((
         Key::Task(id),
@@ -227,6 +266,22 @@ fn targets(shards: &[Shard], choice: u64) -> Vec<String> {
             replicas.get(pick).map(|m| m.node.to_string())
         })
         .collect()
+}
+
+/// Tells every failover that waits for an operator what to do.
+async fn choose(writer: &Writer, choice: Choice) {
+    let tasks: Vec<Versioned<Task>> = {
+        let mirror = writer.desk.mirror.borrow();
+        let parked = mirror.tasks.values().filter(|t| is_parked(&t.value));
+        parked.cloned().collect()
+    };
+    for task in tasks {
+        let next = Task {
+            choice: Some(choice),
+            ..task.value.clone()
+        };
+        let _ = writer.task(&task, next).await;
+    }
 }
 
 async fn cancel(writer: &Writer) {

@@ -8,6 +8,7 @@ use crate::{
     msg::{ConnId, Stream},
     redis::{Client, Kind, Op, Process, Rights},
     resp,
+    sched::MS,
 };
 
 const READONLY: &str = "-READONLY You can't write against a read only replica.\r\n";
@@ -21,6 +22,10 @@ impl Node {
         let input = std::mem::take(&mut client.input);
         let (mut at, mut out) = (0, Vec::new());
         while let Some((args, used)) = resp::command(&input[at..]) {
+            // Whoever waits for replicas is not read from.
+            if client.waits.is_some() {
+                break;
+            }
             match self.execute(ctx, p, &mut client, &args) {
                 Some(reply) => out.extend_from_slice(reply.as_bytes()),
                 None => break,
@@ -60,7 +65,7 @@ impl Node {
         let Some(user) = p.users.get(&client.user) else {
             return Some("-NOAUTH Authentication required.\r\n".into());
         };
-        let reads = matches!(name.as_str(), "GET" | "SELECT");
+        let reads = matches!(name.as_str(), "GET" | "SELECT" | "WAIT");
         if user.rights != Rights::Full && !reads {
             let name = name.to_ascii_lowercase();
             return Some(format!(
@@ -96,6 +101,7 @@ impl Node {
     ) -> Option<String> {
         match name {
             "SELECT" => Some("+OK\r\n".into()),
+            "WAIT" => Some(self.wait(ctx, p, client, args)),
             "GET" => {
                 let value = resp::key(args[1]).and_then(|key| p.last.get(&key));
                 Some(value.map_or("$-1\r\n".into(), |v| resp::bulk(&v.to_string())))
@@ -121,6 +127,7 @@ impl Node {
                     .iter()
                     .map(|op| self.write(ctx, p, &client.user, *op))
                     .collect();
+                client.wrote = p.offset();
                 Some(format!("*{}\r\n{replies}", ops.len()))
             }
             _ => {
@@ -133,14 +140,68 @@ impl Node {
                 if !p.is_primary() {
                     return Some(READONLY.into());
                 }
-                Some(self.write(ctx, p, &client.user, op))
+                let reply = self.write(ctx, p, &client.user, op);
+                client.wrote = p.offset();
+                Some(reply)
             }
         }
     }
 
+    /// WAIT: answered at once if enough replicas have it, else later; they are asked how far they
+    /// are, in the stream, as the engine does.
+    fn wait(
+        &mut self,
+        ctx: &mut Ctx,
+        p: &mut Process,
+        client: &mut Client,
+        args: &[&str],
+    ) -> String {
+        let number = |at: usize| args.get(at).and_then(|a| a.parse::<u64>().ok());
+        let (Some(count), Some(ms)) = (number(1), number(2)) else {
+            return "-ERR value is not an integer or out of range\r\n".into();
+        };
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        let have = p.acknowledged(client.wrote);
+        ctx.say(|| format!("{}: WAIT {count}: {have} have {}", self.name, client.wrote));
+        if have >= count || !p.is_primary() {
+            return format!(":{have}\r\n");
+        }
+        client.waits = Some((count, ctx.now() + ms * MS));
+        let id = ctx.call();
+        let ask = Op {
+            id,
+            key: 0,
+            kind: Kind::GetAck,
+        };
+        self.append(ctx, p, &[ask]);
+        String::new()
+    }
+
+    /// Answers those whose WAIT is over.
+    pub(super) fn unblock(&mut self, ctx: &mut Ctx, p: &mut Process) {
+        let now = ctx.now();
+        let due: Vec<(ConnId, usize)> = (p.clients.iter())
+            .filter_map(|(conn, client)| {
+                let (count, until) = client.waits?;
+                let have = p.acknowledged(client.wrote);
+                (have >= count || until <= now).then_some((*conn, have))
+            })
+            .collect();
+        for (conn, have) in due {
+            if let Some(client) = p.clients.get_mut(&conn) {
+                client.waits = None;
+            }
+            let reply = format!(":{have}\r\n").into_bytes();
+            ctx.send(self.party(), conn, Stream::Bytes(reply));
+            self.serve(ctx, p, conn);
+        }
+    }
+
     fn write(&mut self, ctx: &mut Ctx, p: &mut Process, user: &str, op: Op) -> String {
-        ctx.checks
-            .wrote(self.shard, &self.name, &p.run_id, user, op.id);
+        let late = ctx.is_asleep(self.party());
+        let process = (self.name.as_str(), p.run_id.as_str());
+        ctx.checks.wrote(self.shard, process, user, op.id, late);
+        p.led = true;
         self.append(ctx, p, &[op]);
         match op.kind {
             Kind::Push => format!(":{}\r\n", p.lengths.get(&op.key).copied().unwrap_or(0)),

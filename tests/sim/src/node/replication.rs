@@ -48,6 +48,7 @@ impl Node {
             user: ask.user.clone(),
             ack: if goes_on { ask.offset } else { 0 },
             online: goes_on,
+            heard: ctx.now(),
         };
         p.followers.insert(conn, follower);
         ctx.say(|| format!("{} feeds {} (partial {goes_on})", self.name, ask.address));
@@ -85,6 +86,7 @@ impl Node {
         conn: ConnId,
         got: PsyncAnswer,
     ) {
+        p.link_heard = ctx.now();
         match got {
             PsyncAnswer::WrongPass => self.link_lost(ctx, p, conn),
             PsyncAnswer::Err(why) => {
@@ -112,6 +114,8 @@ impl Node {
                 log,
             } => {
                 ctx.checks.replaced(&self.name, p, &log);
+                p.led = false;
+                p.loaded = 0;
                 p.load(replid, offset, log);
                 self.drop_followers(ctx, p);
                 p.link = LinkState::Loading;

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_task::{Phase, Spec, State as TaskState};
+use slotmesh_task::{Phase, Spec, State as TaskState, failover::is_parked};
 use slotmesh_topology::Mode;
 
 use super::{Outcome, PLANNED_LIMIT, WAIT_LIMIT, World};
@@ -39,10 +39,10 @@ impl World {
             .collect();
         let fenced = self.shards().any(|s| s.mode != Mode::Serving);
         for client in &self.clients {
-            let lost = client
-                .acknowledged
-                .iter()
-                .find(|id| !present.contains(id) && !ctx.checks.lost.contains(id));
+            let lost = client.acknowledged.iter().find(|id| {
+                let known = [&present, &ctx.checks.lost, &ctx.checks.left_behind];
+                known.iter().all(|set| !set.contains(id))
+            });
             if let Some(id) = lost
                 && !fenced
             {
@@ -61,6 +61,15 @@ impl World {
                         error.clone()
                     });
             }
+        }
+        let parked = self
+            .tasks()
+            .find(|t| t.state == TaskState::NeedsOperator && is_parked(t));
+        if let Some(task) = parked {
+            ctx.checks.fail(
+                "durable tasks: an operator's word ends what waits for it",
+                || format!("{} {:?}", task.id, task.spec),
+            );
         }
         if self.shape.profile == Profile::Calm
             && let Some(task) = self.tasks().find(|t| t.state != TaskState::Done)
@@ -94,6 +103,10 @@ impl World {
             returned: count(Phase::RolledBack),
             acknowledged: sum(|c| c.acknowledged.len()),
             ambiguous: sum(|c| c.ambiguous.len()),
+            failovers: ctx.checks.failovers,
+            left_behind: (self.clients.iter().flat_map(|c| &c.acknowledged))
+                .filter(|id| ctx.checks.left_behind.contains(id))
+                .count(),
             errors: sum(|c| c.errors.len()),
             longest: self.clients.iter().map(|c| c.longest).max().unwrap_or(0),
             lines: ctx.trace.lines(),

@@ -68,6 +68,8 @@ pub(super) fn instance(shape: Shape) -> Instance {
         parameters_version: 0,
         proxy_parameters: BTreeMap::new(),
         accounts: Vec::new(),
+        durability: shape.durability,
+        maintenance_window: String::new(),
     }
 }
 
@@ -83,6 +85,9 @@ pub(super) fn records(instance: &Instance, shards: &[Shard]) -> Vec<(Key, Value)
         deadline_ms: u64::MAX,
         event_count: 1,
         cancel_requested: false,
+        not_before_ms: 0,
+        choice: None,
+        trace_id: String::new(),
     };
     let record: records::TaskRecord = wire::task_to(&task, 0);
     let mut items = vec![(Key::Task("t0".into()), Value::Task(record))];
@@ -128,6 +133,7 @@ pub(super) fn shards(shape: Shape, instance: &Instance) -> (Vec<Node>, Vec<Shard
             members,
             mode: Mode::Provisioning,
             closed_epoch: Epoch(0),
+            lineage: None,
         });
     }
     (nodes, shards)

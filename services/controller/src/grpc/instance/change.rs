@@ -10,7 +10,8 @@ use std::{
     time::Duration,
 };
 
-use slotmesh_proto::{agent::v1 as agent, instance::v1 as api};
+use prost::Message as _;
+use slotmesh_proto::{agent::v1 as agent, instance::v1 as api, store::v1::IdempotencyRecord};
 use slotmesh_task::{
     ProcessState,
     admit::{self, RefusalKind},
@@ -27,7 +28,7 @@ use tracing::{info, warn};
 use super::{ADMIT_TRIES, Instances, busy};
 use crate::{
     drive::write::encode_instance,
-    grpc::{refuse, refused, store_failed},
+    grpc::{refuse, refused, store_failed, token::Token},
     leader::{LeaderOutcome, Term},
     store::keys::Key,
 };
@@ -78,6 +79,14 @@ impl Instances {
         request: api::UpdateParametersRequest,
     ) -> Result<u64, Status> {
         admit::parameter_changes(&request).map_err(|r| refused(&r))?;
+        let token = Token::of(
+            &request.client_token,
+            "UpdateParameters",
+            &ordered(&request),
+        )?;
+        if let Some(earlier) = token.earlier(&self.context).await? {
+            return Ok(revision_of(&earlier));
+        }
         let (found, _) = self.instance(&request.instance_id)?;
         let turn = self.turns.of(&found.id);
         let _turn = turn.lock().await;
@@ -92,7 +101,7 @@ impl Instances {
                     taken.entry(node).or_insert(previous);
                 }
             }
-            match self.replace(term, &instance, revision, &next).await {
+            match self.replace(term, &instance, revision, &next, &token).await {
                 Ok(Some(revision)) => {
                     info!(instance = %next.id, engine = request.engine.len(), proxy = request.proxy.len(), "parameters changed");
                     return Ok(revision);
@@ -117,6 +126,18 @@ impl Instances {
         &self,
         request: api::UpdateAccountsRequest,
     ) -> Result<u64, Status> {
+        let body = api::UpdateAccountsRequest {
+            client_token: String::new(),
+            ..request.clone()
+        };
+        let token = Token::of(
+            &request.client_token,
+            "UpdateAccounts",
+            &body.encode_to_vec(),
+        )?;
+        if let Some(earlier) = token.earlier(&self.context).await? {
+            return Ok(revision_of(&earlier));
+        }
         let changed: Vec<Account> = request.accounts.iter().map(wire::account_from).collect();
         for _ in 0..ADMIT_TRIES {
             let term = self.context.leading()?;
@@ -127,7 +148,8 @@ impl Instances {
                 accounts,
                 ..instance.clone()
             };
-            if let Some(revision) = self.replace(term, &instance, revision, &next).await? {
+            let replaced = self.replace(term, &instance, revision, &next, &token);
+            if let Some(revision) = replaced.await? {
                 info!(instance = %next.id, changed = changed.len(), removed = request.removed.len(), "accounts changed");
                 return Ok(revision);
             }
@@ -136,12 +158,13 @@ impl Instances {
     }
 
     /// Writes the instance's record; `None` when it lost a race, and the mirror shows to whom.
-    async fn replace(
+    pub(super) async fn replace(
         &self,
         term: Term,
         old: &Instance,
         revision: u64,
         next: &Instance,
+        token: &Token,
     ) -> Result<Option<u64>, Status> {
         if old.state == InstanceState::Deleting {
             return Err(refuse(
@@ -161,6 +184,7 @@ impl Instances {
             .txn()
             .unchanged(key.clone(), revision)
             .put(key, encode_instance(next));
+        let txn = token.put(txn, "", &revision.to_string());
         match txn.commit(&*self.context.store).await {
             Ok(LeaderOutcome::Committed { revision }) => {
                 // So that the caller's next read, here, sees it.
@@ -289,6 +313,26 @@ impl Instances {
             })
             .collect()
     }
+}
+
+/// The revision that a repeated request is told: the topology has what was asked since before it.
+pub(super) fn revision_of(earlier: &IdempotencyRecord) -> u64 {
+    earlier.resource_id.parse().unwrap_or_default()
+}
+
+/// The request without its token; maps have no order of their own.
+fn ordered(request: &api::UpdateParametersRequest) -> Vec<u8> {
+    let mut body = request.instance_id.as_bytes().to_vec();
+    for map in [&request.engine, &request.proxy] {
+        body.push(0);
+        for (name, value) in map.iter().collect::<BTreeMap<_, _>>() {
+            for part in [name, value] {
+                body.extend_from_slice(&part.len().to_be_bytes());
+                body.extend_from_slice(part.as_bytes());
+            }
+        }
+    }
+    body
 }
 
 /// What all calls for a change have in common.

@@ -28,6 +28,8 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
             })
             .collect(),
         created_at: clock::rfc3339(instance.created_unix_ms),
+        durability: instance.durability,
+        maintenance_window: instance.maintenance_window.clone(),
         password_required: !instance.password_sha256.is_empty(),
         engine_parameters: instance.parameters.clone().into_iter().collect(),
         proxy_parameters: parameter::PROXY

@@ -3,9 +3,9 @@
 use rand::RngCore;
 use slotmesh_proto::{instance::v1 as api, store::v1 as records};
 use slotmesh_task::{
-    Spec, Task,
+    FailoverPhase, Spec, State, Task,
     admit::{self, RefusalKind},
-    place,
+    failover, place,
 };
 use slotmesh_topology::{
     Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Shard,
@@ -16,9 +16,10 @@ use tonic::Status;
 use super::{Instances, new_task};
 use crate::{
     clock,
-    drive::write::encode_instance,
+    drive::write::{encode_instance, put_task},
     grpc::{refuse, refused},
     leader::{LeaderTxn, Term},
+    mirror::Versioned,
     store::keys::{self, Key},
 };
 
@@ -32,6 +33,7 @@ impl Instances {
         request: &api::CreateInstanceRequest,
     ) -> Result<(Instance, Vec<Shard>), Status> {
         let new = admit::create(request).map_err(|r| refused(&r))?;
+        super::durability::check(request.durability, new.replicas)?;
         let candidates = self.candidates();
         let no_host =
             |e: place::NoHost| refuse(RefusalKind::Precondition, "NO_HOST", e.to_string());
@@ -75,6 +77,7 @@ impl Instances {
                     members,
                     mode: Mode::Provisioning,
                     closed_epoch: Epoch(0),
+                    lineage: None,
                 }
             });
         let instance = Instance {
@@ -98,6 +101,8 @@ impl Instances {
                 .collect(),
             workers_per_proxy: new.workers,
             created_unix_ms: clock::now_ms(),
+            durability: request.durability,
+            maintenance_window: String::new(),
             parameters: request
                 .parameters
                 .iter()
@@ -141,6 +146,7 @@ impl Instances {
         term: Term,
         (instance, revision): (&Instance, u64),
         targets: &[&str],
+        not_before_ms: u64,
     ) -> Result<(LeaderTxn, Task), Status> {
         let (shards, locks) = self
             .context
@@ -148,9 +154,10 @@ impl Instances {
             .read(|s| (s.shards_of(&instance.id), s.locks.clone()));
         let plain: Vec<_> = shards.iter().map(|s| s.value.clone()).collect();
         // A busy shard is a conflict, whatever its mode: one operation a shard.
+        let now = not_before_ms == 0;
         for shard in plain
             .iter()
-            .filter(|s| s.members.iter().any(|m| targets.contains(&m.node.as_str())))
+            .filter(|s| now && s.members.iter().any(|m| targets.contains(&m.node.as_str())))
         {
             if let Some(owner) = locks.get(&(instance.id.clone(), shard.id.clone())) {
                 return Err(refuse(
@@ -173,13 +180,16 @@ impl Instances {
             ));
         }
         let limit_ms = SWITCHOVER_MS_MAX * u64::try_from(switches.len()).unwrap_or(1);
-        let task = new_task(&instance.id, Spec::Switchover(switches.clone()), limit_ms);
+        let mut task = new_task(&instance.id, Spec::Switchover(switches.clone()), limit_ms);
+        task.not_before_ms = not_before_ms;
+        task.deadline_ms += not_before_ms.saturating_sub(now_ms);
         // A deletion that is admitted at the same time must not miss this task.
         let key = Key::Instance {
             instance: instance.id.as_str(),
         };
         let mut txn = term.txn().unchanged(key, revision);
-        for switch in &switches {
+        // One that is scheduled gets its shards when it begins.
+        for switch in switches.iter().filter(|_| now) {
             let revision = shards
                 .iter()
                 .find(|s| s.value.id == switch.shard)
@@ -215,12 +225,19 @@ impl Instances {
         instance: &Instance,
         revision: u64,
     ) -> Result<LeaderTxn, Status> {
-        let (shards, busy_with) = self.context.mirror.read(|s| {
+        let (shards, busy_with, parked) = self.context.mirror.read(|s| {
             let open = s
                 .tasks
                 .values()
                 .find(|t| t.value.instance == instance.id && !t.value.state.is_ended());
-            (s.shards_of(&instance.id), open.map(|t| t.value.id.clone()))
+            // A failover that waits for an operator has its answer: nobody needs the shard.
+            let tasks = s.tasks.values().filter(|t| t.value.instance == instance.id);
+            let parked: Vec<_> = tasks
+                .filter(|t| failover::is_parked(&t.value))
+                .cloned()
+                .collect();
+            let open = open.map(|t| t.value.id.clone());
+            (s.shards_of(&instance.id), open, parked)
         });
         if let Some(task) = busy_with {
             return Err(refuse(
@@ -241,14 +258,36 @@ impl Instances {
             .txn()
             .unchanged(key.clone(), revision)
             .put(key, encode_instance(&deleting));
+        let txn = parked.iter().fold(txn, end_parked);
         Ok(shards.iter().fold(txn, |txn, shard| {
-            let shard = shard.value.id.as_str();
-            txn.absent(Key::Lock {
+            let lock = Key::Lock {
                 instance: instance.id.as_str(),
-                shard,
-            })
+                shard: shard.value.id.as_str(),
+            };
+            let is_parked = shard.value.failover().is_some_and(|f| {
+                let mut parked = parked.iter();
+                parked.any(|t| t.value.id == f.task)
+            });
+            match is_parked {
+                true => txn.delete(lock),
+                false => txn.absent(lock),
+            }
         }))
     }
+}
+
+fn end_parked(txn: LeaderTxn, task: &Versioned<Task>) -> LeaderTxn {
+    let why = "the instance is deleted";
+    let ended = failover::with_phase(&task.value, FailoverPhase::Done, why, clock::now_ms());
+    let ended = Task {
+        state: State::Cancelled,
+        ..ended
+    };
+    let key = Key::Task {
+        task: task.value.id.as_str(),
+    };
+    let txn = txn.unchanged(key, task.mod_revision);
+    put_task(txn, ended, "", "Ended", why)
 }
 
 fn new_instance_id() -> InstanceId {

@@ -1,0 +1,203 @@
+//! What may be said to a task: end without effect, begin at another time, go on this way or that.
+//!
+//! Invariant: each is one transaction that compares the task as it was judged, so what was true when
+//! it was accepted is still true when it is written.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use slotmesh_proto::task::v1 as api;
+use slotmesh_task::{Choice, Spec, Task, admit::RefusalKind, schedule, wire};
+use slotmesh_topology::{Instance, TaskId};
+use tonic::Status;
+
+use super::Tasks;
+use crate::{
+    clock,
+    drive::write::put_task,
+    grpc::{instance::schedule::not_before, refuse, refused, store_failed, token::Token},
+    leader::LeaderOutcome,
+    store::keys::Key,
+};
+
+/// Tries of a change that loses a race against the task's own progress.
+const TRIES: usize = 5;
+/// After a lost race: until the mirror shows who won.
+const MIRROR_WAIT: Duration = Duration::from_secs(1);
+
+/// The task as it will be, with the event that says so; `None`: it is so already.
+type Changed = Option<(Task, &'static str, String)>;
+
+impl Tasks {
+    pub(super) async fn cancel(&self, request: api::CancelTaskRequest) -> Result<Task, Status> {
+        let token = Token::of(
+            &request.client_token,
+            "CancelTask",
+            request.task_id.as_bytes(),
+        )?;
+        self.change(&request.task_id, &token, |task| {
+            if task.cancel_requested && !task.state.is_ended() {
+                return Ok(None);
+            }
+            if !task.is_cancellable() {
+                return Err(not_cancellable(task));
+            }
+            let next = Task {
+                cancel_requested: true,
+                ..task.clone()
+            };
+            let words = "an operator asked to cancel".to_owned();
+            Ok(Some((next, "CancelRequested", words)))
+        })
+        .await
+    }
+
+    pub(super) async fn reschedule(
+        &self,
+        request: api::RescheduleTaskRequest,
+    ) -> Result<Task, Status> {
+        let body = api::RescheduleTaskRequest {
+            client_token: String::new(),
+            ..request.clone()
+        };
+        let token = Token::of(
+            &request.client_token,
+            "RescheduleTask",
+            &body.encode_to_vec(),
+        )?;
+        self.change(&request.task_id, &token, |task| {
+            if !schedule::is_scheduled(task) {
+                return Err(refuse(
+                    RefusalKind::Precondition,
+                    "NOT_SCHEDULED",
+                    "the task has begun, or was never scheduled; only one that waits for its time \
+                     can be given another",
+                ));
+            }
+            let instance = self.instance_of(task)?;
+            let now_ms = clock::now_ms();
+            // A task that waits for its time has one, also when that is now.
+            let at_ms = not_before(request.schedule.as_ref(), &instance)?.max(1);
+            let next = Task {
+                not_before_ms: at_ms,
+                deadline_ms: at_ms.max(now_ms)
+                    + task.deadline_ms.saturating_sub(task.not_before_ms),
+                ..task.clone()
+            };
+            let words = format!("begins at {}", clock::rfc3339(at_ms.max(now_ms)));
+            Ok(Some((next, "Rescheduled", words)))
+        })
+        .await
+    }
+
+    pub(super) async fn resolve(&self, request: api::ResolveTaskRequest) -> Result<Task, Status> {
+        let Some(choice) = wire::choice_from(request.choice()) else {
+            return Err(refuse(
+                RefusalKind::Invalid,
+                "CHOICE_MISSING",
+                "choice must be one of those that the task offers",
+            ));
+        };
+        let body = api::ResolveTaskRequest {
+            client_token: String::new(),
+            ..request.clone()
+        };
+        let token = Token::of(&request.client_token, "ResolveTask", &body.encode_to_vec())?;
+        self.change(&request.task_id, &token, |task| {
+            let next = resolved(task, choice)?;
+            let words = format!("an operator chose {}", choice.name());
+            Ok(Some((next, "Resolved", words)))
+        })
+        .await
+    }
+
+    async fn change(
+        &self,
+        id: &str,
+        token: &Token,
+        decide: impl Fn(&Task) -> Result<Changed, Status>,
+    ) -> Result<Task, Status> {
+        for _ in 0..TRIES {
+            let term = self.context.leading()?;
+            if token.earlier(&self.context).await?.is_some() {
+                return Ok(self.task(id)?.value);
+            }
+            let task = self.task(id)?;
+            let Some((next, step, words)) = decide(&task.value)? else {
+                return Ok(task.value);
+            };
+            let txn = term
+                .txn()
+                .unchanged(Key::Task { task: id }, task.mod_revision);
+            let txn = token.put(put_task(txn, next, "", step, &words), id, "");
+            let outcome = txn.commit(&*self.context.store).await;
+            match outcome.map_err(|e| store_failed(&e))? {
+                LeaderOutcome::Committed { revision } => {
+                    self.context.mirror.shows(revision).await;
+                    return Ok(self.task(id)?.value);
+                }
+                LeaderOutcome::Conflict | LeaderOutcome::Deposed => {
+                    let mut state = self.context.mirror.subscribe();
+                    let moved = state.wait_for(|s| {
+                        s.tasks
+                            .get(&TaskId::from(id))
+                            .is_none_or(|t| t.mod_revision != task.mod_revision)
+                    });
+                    let _ = tokio::time::timeout(MIRROR_WAIT, moved).await;
+                }
+            }
+        }
+        Err(refuse(
+            RefusalKind::Conflict,
+            "CONFLICT",
+            "the task moves on; try again",
+        ))
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn instance_of(&self, task: &Task) -> Result<Instance, Status> {
+        let found = self
+            .context
+            .mirror
+            .read(|s| s.instances.get(&task.instance).map(|i| i.value.clone()));
+        found.ok_or_else(|| {
+            refuse(
+                RefusalKind::NotFound,
+                "INSTANCE_NOT_FOUND",
+                "the task's instance is gone",
+            )
+        })
+    }
+}
+
+#[allow(clippy::result_large_err)]
+fn resolved(task: &Task, choice: Choice) -> Result<Task, Status> {
+    if !schedule::menu(task).contains(&choice) {
+        return Err(refused(&schedule::not_on_the_menu(task)));
+    }
+    match (&task.spec, choice) {
+        (_, Choice::Retry) => schedule::retried(task, clock::now_ms()).map_err(|r| refused(&r)),
+        (Spec::Failover(_), _) => Ok(Task {
+            choice: Some(choice),
+            ..task.clone()
+        }),
+        _ => Err(refused(&schedule::not_on_the_menu(task))),
+    }
+}
+
+fn not_cancellable(task: &Task) -> Status {
+    let message = if task.state.is_ended() {
+        "the task has ended"
+    } else {
+        match task.spec {
+            Spec::Failover(_) => {
+                "a failover can't be cancelled: the lost primary's epoch is over, and the shard \
+                 needs another primary"
+            }
+            Spec::Provision => "an instance that is being created is ended by DeleteInstance",
+            Spec::Decommission => "processes and data are being removed already",
+            Spec::Switchover(_) => "the task is past its point of no return and will finish",
+        }
+    };
+    refuse(RefusalKind::Precondition, "NOT_CANCELLABLE", message)
+}
