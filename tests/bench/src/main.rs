@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use slotmesh_bench::{proxy, switchover};
+use slotmesh_bench::{chaos, proxy, switchover};
 
 /// Measures a mesh with foreign clients.
 #[derive(Debug, Parser)]
@@ -19,6 +19,10 @@ enum Command {
     Switchover(switchover::Args),
     /// What a request costs in our proxy, beside a direct connection and twemproxy.
     Proxy(proxy::ProxyArgs),
+    /// Faults against a mesh in network namespaces of its own: what clients were told must be so.
+    Chaos(chaos::Args),
+    #[command(hide = true)]
+    ChaosInsider(chaos::InsiderArgs),
 }
 
 #[tokio::main]
@@ -26,6 +30,8 @@ async fn main() -> anyhow::Result<ExitCode> {
     let kept = match Cli::parse().command {
         Command::Switchover(args) => Box::pin(switchover::main(args)).await,
         Command::Proxy(args) => Box::pin(proxy::run(args)).await,
+        Command::Chaos(args) => Box::pin(chaos::main(args)).await,
+        Command::ChaosInsider(args) => Box::pin(chaos::insider(args)).await,
     };
     Ok(if kept? {
         ExitCode::SUCCESS
