@@ -90,12 +90,12 @@ async fn etcd_may_lose_its_leader_and_then_its_majority() {
     let (mesh, others) = mesh_of_three(&etcd).await;
     all_work(&mesh, &others, &etcd).await;
     let witnesses = Witnesses::start(&mesh.contract.proxies, 2).await.unwrap();
-    let first = etcd.leader().unwrap();
+    let first = etcd.leader().await.unwrap();
     etcd.kill(first);
     etcd.healthy().await.unwrap();
     all_work(&mesh, &others, &etcd).await;
     // Without a majority the last member ends all watches: it has no leader.
-    let second = etcd.leader().unwrap();
+    let second = etcd.leader().await.unwrap();
     etcd.kill(second);
     tokio::time::sleep(outage() / 2).await;
     etcd.restart(first).unwrap();

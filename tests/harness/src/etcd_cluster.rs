@@ -150,11 +150,15 @@ impl EtcdCluster {
         self.dir.path().join(name)
     }
 
-    /// Index of the member that leads.
+    /// Index of the member that leads, once one that runs does.
     ///
     /// # Errors
-    /// When none does.
-    pub fn leader(&self) -> anyhow::Result<usize> {
+    /// When none does for too long.
+    pub async fn leader(&self) -> anyhow::Result<usize> {
+        wait_until(START_LIMIT, "a member to lead", async || self.leads_now()).await
+    }
+
+    fn leads_now(&self) -> anyhow::Result<usize> {
         let status = self.status()?;
         let leads = |(_, id, leader): &&(String, u64, u64)| id == leader;
         let (endpoint, ..) = status.iter().find(leads).context("no member leads")?;
@@ -269,10 +273,10 @@ mod tests {
     #[tokio::test]
     async fn another_member_leads_when_the_leader_is_killed_and_it_comes_back() {
         let mut etcd = EtcdCluster::start(3).await.unwrap();
-        let first = etcd.leader().unwrap();
+        let first = etcd.leader().await.unwrap();
         etcd.kill(first);
         etcd.healthy().await.unwrap();
-        assert_ne!(etcd.leader().unwrap(), first);
+        assert_ne!(etcd.leader().await.unwrap(), first);
         etcd.restart(first).unwrap();
         etcd.healthy().await.unwrap();
     }
