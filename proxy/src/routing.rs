@@ -161,9 +161,9 @@ impl Parameters {
         for (name, value) in given {
             let flag = value == "1";
             match name.as_str() {
-                "durability-timeout-ms" => read_into(value, &mut all.durability_timeout_ms),
-                "durability-fsync" => all.durability_fsync = value == "yes",
-                "read-gate" => all.read_gate = value == "yes",
+                "durability_timeout_ms" => read_into(value, &mut all.durability_timeout_ms),
+                "durability_fsync" => all.durability_fsync = value == "yes",
+                "read_gate" => all.read_gate = value == "yes",
                 "split" => all.split_by_slot = value == "slot",
                 "script_check_enable" => all.script_check = flag,
                 "cluster_compat_enable" => all.cluster_compat = flag,

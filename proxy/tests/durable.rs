@@ -32,7 +32,7 @@ impl World {
         replica.replicate(&primary);
         primary.wait_info("state=online");
         let timeout = TIMEOUT_MS.to_string();
-        let mut all = HashMap::from([("durability-timeout-ms".to_owned(), timeout)]);
+        let mut all = HashMap::from([("durability_timeout_ms".to_owned(), timeout)]);
         let given = parameters.iter();
         all.extend(given.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let mut first = snapshot(1, vec![primary.route(0, 1, 1)]);
@@ -142,7 +142,7 @@ async fn a_frozen_replica_fails_writes_of_every_kind_and_no_read() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_a_read_gate_no_read_shows_what_may_be_lost() {
-    let world = World::start(&[("read-gate", "yes")]).await;
+    let world = World::start(&[("read_gate", "yes")]).await;
     let (mut client, mut other) = (world.client().await, world.client().await);
     client.send(b"SET a 1\r\nGET a\r\n").await;
     client.expect("+OK\r\n$1\r\n1\r\n").await;
@@ -157,7 +157,7 @@ async fn behind_a_read_gate_no_read_shows_what_may_be_lost() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_without_waitaof_is_asked_what_it_can_say() {
-    let world = World::start(&[("durability-fsync", "yes")]).await;
+    let world = World::start(&[("durability_fsync", "yes")]).await;
     let mut client = world.client().await;
     client.send(b"SET a 1\r\nRPUSH l x\r\nBLPOP l 0\r\n").await;
     client
@@ -189,7 +189,7 @@ async fn durability_can_be_set_while_clients_write() {
 /// As agents do it: what was acknowledged before the hold was confirmed before it, too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_switchover_fails_no_durable_write() {
-    let world = World::start(&[("durability-timeout-ms", "4000")]).await;
+    let world = World::start(&[("durability_timeout_ms", "4000")]).await;
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = tokio::task::JoinSet::new();
     for id in 0..4 {

@@ -166,7 +166,10 @@ async fn config_shows_both_kinds_of_parameters_and_no_secret() {
         ),
         (
             "CONFIG SET port 1",
-            format!("{failed} 'port') - can't set immutable config\r\n"),
+            format!(
+                "{failed} 'port') - Unable to listen on this port. slotmesh: start a proxy with \
+                 it\r\n"
+            ),
         ),
         (
             "CONFIG SET hz 10 port",

@@ -3,7 +3,7 @@
 //! What is sent to a node at once is a *batch*. One that writes is sealed: `WAIT` is sent behind it,
 //! and what comes meanwhile waits for the next batch, because a node that waits for its replicas
 //! executes nothing more of the connection. Replies are kept, from the first write of the batch on,
-//! until the answer to `WAIT` says whether they may be delivered. With `read-gate` every batch is
+//! until the answer to `WAIT` says whether they may be delivered. With `read_gate` every batch is
 //! sealed and everything of it is kept, so that nobody sees what could still be lost.
 //!
 //! Invariants: no reply to a write is delivered in this mode unless enough replicas have confirmed
@@ -153,7 +153,7 @@ impl Lane {
         if !self.flight.front().is_some_and(keeps) {
             return false;
         }
-        self.flight.pop_into(&mut self.durable.kept, 0);
+        self.flight.pass_into(&mut self.durable.kept);
         self.durable.replies.extend_from_slice(reply);
         self.durable.lengths.push_back(reply.len());
         true

@@ -206,6 +206,14 @@ impl FrameQueue {
         }
     }
 
+    /// Moves the first request to the end of `other` as it is: it has its reply.
+    pub fn pass_into(&mut self, other: &mut Self) {
+        if let Some(entry) = self.front().copied() {
+            other.push(entry, self.front_frame());
+            self.pop();
+        }
+    }
+
     /// Moves the first request before all of `other`: it was refused again and stays the oldest.
     pub fn pop_before(&mut self, other: &mut Self, now_us: u64) {
         let Some(entry) = self.front().map(|e| e.held_since(now_us)) else {
@@ -283,6 +291,19 @@ mod tests {
             queue.pop();
         }
         all
+    }
+
+    #[test]
+    fn only_what_waits_is_marked_as_waiting() {
+        let mut a = queue(&["one", "two"]);
+        let (mut kept, mut waiting) = (FrameQueue::default(), FrameQueue::default());
+        a.pass_into(&mut kept);
+        a.pop_into(&mut waiting, 7);
+        assert_eq!(kept.front().unwrap().held_at_us, 0);
+        assert_eq!(waiting.front().unwrap().held_at_us, 7);
+        kept.pop_into(&mut waiting, 9);
+        waiting.pop();
+        assert_eq!(waiting.front().unwrap().held_at_us, 9);
     }
 
     #[test]

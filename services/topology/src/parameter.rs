@@ -170,13 +170,13 @@ pub const PROXY: &[ProxyParameter] = &[
         about: "CLUSTER commands answer as one node that has all slots",
     },
     ProxyParameter {
-        name: "durability-fsync",
+        name: "durability_fsync",
         default: "no",
         values: YES_NO,
         about: "durable writes are on the disks of the primary and the replicas that confirm them",
     },
     ProxyParameter {
-        name: "durability-timeout-ms",
+        name: "durability_timeout_ms",
         default: "1000",
         values: Values::Number {
             min: 10,
@@ -230,7 +230,7 @@ pub const PROXY: &[ProxyParameter] = &[
         about: "connections for blocked clients and transactions, to one node from one worker",
     },
     ProxyParameter {
-        name: "read-gate",
+        name: "read_gate",
         default: "no",
         values: YES_NO,
         about: "in durable mode reads wait, too, until replicas have what they may have seen",

@@ -35,8 +35,8 @@ const HEARTBEAT: Micros = 500 * MS;
 /// A stream on which nothing comes for so long is given up.
 const SILENCE: Micros = 2 * SEC;
 
-/// Longest hold: the budget, twice when a lane that held is lost, and a proxy that stands still in it.
-const HELD_MAX: Micros = 5 * SEC + 6 * SEC;
+/// Longest hold: the budget, and for how long a proxy may stand still in it.
+const HELD_MAX: Micros = 5 * SEC + 2_600 * MS;
 
 /// See the module.
 #[derive(Debug)]

@@ -48,7 +48,7 @@ const PROGRESS: Micros = 300 * MS;
 const EVENTS_MAX: u64 = 3_000_000;
 /// Longest wait of a client while everything fails: at a node that stands still, then the hold's
 /// budget, then the wait for replicas, then what the network adds.
-const WAIT_LIMIT: Micros = 5 * SEC + 6 * SEC;
+const WAIT_LIMIT: Micros = 5 * SEC + 5_500 * MS;
 /// Longest wait of a client while nothing fails but primaries change.
 const PLANNED_LIMIT: Micros = 250 * MS;
 

@@ -120,7 +120,7 @@ impl Mesh {
         if shape.read_gate {
             let request = slotmesh_proto::instance::v1::UpdateParametersRequest {
                 instance_id: self.instance.clone(),
-                proxy: [("read-gate".to_owned(), "yes".to_owned())].into(),
+                proxy: [("read_gate".to_owned(), "yes".to_owned())].into(),
                 ..Default::default()
             };
             wait_until(START_LIMIT, "the parameter to be taken", async || {
