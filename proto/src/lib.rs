@@ -32,6 +32,11 @@ package!(
     "Controller and agent: assignments, reports, steps."
 );
 package!(
+    artifact,
+    "slotmesh.artifact.v1",
+    "Programs that hosts may run."
+);
+package!(
     fleet,
     "slotmesh.fleet.v1",
     "What runs where: hosts and proxies."

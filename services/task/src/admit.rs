@@ -176,6 +176,16 @@ pub fn switchover(
                 format!("node {target} is not a replica of its shard"),
             );
         }
+        if member.priority == 0 {
+            return refuse(
+                RefusalKind::Precondition,
+                "NODE_NEVER_PROMOTED",
+                format!(
+                    "node {target} has priority 0, so it is never promoted; give it another one \
+                     first (slotmesh node priority)"
+                ),
+            );
+        }
         if switches.iter().any(|s| s.shard == shard.id) {
             return refuse(
                 RefusalKind::Invalid,
@@ -338,11 +348,14 @@ mod tests {
                     run_id: "x".into(),
                     address: "a:1".into(),
                     in_sync: true,
+                    priority: slotmesh_topology::PRIORITY,
+                    leaving: false,
                 })
                 .into(),
                 mode: Mode::Serving,
                 closed_epoch: Epoch(0),
-                lineage: None,
+                departures: Vec::new(),
+                roster: Default::default(),
             })
             .collect()
     }

@@ -18,17 +18,27 @@ use crate::{
 /// How long a lease must be seen gone before that counts: an agent's clock and the store's may
 /// differ by a little, and its margin is for the rest.
 pub const LEASE_GUARD_MS: u64 = 200;
-/// A replica whose primary has said nothing for this many seconds is a witness. Redis pings its
-/// replicas every 10 s at most, proxies write more often; a content one has heard something.
-pub const LINK_SILENT_S_MIN: u32 = 2;
+/// How long a primary on a host without a lease must have been missed before that counts. Where its
+/// agent died first and its host was cut off later, only the fencer ends it: 1.5 s after it last heard
+/// of its replicas, at the second look. A host that is cut off with its agent is missed for 3 s before
+/// its lease is gone, so this makes no usual failover later.
+pub const MISSED_MS_MIN: u64 = 2_000;
+/// A replica whose primary has said nothing for this many seconds is a witness: the engine counts
+/// whole ones, so it is more than [`MISSED_MS_MIN`]. Primaries ping their replicas each second.
+pub const LINK_SILENT_S_MIN: u32 = 3;
 /// Hosts that fall silent within this time of each other look like one event.
 pub const BRAKE_WINDOW_MS: u64 = 10_000;
+/// Hosts that fell silent together come back one after the other: for this long those that are still
+/// silent are not taken for lost, though they are few by now.
+pub const BRAKE_RELEASE_MS: u64 = 10_000;
 /// One host alone never brakes: it is what failovers are for.
 const BRAKE_HOSTS_MIN: usize = 2;
 /// More of the fleet than this at once is more likely the network, or us.
 const BRAKE_PERCENT_MAX: usize = 30;
 /// One of this many proxies in trouble is a witness: fewer may have a problem of their own.
 const PROXIES_PER_WITNESS: usize = 3;
+/// A proxy whose trouble is younger is no witness.
+pub const TROUBLE_MS_MIN: u64 = MISSED_MS_MIN;
 
 /// What the leader remembers of what it saw: since when something is gone. Lost with its term, which
 /// only makes it wait anew.
@@ -36,7 +46,10 @@ const PROXIES_PER_WITNESS: usize = 3;
 pub struct Sightings {
     leases_gone: BTreeMap<HostId, u64>,
     links_down: BTreeMap<NodeId, u64>,
+    known: usize,
     brake: Option<String>,
+    /// When there was last a reason for the brake.
+    braked_ms: u64,
 }
 
 /// What a decision about a primary depends on besides its shard's record.
@@ -108,7 +121,14 @@ impl Sightings {
         for node in down {
             self.links_down.entry(node).or_insert(now_ms);
         }
-        self.brake = brake(&self.leases_gone, &hosts, &fleet.zones);
+        self.known = hosts.len();
+        let brake = brake(&self.leases_gone, &hosts, &fleet.zones);
+        let is_fresh = now_ms < self.braked_ms + BRAKE_RELEASE_MS;
+        if brake.is_some() {
+            (self.brake, self.braked_ms) = (brake, now_ms);
+        } else if self.leases_gone.is_empty() || !is_fresh {
+            self.brake = None;
+        }
     }
 
     /// Since when the host has been without a lease.
@@ -121,6 +141,12 @@ impl Sightings {
     #[must_use]
     pub fn link_down_since(&self, node: &NodeId) -> Option<u64> {
         self.links_down.get(node).copied()
+    }
+
+    /// Hosts that are known, and those of them without a lease.
+    #[must_use]
+    pub fn hosts(&self) -> (usize, usize) {
+        (self.known, self.leases_gone.len())
     }
 
     /// Why silence makes no failover now: too much of the fleet is silent.
@@ -156,8 +182,9 @@ fn brake(
     let is_much = group.len() * 100 > known.len() * BRAKE_PERCENT_MAX;
     (group.len() >= BRAKE_HOSTS_MIN && (is_much || zones_dead > 1)).then(|| {
         format!(
-            "{} of {} hosts fell silent together; that is more likely the network: failovers wait \
-             for a witness that saw a process end, or for an operator's word (slotmesh failover)",
+            "failover braked: {} of {} hosts fell silent together; that is more likely the network: \
+             failovers wait for a witness that saw a process end, or for an operator's word \
+             (slotmesh failover)",
             group.len(),
             known.len()
         )
@@ -250,7 +277,7 @@ fn silent(shard: &Shard, primary: &Member, since_ms: u64, scene: Scene<'_>) -> V
              its agent dead?",
             primary.node
         );
-        return suspect(u64::MAX, what);
+        return suspect(missed_at(shard, scene), what);
     };
     if let Some(brake) = scene.sightings.brake() {
         return suspect(u64::MAX, brake.to_owned());
@@ -259,6 +286,22 @@ fn silent(shard: &Shard, primary: &Member, since_ms: u64, scene: Scene<'_>) -> V
         cause: format!("the lease of {host} has run out, and {second}"),
         proof: Some(FenceProof::Lease),
     })
+}
+
+/// Whether the replica has been without its primary for so long that this counts.
+fn is_missed(replica: &NodeId, scene: Scene<'_>) -> bool {
+    let since = scene.sightings.link_down_since(replica);
+    since.is_some_and(|since| scene.now_ms >= since + MISSED_MS_MIN)
+}
+
+/// When the next replica will have missed its primary for long enough.
+fn missed_at(shard: &Shard, scene: Scene<'_>) -> u64 {
+    let since = shard.members.iter();
+    let since = since.filter_map(|m| scene.sightings.link_down_since(&m.node));
+    let next = since.map(|since| since + MISSED_MS_MIN);
+    next.filter(|at| *at > scene.now_ms)
+        .min()
+        .unwrap_or(u64::MAX)
 }
 
 /// Somebody else than its host who misses the primary.
@@ -271,7 +314,8 @@ fn second_witness(shard: &Shard, primary: &Member, scene: Scene<'_>) -> Option<S
             && scene.fleet.node(&member.node).is_some_and(|seen| {
                 seen.run_id == member.run_id
                     && is_recent(seen, scene.now_ms)
-                    && (!seen.link_up || seen.link_silent_s >= LINK_SILENT_S_MIN)
+                    && (seen.link_silent_s >= LINK_SILENT_S_MIN
+                        || !seen.link_up && is_missed(&member.node, scene))
             })
     };
     if let Some(replica) = shard.members.iter().find(misses) {
@@ -280,7 +324,7 @@ fn second_witness(shard: &Shard, primary: &Member, scene: Scene<'_>) -> Option<S
     let proxies: Vec<_> = scene.fleet.fresh_proxies(&shard.instance).collect();
     let troubled = proxies.iter().filter(|p| {
         let trouble = p.troubles.get(&shard.id);
-        trouble.is_some_and(|(epoch, _)| *epoch == shard.epoch)
+        trouble.is_some_and(|(epoch, ms)| *epoch == shard.epoch && *ms >= TROUBLE_MS_MIN)
     });
     let troubled = troubled.count();
     (troubled > 0 && troubled * PROXIES_PER_WITNESS >= proxies.len())
@@ -293,10 +337,13 @@ fn second_witness(shard: &Shard, primary: &Member, scene: Scene<'_>) -> Option<S
 pub fn can_fail_over(shard: &Shard, scene: Scene<'_>) -> bool {
     let mut others = shard.members.iter().filter(|m| m.node != shard.primary);
     if scene.durability > 0 {
-        return others.any(|m| m.role == NodeRole::Replica);
+        return others.any(|m| m.role == NodeRole::Replica && m.priority > 0);
     }
     others.any(|m| {
-        m.role == NodeRole::Replica && m.in_sync && alive(m, scene).is_some_and(|n| !n.loading)
+        m.role == NodeRole::Replica
+            && m.priority > 0
+            && m.in_sync
+            && alive(m, scene).is_some_and(|n| !n.loading)
     })
 }
 

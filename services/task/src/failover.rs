@@ -21,7 +21,7 @@ pub use write::{Write, declare, supersede, with_phase, write};
 use crate::{
     detect::{self, LEASE_GUARD_MS, Scene},
     observe::NodeView,
-    spec::{Choice, FailoverPhase, ShardFailover, Spec, State, Task},
+    spec::{Choice, FailoverPhase, ShardFailover, Spec, Task},
     switchover::StepStatus,
 };
 
@@ -32,8 +32,9 @@ pub const FENCE_MS_MAX: u64 = 15_000;
 pub const DETACH_MS_MAX: u64 = 500;
 /// How long somebody who can be promoted is waited for before an operator is asked.
 pub const CHOOSE_MS_MAX: u64 = 10_000;
-/// Between two tries to promote: a promise not to, or an agent that restarts, ends in seconds.
-pub const RETRY_MS: u64 = 1_000;
+/// Between two tries to promote: an agent or a process that restarts is back in less than this, a
+/// promise not to promote ends in seconds. Clients wait meanwhile.
+pub const RETRY_MS: u64 = 400;
 /// Tries to promote end here, counted from the declaration or an operator's word.
 pub const TRY_MS_MAX: u64 = 60_000;
 /// How long the proxies, the grant and the replicas are waited for after the commit.
@@ -109,8 +110,7 @@ pub fn menu(task: &Task) -> &'static [Choice] {
 /// itself once somebody can be promoted without loss.
 #[must_use]
 pub fn is_parked(task: &Task) -> bool {
-    task.state == State::NeedsOperator
-        && matches!(&task.spec, Spec::Failover(f) if f.phase == FailoverPhase::Parked)
+    task.is_parked() && matches!(&task.spec, Spec::Failover(_))
 }
 
 /// The next act.
@@ -268,6 +268,8 @@ fn candidates<'a>(view: &View<'a>) -> impl Iterator<Item = (&'a Member, &'a Node
         .members
         .iter()
         .filter(|m| m.role != NodeRole::ReadOnly)
+        // The lost one itself had been promoted; an operator's word counts more.
+        .filter(move |m| m.priority > 0 || m.node == *from || any)
         .filter_map(move |m| Some((m, detect::running(m, scene)?)))
         .filter(move |(m, seen)| {
             if any {
@@ -361,11 +363,14 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
         let by_disk = (!loss && all_new).then_some((seen.keys > 0, !is_tried, m.node == *from));
         // Where writes are acknowledged by replicas, less data is no alternative.
         let may_pass_over = durability == 0 && !is_tried;
-        // Then: who can be followed without a full sync, the lost primary's zone, the first id.
+        // Then: who can be followed without a full sync, who stays, the preferred one, the lost
+        // primary's zone, the first id.
         let ties = (
             !is_tried,
             m.node != *from,
             seen.role == Some(NodeRole::Primary),
+            !m.leaving,
+            m.priority,
             lost_zone.is_some() && zone(view, &m.host) == lost_zone,
             Reverse(m.node.clone()),
         );
@@ -373,7 +378,9 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
     };
     let best = finals.into_iter().max_by_key(rank);
     best.ok_or_else(|| {
-        "no replica that had caught up is alive: bring one's host back, or accept loss".to_owned()
+        "no replica that had caught up and may be promoted (priority above 0) is alive: bring one's \
+         host back, or accept loss"
+            .to_owned()
     })
 }
 

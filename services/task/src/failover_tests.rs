@@ -150,7 +150,7 @@ fn the_usual_failover_chooses_promotes_commits_and_settles() {
         (shard.primary.as_str(), shard.closed_epoch),
         ("b", Epoch(4))
     );
-    let lineage = shard.lineage.clone().unwrap();
+    let lineage = shard.departures[0].from.clone().unwrap();
     assert_eq!((&*lineage.replid, lineage.offset), ("f00", 101));
 
     assert_eq!(story.phase(), FailoverPhase::Settle);

@@ -6,17 +6,23 @@
 //! and in simulation. No clock, no I/O, no async.
 
 pub mod admit;
+pub mod copied;
 pub mod detect;
 pub mod failover;
 pub mod observe;
 pub mod place;
 pub mod provision;
+pub mod replace;
 pub mod schedule;
 pub mod spec;
 pub mod step;
 pub mod switchover;
+pub mod table;
 pub mod upkeep;
 pub mod wire;
 
 pub use observe::{Fleet, HoldLevel, NodeView, ProcessState, ProxyView};
-pub use spec::{Choice, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task};
+pub use spec::{
+    Choice, Copied, FailoverPhase, NodeReplacement, Phase, ReplacePhase, ShardFailover,
+    ShardSwitch, Spec, State, Task,
+};

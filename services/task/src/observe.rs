@@ -90,6 +90,12 @@ pub struct NodeView {
     pub second_offset: u64,
     /// Of a replica: for how long its primary has said nothing.
     pub link_silent_s: u32,
+    /// Bytes that it has loaded of the data set that it loads.
+    pub copied_bytes: u64,
+    /// Of so many; 0: it loads none.
+    pub copy_total_bytes: u64,
+    /// Users as which replicas may log in there, of whatever epoch.
+    pub replication_users: Vec<String>,
     /// When the report came.
     pub seen_ms: u64,
 }

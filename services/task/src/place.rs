@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use slotmesh_topology::HostId;
+use slotmesh_topology::{HostId, Shard};
 
 /// A host that can take processes, and how many it has.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,6 +56,25 @@ pub fn proxies(candidates: &[Candidate], count: usize) -> Result<Vec<HostId>, No
         used.push(load.take(false, &round));
     }
     Ok(used)
+}
+
+/// Where a node that replaces another one of its shard goes: to a host without a part in the shard,
+/// in another zone than its primary's if there is one, with the fewest processes.
+#[must_use]
+pub fn replacement(
+    candidates: &[Candidate],
+    shard: &Shard,
+    zones: &BTreeMap<HostId, String>,
+) -> Option<HostId> {
+    let is_free = |c: &&Candidate| !shard.members.iter().any(|m| m.host == c.host);
+    let zone = |host: &HostId| zones.get(host).filter(|zone| !zone.is_empty());
+    let primary_zone = shard.primary_member().and_then(|m| zone(&m.host));
+    let rank = |c: &&Candidate| {
+        let shares_zone = primary_zone.is_some() && zone(&c.host) == primary_zone;
+        (shares_zone, c.load, c.host.clone())
+    };
+    let best = candidates.iter().filter(is_free).min_by_key(rank);
+    best.map(|c| c.host.clone())
 }
 
 /// Load of each host as placement goes on: (primaries given now, processes).

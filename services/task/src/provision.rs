@@ -2,7 +2,7 @@
 
 use slotmesh_topology::{Instance, InstanceState, Mode, Shard};
 
-use crate::observe::{Fleet, ProcessState};
+use crate::observe::{Fleet, NodeView, ProcessState};
 
 /// How long an instance may take to serve before an operator is asked.
 pub const PROVISION_MS_MAX: u64 = 120_000;
@@ -118,6 +118,11 @@ pub fn decommission(
             .node(&m.node)
             .is_none_or(|n| n.state != ProcessState::Removed)
     });
+    // Of a host that never came back nothing is waited for: its data had been given up before.
+    let gone = shards.iter().flat_map(|s| &s.roster.gone).find(|gone| {
+        let is_removed = |n: &NodeView| n.state == ProcessState::Removed;
+        fleet.hosts.contains(&gone.host) && !fleet.node(&gone.node).is_some_and(is_removed)
+    });
     let proxy = instance.proxies.iter().find(|(id, _)| {
         fleet
             .proxy_processes
@@ -127,7 +132,10 @@ pub fn decommission(
     let what = match (proxy, node) {
         (Some((id, host)), _) => format!("proxy {id} on {host} to be removed"),
         (None, Some(member)) => format!("node {} on {} to be removed", member.node, member.host),
-        (None, None) => return Decision::Forget,
+        (None, None) => match gone {
+            Some(gone) => format!("node {} on {} to be removed", gone.node, gone.host),
+            None => return Decision::Forget,
+        },
     };
     if now_ms >= deadline_ms {
         Decision::GiveUp(what)

@@ -7,8 +7,9 @@ use slotmesh_topology::{Shard, TaskId};
 
 use crate::{
     admit::{Refusal, RefusalKind},
-    failover,
+    failover, replace,
     spec::{Choice, Phase, ShardSwitch, Spec, State, Task},
+    table::{self, Undo},
 };
 
 /// How far ahead a task may be scheduled: what is further away is a reminder, not a task.
@@ -125,7 +126,9 @@ pub fn predicted_hold_ms<'a>(task: &Task, others: impl Iterator<Item = &'a Task>
 pub fn menu(task: &Task) -> &'static [Choice] {
     match (&task.spec, task.state) {
         (Spec::Failover(_), _) => failover::menu(task),
-        (Spec::Provision | Spec::Switchover(_), State::NeedsOperator) => &[Choice::Retry],
+        (Spec::Replace(_), _) => replace::menu(task),
+        (Spec::Provision, State::NeedsOperator) => &[Choice::Retry, Choice::Undo],
+        (Spec::Decommission | Spec::Switchover(_), State::NeedsOperator) => &[Choice::Retry],
         _ => &[],
     }
 }
@@ -141,6 +144,8 @@ pub fn retried(task: &Task, now_ms: u64) -> Result<Task, Refusal> {
     let mut next = task.clone();
     next.deadline_ms = now_ms + task.deadline_ms.saturating_sub(task.created_ms);
     next.cancel_requested = false;
+    // A choice that was made and not acted upon yet is taken back.
+    next.choice = None;
     match &mut next.spec {
         Spec::Switchover(switches) => {
             // Its shards were freed when it ended: it begins as one that was scheduled.
@@ -150,7 +155,7 @@ pub fn retried(task: &Task, now_ms: u64) -> Result<Task, Refusal> {
                 switch.phase = Phase::Preflight;
             }
         }
-        Spec::Failover(_) => next.choice = Some(Choice::Retry),
+        Spec::Failover(_) | Spec::Replace(_) => next.choice = Some(Choice::Retry),
         Spec::Provision | Spec::Decommission => next.state = State::Running,
     }
     Ok(next)
@@ -170,6 +175,19 @@ pub fn not_on_the_menu(task: &Task) -> Refusal {
         reason: "CHOICE_NOT_OFFERED",
         message,
     }
+}
+
+/// As [`not_on_the_menu`], with the reason when it is that what was done can't be put back.
+#[must_use]
+pub fn refused_choice(task: &Task, choice: Choice) -> Refusal {
+    let mut refusal = not_on_the_menu(task);
+    let why = match table::current(&task.spec).first().map(|row| row.undo) {
+        Some(Undo::No(why)) if choice == Choice::Undo && task.state == State::NeedsOperator => why,
+        _ => return refusal,
+    };
+    refusal.message.push_str("; it can't be undone: ");
+    refusal.message.push_str(why);
+    refusal
 }
 
 /// What a scheduled switchover finds when its time comes.
@@ -291,6 +309,8 @@ mod tests {
             run_id: "x".into(),
             address: "x:1".into(),
             in_sync: true,
+            priority: slotmesh_topology::PRIORITY,
+            leaving: false,
         };
         Shard {
             instance: "r".into(),
@@ -305,7 +325,8 @@ mod tests {
             ],
             mode: slotmesh_topology::Mode::Serving,
             closed_epoch: slotmesh_topology::Epoch(6),
-            lineage: None,
+            departures: Vec::new(),
+            roster: Default::default(),
         }
     }
 

@@ -1,6 +1,8 @@
 //! A task: an operator's durable intent and how far it has come.
 
-use slotmesh_topology::{Epoch, FenceProof, InstanceId, NodeId, ShardId, TaskId};
+use slotmesh_topology::{Epoch, FenceProof, HostId, InstanceId, NodeId, ShardId, TaskId};
+
+use crate::table;
 
 /// Where a task is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +40,8 @@ pub enum Spec {
     Switchover(Vec<ShardSwitch>),
     /// Give a shard another primary after its own was lost.
     Failover(ShardFailover),
+    /// Replace a node of a shard by one on another host.
+    Replace(NodeReplacement),
 }
 
 impl Spec {
@@ -49,6 +53,7 @@ impl Spec {
             Self::Decommission => "Decommission",
             Self::Switchover(_) => "SwitchOver",
             Self::Failover(_) => "Failover",
+            Self::Replace(_) => "Replace",
         }
     }
 }
@@ -61,6 +66,7 @@ impl Spec {
             Self::Provision | Self::Decommission => true,
             Self::Switchover(switches) => switches.iter().any(|s| s.shard.as_str() == shard),
             Self::Failover(failover) => failover.shard.as_str() == shard,
+            Self::Replace(replacement) => replacement.shard.as_str() == shard,
         }
     }
 }
@@ -220,6 +226,98 @@ impl FailoverPhase {
     }
 }
 
+/// A node of a shard that is replaced by one on another host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeReplacement {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Who leaves.
+    pub from: NodeId,
+    /// From where.
+    pub from_host: HostId,
+    /// Who joins.
+    pub to: NodeId,
+    /// Where.
+    pub to_host: HostId,
+    /// How far it has come. Written before the act that the phase stands for.
+    pub phase: ReplacePhase,
+    /// Since when.
+    pub phase_since_ms: u64,
+    /// What it waits for, or why it is parked.
+    pub message: String,
+    /// What was seen, or who asked.
+    pub cause: String,
+    /// An operator asked for it, so it is done also while the node's host is well.
+    pub by_operator: bool,
+    /// It was given up: the new node leaves again, the old one stays.
+    pub turned_back: bool,
+    /// It was an operator who turned it back.
+    pub on_request: bool,
+    /// Of `drain_offset`.
+    pub epoch: Epoch,
+    /// The primary's offset after the leaving node had lost its right to follow: what was confirmed
+    /// with that node's help is not beyond it.
+    pub drain_offset: u64,
+}
+
+impl NodeReplacement {
+    /// Who leaves in the end, as things stand.
+    #[must_use]
+    pub fn leaver(&self) -> &NodeId {
+        match self.turned_back {
+            true => &self.to,
+            false => &self.from,
+        }
+    }
+}
+
+/// Phases of a replacement, in order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum ReplacePhase {
+    /// Looking; no effect yet.
+    Join,
+    /// The record has the new node: its agent starts it, it copies the primary's data.
+    CatchUp,
+    /// The record says who leaves: its right to follow is being taken.
+    Leave,
+    /// What only the leaving node may have confirmed reaches enough of the others.
+    Drain,
+    /// Ended.
+    Done,
+    /// Can't go on without an operator's word. The shard serves.
+    Parked,
+}
+
+impl ReplacePhase {
+    /// Name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Join => "Join",
+            Self::CatchUp => "CatchUp",
+            Self::Leave => "Leave",
+            Self::Drain => "Drain",
+            Self::Done => "Done",
+            Self::Parked => "Parked",
+        }
+    }
+
+    /// Phases before the end, for progress displays.
+    pub const STEPS: u32 = 4;
+
+    /// How many of them are behind it.
+    #[must_use]
+    pub fn steps_done(self) -> u32 {
+        match self {
+            Self::Join => 0,
+            Self::CatchUp | Self::Parked => 1,
+            Self::Leave => 2,
+            Self::Drain => 3,
+            Self::Done => 4,
+        }
+    }
+}
+
 /// What an operator may tell a task that can't go on by itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Choice {
@@ -270,8 +368,21 @@ pub struct Task {
     pub not_before_ms: u64,
     /// An operator's choice that was not acted upon yet.
     pub choice: Option<Choice>,
-    /// Of the request that made it, for audit; empty: it was made by the leader itself.
+    /// Of the request that made it, for audit; the leader makes one for a task of its own.
     pub trace_id: String,
+    /// How much data it has moved, when it was looked at last.
+    pub copied: Copied,
+}
+
+/// Data that a task moves, for progress displays.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Copied {
+    /// Bytes that replicas have loaded of what they load in full.
+    pub done: u64,
+    /// Of so many.
+    pub total: u64,
+    /// Bytes that the next primaries have not applied yet.
+    pub lag: u64,
 }
 
 impl Task {
@@ -285,7 +396,20 @@ impl Task {
                 shards.iter().map(|_| Phase::STEPS).sum(),
             ),
             Spec::Failover(failover) => (failover.phase.steps_done(), FailoverPhase::STEPS),
+            Spec::Replace(replacement) => (replacement.phase.steps_done(), ReplacePhase::STEPS),
         }
+    }
+
+    /// Waits for an operator, and keeps its shard meanwhile. It is looked at again.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.state == State::NeedsOperator
+            && match &self.spec {
+                Spec::Failover(failover) => failover.phase == FailoverPhase::Parked,
+                Spec::Replace(replacement) => replacement.phase == ReplacePhase::Parked,
+                Spec::Provision | Spec::Decommission => true,
+                Spec::Switchover(_) => false,
+            }
     }
 
     /// Changes one shard's part; a task without it stays as it is.
@@ -310,14 +434,9 @@ impl Task {
         next
     }
 
-    /// Whether a cancel would still be honoured: before any shard has begun its critical section.
+    /// Whether a cancel would still be honoured: the table of steps says so.
     #[must_use]
     pub fn is_cancellable(&self) -> bool {
-        match &self.spec {
-            Spec::Provision | Spec::Decommission | Spec::Failover(_) => false,
-            Spec::Switchover(shards) => {
-                !self.state.is_ended() && shards.iter().all(|s| s.phase < Phase::Hold)
-            }
-        }
+        table::cancel(self) == table::Cancel::Honoured
     }
 }

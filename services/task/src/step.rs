@@ -70,6 +70,7 @@ pub fn request(
             Step::HandOver => HAND_OVER_TIMEOUT_MS,
             Step::EnsureUsers | Step::TakeBack => STEP_TIMEOUT_MS,
         },
+        trace_id: task.trace_id.clone(),
         act: Some(act(switch, instance, shard, step)),
     }
 }
@@ -142,6 +143,7 @@ pub fn promotion(
         instance_id: shard.instance.to_string(),
         shard_id: shard.id.to_string(),
         timeout_ms: STEP_TIMEOUT_MS,
+        trace_id: task.trace_id.clone(),
         act: Some(Act::Promote(pb::Promote {
             node_id: target.node.to_string(),
             run_id: target.run_id.clone(),

@@ -15,6 +15,8 @@ fn shard() -> Shard {
         run_id: format!("run-{node}"),
         address: format!("127.0.0.1:{port}"),
         in_sync: true,
+        priority: slotmesh_topology::PRIORITY,
+        leaving: false,
     };
     Shard {
         instance: "r".into(),
@@ -29,7 +31,8 @@ fn shard() -> Shard {
         ],
         mode: Mode::Serving,
         closed_epoch: Epoch(3),
-        lineage: None,
+        departures: Vec::new(),
+        roster: Default::default(),
     }
 }
 
@@ -427,5 +430,36 @@ fn a_hand_over_whose_old_primary_is_lost_is_failed_over_even_if_its_target_has_t
             let next = next_lost(Phase::Resolve, &fleet, step);
             assert_eq!(next, Decision::FailOver(lost()));
         }
+    }
+}
+
+#[test]
+fn a_cancel_is_honoured_exactly_where_the_table_of_steps_says() {
+    use crate::{Spec, table};
+    let any = Spec::Switchover(vec![at(Phase::Preflight)]);
+    for row in table::of(&any) {
+        let named = |phase: &Phase| phase.name() == row.name;
+        let phases = [
+            Phase::Preflight,
+            Phase::Prewarm,
+            Phase::Hold,
+            Phase::Resolve,
+        ];
+        let after = [Phase::Settle, Phase::Done, Phase::RolledBack];
+        let phase = phases.into_iter().chain(after).find(named).unwrap();
+        let decision = decide(View {
+            task: &"t".into(),
+            switch: &at(phase),
+            shard: &shard(),
+            fleet: &fleet(),
+            step: &StepStatus::NotStarted,
+            lost: None,
+            cancel_requested: true,
+            other_in_hold: false,
+            now_ms: NOW,
+        });
+        let ends = decision == Decision::Advance(Phase::RolledBack, "cancelled".into());
+        let is_promised = row.cancel == table::Cancel::Honoured;
+        assert_eq!(ends, is_promised, "{phase:?}: {decision:?}");
     }
 }

@@ -33,7 +33,8 @@ pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
     let mut next = shard.clone();
     let mut reasons = Vec::new();
     for member in &mut next.members {
-        if member.node == shard.primary {
+        // One that leaves follows nobody any more, as it is told.
+        if member.node == shard.primary || member.leaving {
             continue;
         }
         let Some(seen) = fleet.node(&member.node) else {
@@ -67,6 +68,13 @@ pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
             reasons.push(format!("{} {word}", member.node));
         }
     }
+    for gone in &shard.roster.gone {
+        let seen = fleet.node(&gone.node);
+        if seen.is_some_and(|n| n.state == ProcessState::Removed) {
+            next = next.forget(&gone.node);
+            reasons.push(format!("{} is removed from {}", gone.node, gone.host));
+        }
+    }
     (!reasons.is_empty()).then(|| (next, reasons.join("; ")))
 }
 
@@ -83,8 +91,9 @@ fn is_its_own_fault(shard: &Shard, replica: &NodeId, scene: Scene<'_>) -> bool {
     }
     match scene.sightings.link_down_since(replica) {
         Some(since) => primary.seen_ms >= since + BLAME_MS,
-        // Its link is up: it is loading, or follows another node.
-        None => true,
+        // Its link is up: it is loading, or follows another node. A link that has gone down since the
+        // last look is nobody's fault yet.
+        None => scene.fleet.node(replica).is_some_and(|seen| seen.link_up),
     }
 }
 
@@ -194,6 +203,8 @@ mod tests {
             run_id: format!("run-{node}"),
             address: format!("{node}:1"),
             in_sync: true,
+            priority: slotmesh_topology::PRIORITY,
+            leaving: false,
         };
         Shard {
             instance: "r".into(),
@@ -208,7 +219,8 @@ mod tests {
             ],
             mode: Mode::Serving,
             closed_epoch: Epoch(3),
-            lineage: None,
+            departures: Vec::new(),
+            roster: Default::default(),
         }
     }
 
@@ -344,6 +356,22 @@ mod tests {
         let primary = fleet.nodes.get_mut(&"a".into()).unwrap();
         (primary.state, primary.seen_ms) = (ProcessState::Stopped, NOW + 200);
         assert_eq!(kept_at(&shard(), &fleet, &mut sightings, NOW + 5_000), None);
+    }
+
+    #[test]
+    fn a_link_that_went_down_since_the_last_look_is_nobodys_fault_yet() {
+        let mut fleet = fleet(1);
+        let mut sightings = Sightings::default();
+        sightings.look([&shard()], &fleet, NOW);
+        // Reported after the look, before the decision.
+        fleet.nodes.get_mut(&"b".into()).unwrap().link_up = false;
+        let scene = Scene {
+            fleet: &fleet,
+            sightings: &sightings,
+            durability: 0,
+            now_ms: NOW,
+        };
+        assert_eq!(decide(&shard(), scene), None);
     }
 
     #[test]

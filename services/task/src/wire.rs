@@ -1,5 +1,7 @@
 //! Where task records become tasks, reports become views, and back.
 
+mod replacement;
+
 use slotmesh_proto::{agent::v1 as agent, store::v1 as store, task::v1 as api};
 use slotmesh_topology::{
     Epoch,
@@ -9,7 +11,8 @@ use slotmesh_topology::{
 use crate::{
     observe::{NodeView, ProcessState},
     schedule,
-    spec::{Choice, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task},
+    spec::{Choice, Copied, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task},
+    table::{self, Cancel, Row, Undo},
 };
 
 /// Reads a task's record.
@@ -40,6 +43,9 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         store::task_record::Spec::Failover(f) => {
             Spec::Failover(failover_from(f).ok_or_else(|| field("spec.phase"))?)
         }
+        store::task_record::Spec::Replace(r) => {
+            Spec::Replace(replacement::from(r).ok_or_else(|| field("spec.phase"))?)
+        }
     };
     Ok(Task {
         id: record.task_id.as_str().into(),
@@ -55,6 +61,11 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         not_before_ms: record.not_before_unix_ms,
         choice: choice_from(record.choice()),
         trace_id: record.trace_id.clone(),
+        copied: Copied {
+            done: record.bytes_done,
+            total: record.bytes_total,
+            lag: record.lag_bytes,
+        },
     })
 }
 
@@ -68,6 +79,7 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
             shards: shards.iter().map(switch_to).collect(),
         }),
         Spec::Failover(failover) => store::task_record::Spec::Failover(failover_to(failover)),
+        Spec::Replace(r) => store::task_record::Spec::Replace(replacement::to(r)),
     };
     store::TaskRecord {
         schema: SCHEMA,
@@ -83,13 +95,16 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         cancel_requested: task.cancel_requested,
         attempt: 1,
         trace_id: task.trace_id.clone(),
+        bytes_done: task.copied.done,
+        bytes_total: task.copied.total,
+        lag_bytes: task.copied.lag,
         term,
         not_before_unix_ms: task.not_before_ms,
         choice: task
             .choice
             .map_or(store::OperatorChoice::Unspecified, choice_to)
             .into(),
-        parked_because: match crate::failover::is_parked(task) {
+        parked_because: match task.is_parked() {
             true => task.message.clone(),
             false => String::new(),
         },
@@ -255,6 +270,7 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
         Spec::Provision | Spec::Decommission => Vec::new(),
         Spec::Switchover(shards) => shards.iter().map(progress_api).collect(),
         Spec::Failover(failover) => vec![failover_api(failover)],
+        Spec::Replace(r) => vec![replacement::progress(r)],
     };
     api::Task {
         task_id: task.id.to_string(),
@@ -275,7 +291,37 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
             .map(|choice| choice_to(*choice).into())
             .collect(),
         predicted_hold_ms: 0.0,
+        trace_id: task.trace_id.clone(),
+        bytes_done: task.copied.done,
+        bytes_total: task.copied.total,
+        // What was noted last; nothing lags any more once it has ended.
+        lag_bytes: match task.state.is_ended() {
+            true => 0,
+            false => task.copied.lag,
+        },
+        steps: steps_api(task),
     }
+}
+
+fn steps_api(task: &Task) -> Vec<api::TaskStep> {
+    let current = table::current(&task.spec);
+    let is_current = |row: &Row| !task.state.is_ended() && current.contains(row);
+    let step = |row: Row| api::TaskStep {
+        name: row.name.to_owned(),
+        precheck: row.precheck.to_owned(),
+        act: row.act.to_owned(),
+        verify: row.verify.to_owned(),
+        undo: match row.undo {
+            Undo::By(how) => how.to_owned(),
+            Undo::No(_) => String::new(),
+        },
+        deadline_ms: row
+            .deadline_ms
+            .map_or(0, |ms| u32::try_from(ms).unwrap_or(u32::MAX)),
+        cancellable: row.cancel == Cancel::Honoured,
+        current: is_current(&row),
+    };
+    table::of(&task.spec).into_iter().map(step).collect()
 }
 
 #[allow(clippy::cast_precision_loss)] // As below.
@@ -350,6 +396,9 @@ pub fn node_view(report: &agent::NodeReport, seen_ms: u64) -> NodeView {
         replid2: report.replid2.clone(),
         second_offset: report.second_offset,
         link_silent_s: report.link_silent_s,
+        copied_bytes: report.copied_bytes,
+        copy_total_bytes: report.copy_total_bytes,
+        replication_users: report.replication_users.clone(),
         seen_ms,
     }
 }

@@ -5,7 +5,7 @@ use slotmesh_proto::agent::v1 as pb;
 
 use crate::{
     credential,
-    id::Epoch,
+    id::{Epoch, NodeId},
     instance::{Instance, InstanceState},
     shard::{Member, Mode, NodeRole, Shard},
     wire,
@@ -20,7 +20,8 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
     };
     let fenced = matches!(shard.mode, Mode::Fenced(_));
     // The epoch that has begun is nobody's yet: nobody serves, nobody is followed.
-    let detached = shard.failover().is_some();
+    let leaves = member.leaving && member.node != shard.primary;
+    let detached = shard.failover().is_some() || leaves;
     let is_primary = member.node == shard.primary && !detached;
     let serving = shard.epoch > Epoch(0) && !fenced;
     let master = if detached {
@@ -73,12 +74,28 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         observer_user: observer.user,
         observer_password: observer.password,
         parameters_version: instance.parameters_version,
-        previous_replid: shard
-            .lineage
-            .as_ref()
-            .map(|l| l.replid.clone())
-            .unwrap_or_default(),
-        previous_offset: shard.lineage.as_ref().map_or(0, |l| l.offset),
+        previous_replid: wire::newest_replid(shard),
+        previous_offset: wire::newest_offset(shard),
+        departures: wire::departures_to(shard),
+    }
+}
+
+/// The specification of a node that has left the shard: its process is stopped and its data removed.
+#[must_use]
+pub fn gone(instance: &Instance, shard: &Shard, node: &NodeId) -> pb::NodeSpec {
+    pb::NodeSpec {
+        node_id: node.to_string(),
+        instance_id: instance.id.to_string(),
+        shard_id: shard.id.to_string(),
+        desired: pb::Desired::Removed.into(),
+        epoch: shard.epoch.0,
+        closed_epoch: shard.epoch.0,
+        role: wire::node_role_to(NodeRole::Replica).into(),
+        detached: true,
+        previous_replid: wire::newest_replid(shard),
+        previous_offset: wire::newest_offset(shard),
+        departures: wire::departures_to(shard),
+        ..pb::NodeSpec::default()
     }
 }
 
@@ -107,7 +124,7 @@ pub fn replication_users(
     shard
         .members
         .iter()
-        .filter(|m| m.node.as_str() != primary)
+        .filter(|m| m.node.as_str() != primary && !m.leaving)
         .map(|m| {
             let replica = credential::replica(&instance.secret, &shard.id, epoch, &m.node);
             user(replica, epoch, true)
@@ -156,6 +173,7 @@ mod tests {
             accounts: Vec::new(),
             durability: 0,
             maintenance_window: String::new(),
+            replace_after_s: crate::instance::REPLACE_AFTER_S,
         }
     }
 

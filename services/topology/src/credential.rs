@@ -42,11 +42,17 @@ pub fn proxy(secret: &[u8], shard: &ShardId, epoch: Epoch) -> Credential {
 /// As which `node` logs in, as a replica, at the primary of `epoch`.
 #[must_use]
 pub fn replica(secret: &[u8], shard: &ShardId, epoch: Epoch, node: &NodeId) -> Credential {
-    let user = format!("rp-{epoch}-{node}");
+    let user = replica_name(epoch, node);
     Credential {
         password: derive(secret, shard, &user),
         user,
     }
+}
+
+/// The name of that user.
+#[must_use]
+pub fn replica_name(epoch: Epoch, node: &NodeId) -> String {
+    format!("rp-{epoch}-{node}")
 }
 
 /// As which proxies log in at any node of the shard, at any epoch, to receive messages, to monitor

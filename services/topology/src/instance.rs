@@ -20,6 +20,10 @@ pub const WORKERS_MAX: u32 = 64;
 /// Databases of an instance: the range of SELECT.
 pub const DATABASES: u32 = 256;
 
+/// After how many seconds without its host a node is replaced, where nothing else is said: longer than
+/// a machine takes to start again, shorter than anybody wants to be without a second copy.
+pub const REPLACE_AFTER_S: u32 = 600;
+
 /// How keys are spread.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Architecture {
@@ -82,6 +86,8 @@ pub struct Instance {
     pub durability: u32,
     /// `HH:MM-HH:MM` in UTC; empty: any time is one.
     pub maintenance_window: String,
+    /// A node whose host is gone for longer is replaced on another host; 0: never by itself.
+    pub replace_after_s: u32,
 }
 
 impl std::fmt::Debug for Instance {

@@ -7,6 +7,7 @@
 //! ([`shard::Shard::commit`], [`shard::Shard::readmit`]).
 
 pub mod account;
+pub mod artifact;
 pub mod assignment;
 pub mod check;
 pub mod credential;
@@ -22,6 +23,7 @@ pub mod wire;
 pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
 pub use instance::{Architecture, Instance, InstanceState};
 pub use shard::{
-    Failover, FenceProof, Handover, Lineage, Member, Mode, NodeRole, Shard, TransitionError,
+    DEPARTURES_MAX, Departure, Failover, FenceProof, GONE_MAX, GoneNode, Handover, Lineage, Member,
+    Mode, NodeRole, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,
 };
 pub use slot::{SLOT_COUNT, Slot, SlotRange};

@@ -5,8 +5,10 @@
 //! read, in a transaction that also checks its right to write.
 
 mod failover;
+mod membership;
 
-pub use failover::{Failover, FenceProof, Lineage};
+pub use failover::{DEPARTURES_MAX, Departure, Failover, FenceProof, Lineage};
+pub use membership::{GONE_MAX, GoneNode, PRIORITY, PRIORITY_MAX, Roster};
 
 use crate::{
     id::{Epoch, HostId, InstanceId, NodeId, ShardId, TaskId},
@@ -40,6 +42,10 @@ pub struct Member {
     /// It had caught up with the primary of this epoch when last looked at; only such a node may
     /// be promoted.
     pub in_sync: bool,
+    /// Of being promoted, among those with as much data; 0: never.
+    pub priority: u32,
+    /// It is about to leave: nobody feeds it any more.
+    pub leaving: bool,
 }
 
 /// A planned switchover under way.
@@ -102,8 +108,10 @@ pub struct Shard {
     pub mode: Mode,
     /// Credentials of this epoch and below are revoked.
     pub closed_epoch: Epoch,
-    /// Where the last failover left the lost primary's history, if that was told.
-    pub lineage: Option<Lineage>,
+    /// Where the last failovers left the lost primaries' histories, the newest at the end.
+    pub departures: Vec<Departure>,
+    /// Who has left, and who is next.
+    pub roster: Roster,
 }
 
 /// Why a transition is refused. The record stays as it is.
@@ -130,6 +138,14 @@ pub enum TransitionError {
     /// The node can't become primary.
     #[error("node {node} can't become primary: {reason}")]
     Target {
+        /// Which node.
+        node: NodeId,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// The node can't join, or leave.
+    #[error("node {node} {reason}")]
+    Member {
         /// Which node.
         node: NodeId,
         /// Why not.
@@ -211,6 +227,9 @@ impl Shard {
         }
         if !target.in_sync {
             return Err(refuse("it has not caught up with the primary"));
+        }
+        if target.leaving {
+            return Err(refuse("it is leaving the shard"));
         }
         Ok(Self {
             mode: Mode::Handover(handover),
@@ -323,6 +342,8 @@ pub(crate) mod tests {
             run_id: format!("run-{node}"),
             address: format!("127.0.0.1:{}", 7000 + node.len()),
             in_sync,
+            priority: PRIORITY,
+            leaving: false,
         };
         Shard {
             instance: "r-1".into(),
@@ -338,7 +359,8 @@ pub(crate) mod tests {
             ],
             mode: Mode::Serving,
             closed_epoch: Epoch(3),
-            lineage: None,
+            departures: Vec::new(),
+            roster: Default::default(),
         }
     }
 
@@ -410,7 +432,11 @@ pub(crate) mod tests {
         let next = chosen
             .promoted(&task, "run-b", Some(lineage.clone()))
             .unwrap();
-        assert_eq!(next.lineage, Some(lineage));
+        let departure = Departure {
+            epoch: Epoch(5),
+            from: Some(lineage),
+        };
+        assert_eq!(next.departures, [departure]);
         assert_eq!((next.epoch, next.primary.as_str()), (Epoch(5), "b"));
         assert_eq!(next.member(&"a".into()).unwrap().role, NodeRole::Replica);
         assert!(next.member(&b).unwrap().in_sync);

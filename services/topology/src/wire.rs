@@ -1,13 +1,19 @@
 //! Where records of the store become values of the model and back. Nothing else parses them.
 
+pub mod artifact;
+mod departures;
+mod roster;
+
 use slotmesh_proto::{store::v1 as store, topology::v1 as topology};
 
+use self::departures::departures_from;
+pub(crate) use self::departures::{departures_to, newest_offset, newest_replid};
 use crate::{
     account::Account,
     check::{self, CheckError},
     id::Epoch,
-    instance::{Architecture, Instance, InstanceState},
-    shard::{Failover, FenceProof, Handover, Lineage, Member, Mode, NodeRole, Shard},
+    instance::{Architecture, Instance, InstanceState, REPLACE_AFTER_S},
+    shard::{Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
     slot::SlotRange,
 };
 
@@ -74,6 +80,8 @@ pub fn shard_from(record: &store::ShardRecord) -> Result<Shard, WireError> {
                 run_id: m.run_id.clone(),
                 address: m.address.clone(),
                 in_sync: m.in_sync,
+                priority: m.priority.unwrap_or(PRIORITY),
+                leaving: m.leaving,
             })
         })
         .collect::<Option<Vec<_>>>()
@@ -108,10 +116,8 @@ pub fn shard_from(record: &store::ShardRecord) -> Result<Shard, WireError> {
         members,
         mode,
         closed_epoch: Epoch(record.closed_epoch),
-        lineage: (!record.previous_replid.is_empty()).then(|| Lineage {
-            replid: record.previous_replid.clone(),
-            offset: record.previous_offset,
-        }),
+        departures: departures_from(record),
+        roster: roster::from(record),
     };
     check::shard(&shard)?;
     Ok(shard)
@@ -170,16 +176,17 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
                 run_id: m.run_id.clone(),
                 address: m.address.clone(),
                 in_sync: m.in_sync,
+                priority: Some(m.priority),
+                leaving: m.leaving,
             })
             .collect(),
         mode: Some(mode),
         closed_epoch: shard.closed_epoch.0,
-        previous_replid: shard
-            .lineage
-            .as_ref()
-            .map(|l| l.replid.clone())
-            .unwrap_or_default(),
-        previous_offset: shard.lineage.as_ref().map_or(0, |l| l.offset),
+        previous_replid: newest_replid(shard),
+        previous_offset: newest_offset(shard),
+        departures: departures_to(shard),
+        gone_nodes: roster::gone_to(&shard.roster),
+        nodes_made: shard.roster.made,
     }
 }
 
@@ -222,6 +229,7 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         parameters_version: record.parameters_version,
         proxy_parameters: record.proxy_parameters.clone().into_iter().collect(),
         durability: record.durability,
+        replace_after_s: record.replace_after_s.unwrap_or(REPLACE_AFTER_S),
         maintenance_window: record.maintenance_window.clone(),
         accounts: record.accounts.iter().map(account_from).collect(),
     })
@@ -257,6 +265,7 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
         parameters_version: instance.parameters_version,
         durability: instance.durability,
+        replace_after_s: Some(instance.replace_after_s),
         maintenance_window: instance.maintenance_window.clone(),
     }
 }

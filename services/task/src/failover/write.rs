@@ -69,6 +69,7 @@ pub fn declare(
         not_before_ms: 0,
         choice: None,
         trace_id: String::new(),
+        copied: crate::spec::Copied::default(),
     };
     Ok((task, next))
 }
@@ -90,6 +91,11 @@ pub fn supersede(owner: &Task, shard: &ShardId, by: &TaskId, now_ms: u64) -> Opt
         Spec::Failover(f) if f.phase == FailoverPhase::Settle && f.shard == *shard => {
             Some(with_phase(owner, FailoverPhase::Done, &why, now_ms))
         }
+        // It waits, and goes on with the shard as the failover leaves it.
+        Spec::Replace(replacement) if replacement.shard == *shard => Some(Task {
+            message: why,
+            ..owner.clone()
+        }),
         _ => None,
     }
 }

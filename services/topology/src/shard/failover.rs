@@ -5,7 +5,7 @@
 //! lost primary takes no more writes.
 
 use super::{Mode, NodeRole, Shard, TransitionError};
-use crate::id::{NodeId, TaskId};
+use crate::id::{Epoch, NodeId, TaskId};
 
 /// How it is known that a lost primary takes no more writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,6 +53,36 @@ pub struct Lineage {
     pub replid: String,
     /// The first offset of it that the successor does not have.
     pub offset: u64,
+}
+
+/// How many failovers back a shard remembers where the histories departed. A primary that was away
+/// for more of them has long lost its backlog, and each costs the record and every assignment some
+/// 60 bytes.
+pub const DEPARTURES_MAX: usize = 8;
+
+/// Where a failover left a history.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Departure {
+    /// The one that the failover began; 0: written by a release that did not say.
+    pub epoch: Epoch,
+    /// What the new primary said of it; `None`: it knew nothing of any history before its own.
+    pub from: Option<Lineage>,
+}
+
+/// The list with one more. A new primary that goes on from an older history than the newest one has
+/// nothing of what the later ones wrote beyond that point: they count offsets alike.
+fn departed(before: &[Departure], new: Departure) -> Vec<Departure> {
+    let mut all = before.to_vec();
+    if let Some(from) = &new.from {
+        let is_same = |d: &Departure| d.from.as_ref().is_some_and(|l| l.replid == from.replid);
+        let branch = all.iter().position(is_same).unwrap_or(all.len());
+        for later in all[branch..].iter_mut().filter_map(|d| d.from.as_mut()) {
+            later.offset = later.offset.min(from.offset);
+        }
+    }
+    all.push(new);
+    all.drain(..all.len().saturating_sub(DEPARTURES_MAX));
+    all
 }
 
 impl Shard {
@@ -178,12 +208,19 @@ impl Shard {
         let mut next = Self {
             primary: target.clone(),
             mode: Mode::Serving,
-            lineage,
+            departures: departed(
+                &self.departures,
+                Departure {
+                    epoch: self.epoch,
+                    from: lineage,
+                },
+            ),
             ..self.clone()
         };
         for member in &mut next.members {
             if member.node == target {
                 member.role = NodeRole::Primary;
+                member.leaving = false;
             } else if member.role == NodeRole::Primary {
                 member.role = NodeRole::Replica;
             }
@@ -202,5 +239,53 @@ impl Shard {
             }),
             None => Err(self.wrong_mode("FailingOver")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn departure(epoch: u64, from: Option<(&str, u64)>) -> Departure {
+        Departure {
+            epoch: Epoch(epoch),
+            from: from.map(|(replid, offset)| Lineage {
+                replid: replid.to_owned(),
+                offset,
+            }),
+        }
+    }
+
+    fn after(list: &[(u64, Option<(&str, u64)>)]) -> Vec<Departure> {
+        let all = list.iter().map(|(epoch, from)| departure(*epoch, *from));
+        all.fold(Vec::new(), |before, new| departed(&before, new))
+    }
+
+    #[test]
+    fn the_last_failovers_are_remembered_and_older_ones_are_not() {
+        let names: Vec<String> = (0..20).map(|n| format!("h{n}")).collect();
+        let all: Vec<_> = (0..20)
+            .map(|n| (n, Some((names[n as usize].as_str(), n * 10))))
+            .collect();
+        let kept = after(&all);
+        assert_eq!(kept.len(), DEPARTURES_MAX);
+        assert_eq!(kept[7], departure(19, Some(("h19", 190))));
+        assert_eq!(kept[0], departure(12, Some(("h12", 120))));
+    }
+
+    #[test]
+    fn going_on_from_an_older_history_takes_back_what_came_after_it() {
+        let kept = after(&[
+            (2, Some(("w", 40))),
+            (3, Some(("x", 100))),
+            (4, None),
+            (5, Some(("y", 200))),
+            (6, Some(("x", 60))),
+        ]);
+        let offsets: Vec<_> = kept
+            .iter()
+            .map(|d| d.from.as_ref().map(|l| l.offset))
+            .collect();
+        assert_eq!(offsets, [Some(40), Some(60), None, Some(60), Some(60)]);
     }
 }

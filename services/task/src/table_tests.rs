@@ -1,0 +1,164 @@
+use slotmesh_proto::store::v1 as store;
+use slotmesh_topology::Epoch;
+
+use super::*;
+use crate::{
+    spec::{ShardFailover, ShardSwitch, State},
+    wire,
+};
+
+fn task(spec: Spec) -> Task {
+    Task {
+        id: "t".into(),
+        instance: "r".into(),
+        spec,
+        state: State::Running,
+        message: String::new(),
+        created_ms: 1,
+        updated_ms: 1,
+        deadline_ms: 2,
+        event_count: 1,
+        cancel_requested: false,
+        not_before_ms: 0,
+        choice: None,
+        trace_id: String::new(),
+        copied: crate::Copied::default(),
+    }
+}
+
+fn switching(phase: Phase) -> ShardSwitch {
+    ShardSwitch {
+        shard: "0".into(),
+        from: "a".into(),
+        to: "b".into(),
+        from_epoch: Epoch(4),
+        phase,
+        phase_since_ms: 1,
+        message: String::new(),
+        hold_us: 0,
+        critical_us: 0,
+    }
+}
+
+fn failing_over(phase: FailoverPhase) -> ShardFailover {
+    ShardFailover {
+        shard: "0".into(),
+        from: "a".into(),
+        from_run_id: "x".into(),
+        from_epoch: Epoch(4),
+        to: None,
+        phase,
+        phase_since_ms: 1,
+        message: String::new(),
+        cause: String::new(),
+        proof: None,
+        hold_us: 0,
+    }
+}
+
+fn replacing(phase: ReplacePhase, turned_back: bool) -> NodeReplacement {
+    NodeReplacement {
+        shard: "0".into(),
+        from: "a".into(),
+        from_host: "h1".into(),
+        to: "b".into(),
+        to_host: "h2".into(),
+        phase,
+        phase_since_ms: 1,
+        message: String::new(),
+        cause: String::new(),
+        by_operator: true,
+        turned_back,
+        on_request: false,
+        epoch: Epoch(4),
+        drain_offset: 0,
+    }
+}
+
+/// A task in every phase that a record can name: the numbers of the store's format, not our lists.
+fn in_every_phase() -> Vec<Task> {
+    let mut tasks = vec![task(Spec::Provision), task(Spec::Decommission)];
+    let mut add = |spec: Spec, set: &dyn Fn(&mut store::TaskRecord, i32) -> bool| {
+        let mut record = wire::task_to(&task(spec), 1);
+        for number in 1.. {
+            if !set(&mut record, number) {
+                break;
+            }
+            tasks.push(wire::task_from(&record).unwrap());
+        }
+    };
+    add(
+        Spec::Switchover(vec![switching(Phase::Preflight)]),
+        &|record, number| {
+            if let Some(store::task_record::Spec::Switchover(s)) = &mut record.spec {
+                s.shards[0].phase = number;
+            }
+            store::ShardSwitchPhase::try_from(number).is_ok()
+        },
+    );
+    add(
+        Spec::Failover(failing_over(FailoverPhase::Fence)),
+        &|record, number| {
+            if let Some(store::task_record::Spec::Failover(f)) = &mut record.spec {
+                f.phase = number;
+            }
+            store::FailoverPhase::try_from(number).is_ok()
+        },
+    );
+    add(
+        Spec::Replace(replacing(ReplacePhase::Join, false)),
+        &|record, number| {
+            if let Some(store::task_record::Spec::Replace(r)) = &mut record.spec {
+                r.phase = number;
+            }
+            store::ReplacePhase::try_from(number).is_ok()
+        },
+    );
+    tasks
+}
+
+#[test]
+fn every_phase_of_every_kind_is_in_the_table_once_and_says_all() {
+    let tasks = in_every_phase();
+    // One each of what has no phases; 8, 6 and 6 numbers of the store's format.
+    assert_eq!(tasks.len(), 2 + 8 + 6 + 6);
+    for task in tasks {
+        let table = of(&task.spec);
+        for row in current(&task.spec) {
+            let here = table.iter().filter(|r| **r == row).count();
+            assert_eq!(here, 1, "{} of {}", row.name, task.spec.kind());
+            let is_over = row.cancel == OVER;
+            let words = [row.precheck, row.act, row.verify];
+            let is_said = words.iter().all(|text| !text.is_empty());
+            assert!(is_said || (is_over && !row.verify.is_empty()), "{row:?}");
+        }
+    }
+}
+
+#[test]
+fn a_cancel_is_answered_as_the_table_says() {
+    for task in in_every_phase() {
+        let row = current(&task.spec)[0];
+        let expected = row.cancel == Cancel::Honoured;
+        assert_eq!(task.is_cancellable(), expected, "{row:?}");
+        if let Cancel::Refused(why) = cancel(&task) {
+            assert!(!why.is_empty() && !expected);
+        }
+        let ended = Task {
+            state: State::Done,
+            ..task
+        };
+        assert!(!ended.is_cancellable(), "{row:?}");
+        assert_eq!(cancel(&ended), OVER);
+    }
+    let back = task(Spec::Replace(replacing(ReplacePhase::CatchUp, true)));
+    assert!(!back.is_cancellable(), "it turns back already");
+}
+
+#[test]
+fn one_shard_past_its_point_of_no_return_is_the_tasks() {
+    let shards = vec![switching(Phase::Preflight), switching(Phase::Hold)];
+    let half = task(Spec::Switchover(shards));
+    assert!(!half.is_cancellable());
+    assert_eq!(cancel(&half), PAST);
+}

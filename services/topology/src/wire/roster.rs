@@ -1,0 +1,51 @@
+//! Who has left a shard, as records say it.
+
+use slotmesh_proto::store::v1 as store;
+
+use crate::shard::{GoneNode, Roster};
+
+pub(super) fn from(record: &store::ShardRecord) -> Roster {
+    let gone = record.gone_nodes.iter().map(|gone| GoneNode {
+        node: gone.node_id.as_str().into(),
+        host: gone.host_id.as_str().into(),
+    });
+    Roster {
+        gone: gone.collect(),
+        made: record.nodes_made,
+    }
+}
+
+pub(super) fn gone_to(roster: &Roster) -> Vec<store::GoneNode> {
+    let to = |gone: &GoneNode| store::GoneNode {
+        node_id: gone.node.to_string(),
+        host_id: gone.host.to_string(),
+    };
+    roster.gone.iter().map(to).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        shard::{PRIORITY, tests::shard},
+        wire::{shard_from, shard_to},
+    };
+
+    #[test]
+    fn who_is_preferred_and_who_has_left_survives_the_round_trip() {
+        let mut shard = shard();
+        (shard.members[1].priority, shard.members[2].leaving) = (0, true);
+        shard.roster = Roster {
+            gone: vec![GoneNode {
+                node: "d".into(),
+                host: "host-d".into(),
+            }],
+            made: 5,
+        };
+        let record = shard_to(&shard);
+        assert_eq!(shard_from(&record).unwrap(), shard);
+        let mut older = record;
+        older.members[1].priority = None;
+        assert_eq!(shard_from(&older).unwrap().members[1].priority, PRIORITY);
+    }
+}
