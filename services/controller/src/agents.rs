@@ -12,6 +12,8 @@ use slotmesh_proto::agent::v1::{
 };
 use tonic::transport::{Channel, Endpoint};
 
+use crate::trace;
+
 /// For opening a connection to an agent.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// What an answer may take beyond the time that the step itself may take.
@@ -40,8 +42,12 @@ impl Agents {
         let deadline = Duration::from_millis(request.timeout_ms.into()) + ANSWER_MARGIN;
         let channel = self.channel(address)?;
         let mut client = AgentServiceClient::new(channel);
+        let parent = trace::parent(&request.trace_id);
         let mut request = tonic::Request::new(request);
         request.set_timeout(deadline);
+        if let Some(Ok(parent)) = parent.map(|parent| parent.parse()) {
+            request.metadata_mut().insert(trace::HEADER, parent);
+        }
         match tokio::time::timeout(deadline, client.execute_step(request)).await {
             Ok(answer) => answer.map(tonic::Response::into_inner),
             Err(_) => Err(silent(address, deadline)),

@@ -8,6 +8,7 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use anyhow::{Context as _, bail};
 use slotmesh_proto::{
     FILE_DESCRIPTOR_SET, agent::v1::control_service_server::ControlServiceServer,
+    artifact::v1::artifact_service_server::ArtifactServiceServer,
     fleet::v1::fleet_service_server::FleetServiceServer,
     instance::v1::instance_service_server::InstanceServiceServer,
     peer::v1::peer_service_server::PeerServiceServer,
@@ -20,6 +21,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use tracing::{info, warn};
 
 use crate::{
+    admin,
     agents::Agents,
     drive::Driver,
     forward::{ForwardLayer, Leaders},
@@ -52,6 +54,7 @@ pub struct App {
     store: Arc<dyn Store>,
     embedded: Option<Arc<EmbeddedStore>>,
     listener: TcpListener,
+    admin: TcpListener,
     address: String,
 }
 
@@ -97,12 +100,18 @@ impl App {
                 (Arc::new(store), None)
             }
         };
-        write_address(&settings.data, bound)?;
+        let admin = settings.admin_listen;
+        let admin = TcpListener::bind(admin)
+            .await
+            .with_context(|| format!("bind metrics to {admin}: choose another --admin-listen"))?;
+        let admin_bound = admin.local_addr().context("read the bound address")?;
+        write_address(&settings.data, bound, admin_bound)?;
         Ok(Self {
             settings,
             store,
             embedded,
             listener,
+            admin,
             address,
         })
     }
@@ -157,11 +166,18 @@ impl App {
         let leases = hosts::follow(mirror.clone(), hub.clone(), shutdown.clone());
         let leases = tokio::spawn(leases);
         let relay = tokio::spawn(relay::run(context.clone(), shutdown.clone()));
+        let admin = admin::serve(self.admin, context.clone(), shutdown.clone());
+        let admin = tokio::spawn(async move {
+            if let Err(error) = admin.await {
+                warn!(%error, "metrics are served no more");
+            }
+        });
         info!(address = %self.address, id = self.settings.id, "controller serves");
         let served = serve(self.listener, context, shutdown.clone()).await;
         shutdown.cancel();
         join("leader's loop", drivers).await;
         join("relay", relay).await;
+        join("metrics", admin).await;
         registration.join().await;
         election_stop.cancel();
         election.join().await;
@@ -272,6 +288,9 @@ async fn serve(
         .add_service(FleetServiceServer::new(grpc::fleet::Fleet::new(
             context.clone(),
         )))
+        .add_service(ArtifactServiceServer::new(grpc::artifact::Artifacts::new(
+            context.clone(),
+        )))
         .add_service(PeerServiceServer::new(grpc::peer::Peers::new(
             context.clone(),
         )))
@@ -306,9 +325,9 @@ fn unreachable(etcd: &EtcdSettings) -> String {
 }
 
 /// Tells whoever started this process where it is: `controller.json`.
-fn write_address(data: &Path, bound: SocketAddr) -> anyhow::Result<()> {
+fn write_address(data: &Path, bound: SocketAddr, admin: SocketAddr) -> anyhow::Result<()> {
     let text = format!(
-        "{{\"pid\":{},\"address\":\"{bound}\"}}\n",
+        "{{\"pid\":{},\"address\":\"{bound}\",\"admin_address\":\"{admin}\"}}\n",
         std::process::id()
     );
     let (path, temporary) = (

@@ -5,22 +5,27 @@
 //! anew. Steps run beside the loop; their answers wake it.
 
 mod begin;
+mod copied;
+#[cfg(test)]
+mod desk;
 pub(crate) mod failover;
 mod housekeeping;
+mod instance;
 mod lost;
+pub(crate) mod replace;
 mod switchover;
 pub(crate) mod write;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use slotmesh_task::{
-    NodeView, Spec, State as TaskState, Task, detect::Sightings, failover as machine, provision,
-    schedule, switchover::StepStatus, upkeep,
+    NodeView, Spec, State as TaskState, Task, detect::Sightings, schedule, switchover::StepStatus,
+    upkeep,
 };
 use slotmesh_topology::{InstanceId, InstanceState, NodeId, ShardId, TaskId};
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{Instrument as _, error, info, info_span, warn};
 
 use crate::{
     agents::Agents,
@@ -92,9 +97,9 @@ pub struct Driver {
     promoted: HashMap<StepKey, NodeView>,
     /// Since when something is seen gone.
     sightings: Sightings,
-    /// What was said last of primaries that look lost, so that it is said once.
-    suspects: HashMap<(InstanceId, ShardId), String>,
     recorded: lost::Recorded,
+    /// Shards for whose lost node there is no host, so that it is said once.
+    unreplaced: std::collections::BTreeSet<(InstanceId, ShardId)>,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     since_ms: u64,
     forget_at_ms: u64,
@@ -123,8 +128,8 @@ impl Driver {
             critical_us: HashMap::new(),
             promoted: HashMap::new(),
             sightings: Sightings::default(),
-            suspects: HashMap::new(),
             recorded: lost::Recorded::default(),
+            unreplaced: std::collections::BTreeSet::new(),
             answers,
             since_ms: clock::now_ms(),
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
@@ -194,10 +199,12 @@ impl Driver {
                 if !is_open(&task.value) {
                     break;
                 }
-                match self.act(&task, reports_are_in).await {
+                let span = info_span!("task", trace_id = task.value.trace_id);
+                match self.act(&task, reports_are_in).instrument(span).await {
                     Ok(Next::Again) => {}
                     Ok(Next::At(at_ms)) => {
                         wake_ms = wake_ms.min(at_ms);
+                        self.note_copied(&task).await?;
                         break;
                     }
                     // This write can't succeed; it must not keep others from theirs.
@@ -220,6 +227,7 @@ impl Driver {
         self.critical_us.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;
+            self.replace_lost().await?;
             self.record_lost_writes().await?;
         }
         if clock::now_ms() >= self.forget_at_ms {
@@ -265,67 +273,8 @@ impl Driver {
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
             Spec::Failover(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
             Spec::Failover(spec) => self.act_on_failover(task, spec).await,
-        }
-    }
-
-    async fn act_on_instance(&mut self, task: &Versioned<Task>) -> Result<Next, DriveError> {
-        let id = &task.value.instance;
-        let (instance, shards) = self
-            .mirror
-            .read(|s| (s.instances.get(id).cloned(), s.shards_of(id)));
-        let Some(instance) = instance else {
-            let next = Task {
-                state: TaskState::NeedsOperator,
-                message: "the instance's record is gone".into(),
-                ..task.value.clone()
-            };
-            return self
-                .write_task(task, next, "", "Ended", "no such instance")
-                .await;
-        };
-        let plain: Vec<_> = shards.iter().map(|s| s.value.clone()).collect();
-        let decide = if task.value.spec == Spec::Provision {
-            provision::provision
-        } else {
-            provision::decommission
-        };
-        let deadline_ms = task.value.deadline_ms.max(self.since_ms + RETURN_MS);
-        let decision = self.hub.read(|fleet| {
-            let now_ms = clock::now_ms();
-            decide(&instance.value, &plain, fleet, deadline_ms, now_ms)
-        });
-        match decision {
-            provision::Decision::Wait(what) => {
-                if task.value.message == what {
-                    return Ok(Next::At(deadline_ms));
-                }
-                let next = Task {
-                    message: what.clone(),
-                    ..task.value.clone()
-                };
-                self.write_task(task, next, "", "Waiting", &what).await
-            }
-            provision::Decision::Begin(shard) => {
-                let Some(old) = shards.iter().find(|s| s.value.id == shard.id) else {
-                    return Ok(Next::Again);
-                };
-                self.write_shard(task, old, &shard, "Begin", "first epoch")
-                    .await
-            }
-            provision::Decision::Serve => self.end_provision(task, &instance).await,
-            provision::Decision::Forget => self.end_decommission(task, &instance, &shards).await,
-            provision::Decision::GiveUp(what) => {
-                let message = format!(
-                    "not done in time; still waiting for {what}; when that is mended, delete the \
-                     instance (again)"
-                );
-                let next = Task {
-                    state: TaskState::NeedsOperator,
-                    message: message.clone(),
-                    ..task.value.clone()
-                };
-                self.write_task(task, next, "", "Ended", &message).await
-            }
+            Spec::Replace(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
+            Spec::Replace(spec) => self.act_on_replacement(task, spec).await,
         }
     }
 
@@ -365,7 +314,7 @@ impl Driver {
 
 /// A task that the loop has something to do for: one that waits for an operator may be told.
 fn is_open(task: &Task) -> bool {
-    !task.state.is_ended() || machine::is_parked(task)
+    !task.state.is_ended() || task.is_parked()
 }
 
 /// What follows an act.

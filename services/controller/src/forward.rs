@@ -33,12 +33,13 @@ use tonic::{
 };
 use tonic_types::{ErrorDetails, StatusExt};
 use tower::{Layer, Service, ServiceExt};
-use tracing::{info, warn};
+use tracing::{Instrument as _, info, info_span, warn};
 
 use crate::{
     grpc::{Context, ERROR_DOMAIN, NOT_LEADER_HEADER, not_leader},
     leader::{Leader, Leadership},
     store::keys::Key,
+    trace,
 };
 
 /// How long a change waits for a leader: its lease of 5 s, and an election.
@@ -80,7 +81,8 @@ enum Kind {
 }
 
 /// Methods whose answer holds more than records.
-const OBSERVED: [&str; 4] = [
+const OBSERVED: [&str; 5] = [
+    "DescribeEngineVersion",
     "DescribeInstances",
     "DescribeInstanceShards",
     "ListHosts",
@@ -95,6 +97,7 @@ fn kind(path: &str) -> Option<Kind> {
         "slotmesh.instance.v1.InstanceService"
             | "slotmesh.task.v1.TaskService"
             | "slotmesh.fleet.v1.FleetService"
+            | "slotmesh.artifact.v1.ArtifactService"
     );
     if !ours {
         return None;
@@ -206,9 +209,25 @@ where
         let mut inner = std::mem::replace(&mut self.inner, next);
         match kind(request.uri().path()) {
             None => Box::pin(inner.call(request)),
+            Some(Kind::Change) => Box::pin(traced(self.context.clone(), inner, request)),
             Some(kind) => Box::pin(serve(self.context.clone(), inner, kind, request)),
         }
     }
+}
+
+/// A change, with a trace id: the same here, at the leader, and in what is written.
+async fn traced<S>(
+    context: Context,
+    inner: S,
+    mut request: Request<Body>,
+) -> Result<Response<Body>, S::Error>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+{
+    let trace_id = trace::of(request.headers_mut());
+    let span = info_span!("change", trace_id);
+    let served = serve(context, inner, Kind::Change, request);
+    trace::scope(trace_id, served).instrument(span).await
 }
 
 async fn serve<S>(

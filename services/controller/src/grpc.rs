@@ -2,6 +2,7 @@
 //! `Status`.
 
 pub mod agent;
+pub mod artifact;
 pub mod fleet;
 pub mod instance;
 pub mod peer;

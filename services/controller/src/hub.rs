@@ -16,7 +16,7 @@ use slotmesh_topology::{Epoch, HostId, InstanceId, NodeId, ProxyId, ShardId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock;
+use crate::{clock, doubts::Doubts};
 
 /// A proxy that has not been heard for this long is not waited for: three heartbeats.
 pub const FRESH_FOR: Duration = Duration::from_millis(1_500);
@@ -88,6 +88,7 @@ pub struct Hub {
     peers: Arc<Mutex<Peers>>,
     /// Shows [`Peers::version`].
     news: Arc<watch::Sender<u64>>,
+    doubts: Doubts,
 }
 
 impl Default for Hub {
@@ -96,6 +97,7 @@ impl Default for Hub {
             fleet: Arc::new(watch::Sender::new(Fleet::default())),
             peers: Arc::new(Mutex::new(Peers::default())),
             news: Arc::new(watch::Sender::new(0)),
+            doubts: Doubts::default(),
         }
     }
 }
@@ -105,6 +107,12 @@ impl Hub {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Fleet> {
         self.fleet.subscribe()
+    }
+
+    /// What keeps lost primaries from being replaced, as the driver says.
+    #[must_use]
+    pub fn doubts(&self) -> &Doubts {
+        &self.doubts
     }
 
     /// Looks at what is observed.
@@ -237,6 +245,7 @@ impl Hub {
     /// A new term begins: what was reported to an earlier one may be long over. Peers report all
     /// that is so again before the leader decides from it.
     pub fn begin_term(&self) {
+        self.doubts.clear();
         self.fleet.send_modify(|fleet| {
             fleet.nodes.clear();
             fleet.proxy_processes.clear();

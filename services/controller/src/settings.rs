@@ -57,6 +57,9 @@ pub struct Flags {
     /// Address of the gRPC API. Port 0 takes a free one.
     #[arg(long, env = "SLOTMESH_CONTROLLER_LISTEN")]
     listen: Option<SocketAddr>,
+    /// Address of metrics and readiness, as HTTP [default: a free port of this machine].
+    #[arg(long, env = "SLOTMESH_CONTROLLER_ADMIN_LISTEN")]
+    admin_listen: Option<SocketAddr>,
     /// host:port under which agents, proxies and other controllers reach it; default: as bound.
     #[arg(long, env = "SLOTMESH_CONTROLLER_ADVERTISE")]
     advertise: Option<String>,
@@ -88,6 +91,7 @@ pub struct Flags {
 struct File {
     id: Option<String>,
     listen: Option<SocketAddr>,
+    admin_listen: Option<SocketAddr>,
     advertise: Option<String>,
     store: Option<String>,
     data: Option<PathBuf>,
@@ -214,6 +218,8 @@ pub struct Settings {
     pub id: String,
     /// Address of the gRPC API.
     pub listen: SocketAddr,
+    /// Address of metrics and readiness.
+    pub admin_listen: SocketAddr,
     /// As others reach it; `None`: as bound.
     pub advertise: Option<String>,
     /// Where the one truth is kept.
@@ -251,6 +257,10 @@ impl Settings {
                 .listen
                 .or(file.listen)
                 .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 7400))),
+            admin_listen: flags
+                .admin_listen
+                .or(file.admin_listen)
+                .unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))),
             advertise: flags.advertise.or(file.advertise),
             store,
             data: flags

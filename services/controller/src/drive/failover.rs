@@ -14,7 +14,7 @@ use slotmesh_task::{
     wire,
 };
 use slotmesh_topology::{FenceProof, InstanceState, NodeId, Shard, TaskId};
-use tracing::{info, warn};
+use tracing::{Instrument as _, info, warn};
 
 use super::{
     Answer, DriveError, Driver, Next, StepKey,
@@ -25,6 +25,7 @@ use crate::{
     leader::LeaderTxn,
     mirror::{State, Versioned},
     store::keys::{self, Key},
+    trace,
 };
 
 /// An id that sorts by time.
@@ -90,6 +91,9 @@ impl Driver {
         });
         let now_ms = clock::now_ms();
         self.look(shards.iter().map(|(s, _)| &s.value), now_ms);
+        let ids = shards.iter().map(|(s, _)| &s.value);
+        let ids = ids.map(|s| (s.instance.clone(), s.id.clone())).collect();
+        self.hub.doubts().keep_only(&ids);
         let mut wake_ms = u64::MAX;
         for (shard, durability) in &shards {
             let verdict = self.hub.read(|fleet| {
@@ -99,11 +103,11 @@ impl Driver {
             match verdict {
                 Verdict::Fine => {
                     let id = (shard.value.instance.clone(), shard.value.id.clone());
-                    self.suspects.remove(&id);
+                    self.hub.doubts().trust(&id);
                 }
                 Verdict::Suspect { until_ms, what } => {
                     wake_ms = wake_ms.min(until_ms);
-                    self.suspect(&shard.value, what);
+                    self.suspect(&shard.value, &what);
                 }
                 Verdict::Lost(loss) => {
                     if let Next::At(at_ms) = self.declare_lost(shard, &loss).await? {
@@ -116,17 +120,23 @@ impl Driver {
     }
 
     /// Says once what keeps a primary that looks lost from being replaced.
-    fn suspect(&mut self, shard: &Shard, what: String) {
+    fn suspect(&self, shard: &Shard, what: &str) {
         let id = (shard.instance.clone(), shard.id.clone());
-        if self.suspects.get(&id) != Some(&what) {
-            warn!(instance = %id.0, shard = %id.1, %what, "primary suspected, not replaced");
-            self.suspects.insert(id, what);
+        if self.hub.doubts().suspect(id, what) {
+            warn!(instance = %shard.instance, shard = %shard.id, what, "primary suspected, not replaced");
         }
     }
 
     fn look<'a>(&mut self, shards: impl Iterator<Item = &'a Shard>, now_ms: u64) {
         let Self { hub, sightings, .. } = self;
         hub.read(|fleet| sightings.look(shards, fleet, now_ms));
+        let (hosts, silent) = sightings.hosts();
+        if hub.doubts().see_hosts(sightings.brake(), hosts, silent) {
+            match sightings.brake() {
+                Some(why) => warn!(hosts, silent, why, "the brake on failovers is on"),
+                None => info!(hosts, silent, "the brake on failovers is off"),
+            }
+        }
     }
 
     pub(super) fn scene<'a>(
@@ -162,9 +172,10 @@ impl Driver {
         loss: &Loss,
     ) -> Result<Next, DriveError> {
         let declared = failover::declare(new_task_id(), &shard.value, loss, clock::now_ms());
-        let Ok((task, next)) = declared else {
+        let Ok((mut task, next)) = declared else {
             return Ok(Next::At(u64::MAX));
         };
+        task.trace_id = trace::new_id();
         let mut txn = self.term.txn();
         if loss.proof == Some(FenceProof::Lease) {
             txn = self.without_lease(txn, &shard.value, &shard.value.primary);
@@ -177,13 +188,13 @@ impl Driver {
             Ok(txn) => txn,
             Err(owner) => {
                 let what = format!("{}; its shard belongs to task {owner}", loss.cause);
-                self.suspect(&shard.value, what);
+                self.suspect(&shard.value, &what);
                 return Ok(Next::At(u64::MAX));
             }
         };
         warn!(
-            task = %task.id, instance = %next.instance, shard = %next.id, epoch = %next.epoch,
-            lost = %next.primary, cause = loss.cause, "primary declared lost"
+            task = %task.id, trace_id = task.trace_id, instance = %next.instance, shard = %next.id,
+            epoch = %next.epoch, lost = %next.primary, cause = loss.cause, "primary declared lost"
         );
         let cause = loss.cause.clone();
         self.commit(put_task(txn, task, next.id.as_str(), "Declare", &cause))
@@ -309,7 +320,7 @@ impl Driver {
         self.steps.insert(key.clone(), StepStatus::Running);
         let (agents, address) = (self.agents.clone(), self.address_of(shard, &node));
         let answers = self.answers.0.clone();
-        tokio::spawn(async move {
+        let step = async move {
             let answer = match address {
                 Some(address) => agents.execute(&address, request).await,
                 None => Err(tonic::Status::unavailable("its agent has no session")),
@@ -334,7 +345,8 @@ impl Driver {
                     promoted,
                 })
                 .await;
-        });
+        };
+        tokio::spawn(step.in_current_span());
     }
 }
 
@@ -345,3 +357,7 @@ fn step_key(task: &Versioned<Task>, spec: &ShardFailover) -> StepKey {
         phase_since_ms: spec.phase_since_ms,
     }
 }
+
+#[cfg(test)]
+#[path = "brake_tests.rs"]
+mod tests;

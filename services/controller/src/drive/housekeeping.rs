@@ -40,9 +40,11 @@ impl Driver {
         });
         self.hub.forget_others(&nodes, &proxies);
         let ended: Vec<(TaskId, u64)> = self.mirror.read(|state| {
-            let ended = state.tasks.values().rev().filter(|t| {
-                t.value.state.is_ended() && !slotmesh_task::failover::is_parked(&t.value)
-            });
+            let ended = state
+                .tasks
+                .values()
+                .rev()
+                .filter(|t| t.value.state.is_ended() && !t.value.is_parked());
             let old = ended.skip(TASKS_KEPT).take(TASKS_PER_RUN_MAX);
             old.map(|t| (t.value.id.clone(), t.value.event_count))
                 .collect()

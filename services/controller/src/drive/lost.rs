@@ -122,6 +122,7 @@ fn record(lost: &agent::LostWrites, host: &str) -> records::LostWritesRecord {
         complete: lost.complete,
         unix_ms: clock::now_ms(),
         sha256: lost.sha256.clone(),
+        why: lost.why.clone(),
     }
 }
 

@@ -8,7 +8,7 @@ use slotmesh_task::{
     switchover::{self, Decision, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View},
 };
 use slotmesh_topology::{Handover, Instance, Shard};
-use tracing::{info, warn};
+use tracing::{Instrument as _, info, warn};
 
 use super::{Answer, DriveError, Driver, Next, StepKey};
 use crate::{clock, mirror::Versioned};
@@ -266,7 +266,7 @@ impl Driver {
         self.steps.insert(key.clone(), StepStatus::Running);
         let (agents, address) = (self.agents.clone(), self.address_of(shard, node));
         let (answers, node) = (self.answers.0.clone(), node.clone());
-        tokio::spawn(async move {
+        let step = async move {
             let answer = match address {
                 Some(address) => agents.execute(&address, request).await,
                 None => Err(tonic::Status::unavailable("its agent has no session")),
@@ -288,7 +288,8 @@ impl Driver {
                     promoted: None,
                 })
                 .await;
-        });
+        };
+        tokio::spawn(step.in_current_span());
     }
 }
 

@@ -4,6 +4,7 @@
 use slotmesh_proto::store::v1 as records;
 use slotmesh_task::{Spec, State as TaskState, Task};
 use slotmesh_topology::{Instance, InstanceState, Shard};
+use tracing::info;
 
 use super::{DriveError, Driver, Next};
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
         StoreError,
         keys::{self, Key},
     },
+    trace,
 };
 
 /// How soon a lost race is looked at again if the mirror does not show who won.
@@ -38,6 +40,7 @@ pub(crate) fn put_task(
         step: step.to_owned(),
         message: message.to_owned(),
         state: slotmesh_task::wire::state_to(next.state).into(),
+        trace_id: trace::current_or(&next.trace_id),
     };
     let event_key = Key::TaskEvent {
         task: next.id.as_str(),
@@ -158,6 +161,7 @@ impl Driver {
                 Spec::Provision | Spec::Decommission => "Begin",
                 Spec::Switchover(_) => "SwitchOver",
                 Spec::Failover(_) => "Failover",
+                Spec::Replace(_) => "Replace",
             },
             task: task.id.as_str(),
             trace: &task.trace_id,
@@ -228,10 +232,15 @@ impl Driver {
             .txn()
             .unchanged(key.clone(), old.mod_revision)
             .put(key, encode_shard(next));
+        // Nobody asked for it: a decision of the leader's own has a trace of its own.
+        let trace_id = trace::new_id();
+        if old.value.epoch != next.epoch {
+            info!(instance = %next.instance, shard = %next.id, epoch = %next.epoch, trace_id, "primary taken back");
+        }
         let author = Author {
             cause: "Restart",
             task: "",
-            trace: "",
+            trace: &trace_id,
             who: &self.who,
             term: self.term.number(),
         };

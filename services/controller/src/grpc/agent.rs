@@ -123,6 +123,8 @@ fn assignment_of(host: &HostId, state: &State) -> pb::Assignment {
             },
             ..assignment::node(&instance.value, shard, m)
         }));
+        let gone = shard.roster.gone.iter().filter(|gone| gone.host == *host);
+        nodes.extend(gone.map(|gone| assignment::gone(&instance.value, shard, &gone.node)));
     }
     let mut proxies = Vec::new();
     for instance in state.instances.values().map(|i| &i.value) {
@@ -309,10 +311,14 @@ impl ControlService for Control {
                 .unchanged(key.clone(), shard.mod_revision)
                 .put(key, encode_shard(&next));
             let task = shard.value.handover().map(|h| h.task.to_string());
+            let trace_id = self.context.mirror.read(|s| {
+                let task = shard.value.handover().and_then(|h| s.tasks.get(&h.task));
+                task.map(|t| t.value.trace_id.clone()).unwrap_or_default()
+            });
             let author = Author {
                 cause: "SwitchOver",
                 task: task.as_deref().unwrap_or_default(),
-                trace: "",
+                trace: &trace_id,
                 who: &self.context.controller_id,
                 term: 0,
             };
@@ -330,7 +336,7 @@ impl ControlService for Control {
                 TxnOutcome::Committed { .. } => {
                     info!(
                         instance = %next.instance, shard = %next.id, epoch = %next.epoch,
-                        primary = %next.primary, critical_us = request.critical_us, "committed"
+                        primary = %next.primary, critical_us = request.critical_us, trace_id, "committed"
                     );
                     return Ok(Response::new(pb::CommitHandoverResponse {
                         epoch: next.epoch.0,

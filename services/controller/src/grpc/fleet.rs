@@ -50,7 +50,12 @@ impl FleetService for Fleet {
                 })
                 .collect()
         });
-        Ok(Response::new(api::ListHostsResponse { hosts }))
+        let doubts = self.context.hub.doubts();
+        Ok(Response::new(api::ListHostsResponse {
+            hosts,
+            failover_brake: doubts.brake(),
+            hosts_silent: u32::try_from(doubts.numbers().silent).unwrap_or(u32::MAX),
+        }))
     }
 
     #[allow(clippy::cast_precision_loss)] // Milliseconds for people.

@@ -2,10 +2,13 @@
 
 mod change;
 mod describe;
+mod disks;
 mod durability;
 mod failover;
+mod node;
 mod plan;
 pub(super) mod schedule;
+mod version;
 
 use prost::Message;
 use slotmesh_proto::instance::v1::{self as api, instance_service_server::InstanceService};
@@ -16,7 +19,7 @@ use slotmesh_task::{
 };
 use slotmesh_topology::{Instance, InstanceId, InstanceState, TaskId, wire};
 use tonic::{Request, Response, Status};
-use tracing::{info, warn};
+use tracing::{Instrument as _, info, warn};
 
 use super::{Context, refuse, refused, store_failed, token::Token};
 use crate::{
@@ -25,6 +28,7 @@ use crate::{
     leader::{LeaderOutcome, LeaderTxn},
     mirror::State,
     store::keys::Key,
+    trace,
 };
 
 /// Tries of an admission that loses a race against another write.
@@ -55,8 +59,7 @@ impl Instances {
 
     /// The outcome of an earlier request with this token, if there was one.
     #[allow(clippy::result_large_err)]
-    async fn earlier(&self, token: &str, fingerprint: &[u8]) -> Result<Option<Admitted>, Status> {
-        let token = Token::with(token, fingerprint.to_vec());
+    async fn earlier(&self, token: &Token) -> Result<Option<Admitted>, Status> {
         let Some(record) = token.earlier(&self.context).await? else {
             return Ok(None);
         };
@@ -71,14 +74,13 @@ impl Instances {
         &self,
         txn: LeaderTxn,
         task: &Task,
-        token: &str,
-        fingerprint: &[u8],
+        token: &Token,
         resource: &str,
     ) -> Result<Option<Admitted>, Status> {
         let mut txn = txn.absent(Key::Task {
             task: task.id.as_str(),
         });
-        txn = Token::with(token, fingerprint.to_vec()).put(txn, task.id.as_str(), resource);
+        txn = token.put(txn, task.id.as_str(), resource);
         let kind = task.spec.kind();
         let txn = put_task(txn, task.clone(), "", "Admitted", kind);
         match txn
@@ -138,17 +140,42 @@ impl InstanceService for Instances {
         Ok(Response::new(api::SetDurabilityResponse { revision }))
     }
 
+    async fn modify_instance_replace_after(
+        &self,
+        request: Request<api::ModifyInstanceReplaceAfterRequest>,
+    ) -> Result<Response<api::ModifyInstanceReplaceAfterResponse>, Status> {
+        let revision = self.change_replace_after(request.into_inner()).await?;
+        let answer = api::ModifyInstanceReplaceAfterResponse { revision };
+        Ok(Response::new(answer))
+    }
+
+    async fn replace_node(
+        &self,
+        request: Request<api::ReplaceNodeRequest>,
+    ) -> Result<Response<api::ReplaceNodeResponse>, Status> {
+        let answer = self.admit_replacement(request.into_inner()).await?;
+        Ok(Response::new(answer))
+    }
+
+    async fn set_node_priority(
+        &self,
+        request: Request<api::SetNodePriorityRequest>,
+    ) -> Result<Response<api::SetNodePriorityResponse>, Status> {
+        let revision = self.change_priority(request.into_inner()).await?;
+        Ok(Response::new(api::SetNodePriorityResponse { revision }))
+    }
+
     async fn create_instance(
         &self,
         request: Request<api::CreateInstanceRequest>,
     ) -> Result<Response<api::CreateInstanceResponse>, Status> {
         let request = request.into_inner();
-        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
         // Without the token, so that the same body is the same request; maps are ordered first.
-        let fingerprint = create_fingerprint(&request);
+        let body = create_body(&request);
+        let token = Token::of(&request.client_token, "CreateInstance", &body)?;
         for _ in 0..ADMIT_TRIES {
             let term = self.context.leading()?;
-            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+            if let Some(earlier) = self.earlier(&token).await? {
                 return Ok(Response::new(api::CreateInstanceResponse {
                     instance_id: earlier.resource,
                     task_id: earlier.task.to_string(),
@@ -168,11 +195,7 @@ impl InstanceService for Instances {
                 .fold(txn, |t, s| t.put(shard_key(s), encode_shard(s)));
             let task = new_task(&instance.id, Spec::Provision, provision::PROVISION_MS_MAX);
             let resource = instance.id.as_str();
-            let token = &request.client_token;
-            if let Some(done) = self
-                .admit(txn, &task, token, &fingerprint, resource)
-                .await?
-            {
+            if let Some(done) = self.admit(txn, &task, &token, resource).await? {
                 return Ok(Response::new(api::CreateInstanceResponse {
                     instance_id: done.resource,
                     task_id: done.task.to_string(),
@@ -187,15 +210,15 @@ impl InstanceService for Instances {
         request: Request<api::DeleteInstanceRequest>,
     ) -> Result<Response<api::DeleteInstanceResponse>, Status> {
         let request = request.into_inner();
-        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
         let body = api::DeleteInstanceRequest {
             client_token: String::new(),
             ..request.clone()
         };
-        let fingerprint = admit::fingerprint("DeleteInstance", &body.encode_to_vec());
+        let body = body.encode_to_vec();
+        let token = Token::of(&request.client_token, "DeleteInstance", &body)?;
         for _ in 0..ADMIT_TRIES {
             let term = self.context.leading()?;
-            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+            if let Some(earlier) = self.earlier(&token).await? {
                 let task_id = earlier.task.to_string();
                 return Ok(Response::new(api::DeleteInstanceResponse { task_id }));
             }
@@ -216,10 +239,7 @@ impl InstanceService for Instances {
                 Spec::Decommission,
                 provision::DECOMMISSION_MS_MAX,
             );
-            let token = &request.client_token;
-            let admitted = self
-                .admit(txn, &task, token, &fingerprint, instance.id.as_str())
-                .await?;
+            let admitted = self.admit(txn, &task, &token, instance.id.as_str()).await?;
             if let Some(done) = admitted {
                 let task_id = done.task.to_string();
                 return Ok(Response::new(api::DeleteInstanceResponse { task_id }));
@@ -260,12 +280,23 @@ impl InstanceService for Instances {
         let shards = self.context.hub.read(|fleet| {
             shards
                 .iter()
-                .map(|s| describe::shard(&s.value, fleet))
+                .map(|s| {
+                    let id = (s.value.instance.clone(), s.value.id.clone());
+                    describe::shard(&s.value, fleet, &self.context.hub.doubts().of(&id))
+                })
                 .collect()
         });
         Ok(Response::new(api::DescribeInstanceShardsResponse {
             shards,
         }))
+    }
+
+    async fn describe_engine_version(
+        &self,
+        request: Request<api::DescribeEngineVersionRequest>,
+    ) -> Result<Response<api::DescribeEngineVersionResponse>, Status> {
+        let id = request.into_inner().instance_id;
+        Ok(Response::new(self.versions(&id).await?))
     }
 
     async fn update_parameters(
@@ -275,6 +306,7 @@ impl InstanceService for Instances {
         self.context.leading()?;
         // A caller that hangs up must not leave nodes with values that nobody stores.
         let change = self.clone().change_parameters(request.into_inner());
+        let change = trace::scope(trace::current(), change).in_current_span();
         let revision = tokio::spawn(change).await.map_err(|error| {
             warn!(%error, "change of parameters died");
             Status::internal("the change of parameters failed")
@@ -313,16 +345,16 @@ impl InstanceService for Instances {
         request: Request<api::SwitchOverRequest>,
     ) -> Result<Response<api::SwitchOverResponse>, Status> {
         let request = request.into_inner();
-        admit::client_token(&request.client_token).map_err(|r| refused(&r))?;
         let targets = admit::switchover_targets(&request).map_err(|r| refused(&r))?;
         let body = api::SwitchOverRequest {
             client_token: String::new(),
             ..request.clone()
         };
-        let fingerprint = admit::fingerprint("SwitchOver", &body.encode_to_vec());
+        let body = body.encode_to_vec();
+        let token = Token::of(&request.client_token, "SwitchOver", &body)?;
         for _ in 0..ADMIT_TRIES {
             let term = self.context.leading()?;
-            if let Some(earlier) = self.earlier(&request.client_token, &fingerprint).await? {
+            if let Some(earlier) = self.earlier(&token).await? {
                 let task_id = earlier.task.to_string();
                 return Ok(Response::new(api::SwitchOverResponse { task_id }));
             }
@@ -330,8 +362,7 @@ impl InstanceService for Instances {
             let not_before_ms = schedule::not_before(request.schedule.as_ref(), &instance)?;
             let (txn, task) =
                 self.switchover_txn(term, (&instance, revision), &targets, not_before_ms)?;
-            let token = &request.client_token;
-            if let Some(done) = self.admit(txn, &task, token, &fingerprint, "").await? {
+            if let Some(done) = self.admit(txn, &task, &token, "").await? {
                 let task_id = done.task.to_string();
                 return Ok(Response::new(api::SwitchOverResponse { task_id }));
             }
@@ -348,7 +379,7 @@ fn busy() -> Status {
     )
 }
 
-fn create_fingerprint(request: &api::CreateInstanceRequest) -> Vec<u8> {
+fn create_body(request: &api::CreateInstanceRequest) -> Vec<u8> {
     let plain = api::CreateInstanceRequest {
         client_token: String::new(),
         parameters: std::collections::HashMap::new(),
@@ -362,7 +393,7 @@ fn create_fingerprint(request: &api::CreateInstanceRequest) -> Vec<u8> {
         body.extend_from_slice(value.as_bytes());
         body.push(0);
     }
-    admit::fingerprint("CreateInstance", &body)
+    body
 }
 
 fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
@@ -381,6 +412,7 @@ fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
         cancel_requested: false,
         not_before_ms: 0,
         choice: None,
-        trace_id: String::new(),
+        trace_id: trace::current(),
+        copied: slotmesh_task::Copied::default(),
     }
 }

@@ -293,5 +293,6 @@ fn show_event(record: records::TaskEventRecord) -> api::TaskEvent {
         shard_id: record.shard_id,
         step: record.step,
         message: record.message,
+        trace_id: record.trace_id,
     }
 }

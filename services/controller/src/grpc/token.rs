@@ -30,15 +30,13 @@ impl Token {
     #[allow(clippy::result_large_err)]
     pub(crate) fn of(text: &str, method: &str, body: &[u8]) -> Result<Self, Status> {
         admit::client_token(text).map_err(|r| refused(&r))?;
-        Ok(Self::with(text, admit::fingerprint(method, body)))
-    }
-
-    /// As [`Token::of`], of a token that was checked, for a request with this fingerprint.
-    pub(crate) fn with(text: &str, fingerprint: Vec<u8>) -> Self {
         // Tokens are the caller's words; keys have a narrower alphabet.
         let id = || hex::encode(admit::fingerprint("token", text.as_bytes()));
         let key = (!text.is_empty()).then(|| Key::Idempotency { token: &id() }.to_string());
-        Self { key, fingerprint }
+        Ok(Self {
+            key,
+            fingerprint: admit::fingerprint(method, body),
+        })
     }
 
     /// What an earlier request with this token led to.

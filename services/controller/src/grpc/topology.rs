@@ -19,8 +19,9 @@ use crate::{mirror::State, store::keys::valid_id};
 
 /// Messages on their way to one proxy; a proxy that reads slower is waited for, alone.
 const MESSAGES_BUFFERED: usize = 16;
-/// Between messages of a stream when nothing changes.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Between messages of a stream when nothing changes. A proxy that holds requests leaves a stream that
+/// misses three.
+const HEARTBEAT: Duration = Duration::from_millis(200);
 
 /// The service.
 #[derive(Clone, Debug)]

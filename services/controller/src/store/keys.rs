@@ -27,6 +27,9 @@ pub const AUDIT: &str = "/slotmesh/audit/";
 /// Files with what lost primaries wrote beyond their successors.
 pub const LOST: &str = "/slotmesh/lost/";
 
+/// Programs that hosts may run.
+pub const ARTIFACTS: &str = "/slotmesh/artifact/";
+
 /// Ids are parts of keys, so they are short and hold no separator.
 pub const MAX_ID_BYTES: usize = 100;
 
@@ -79,6 +82,9 @@ pub enum Key<'a> {
         epoch: u64,
         node: &'a str,
     },
+    Artifact {
+        name: &'a str,
+    },
 }
 
 impl fmt::Display for Key<'_> {
@@ -113,6 +119,7 @@ impl fmt::Display for Key<'_> {
                 let shard = format!("{}/{}", id(instance), id(shard));
                 write!(f, "{LOST}{shard}/{epoch:010}/{}", id(node))
             }
+            Self::Artifact { name } => write!(f, "{ARTIFACTS}{}", id(name)),
         }
     }
 }
@@ -147,6 +154,7 @@ impl<'a> Key<'a> {
                 shard,
                 epoch: epoch.parse().ok()?,
             },
+            ["artifact", name] => Self::Artifact { name },
             ["lost", instance, shard, epoch, node] => Self::Lost {
                 instance,
                 shard,
@@ -260,6 +268,7 @@ records!(
     TaskEventRecord,
     EpochRecord,
     LostWritesRecord,
+    ArtifactRecord,
 );
 
 #[cfg(test)]

@@ -106,6 +106,13 @@ impl Mesh {
             .connect_lazy()
     }
 
+    /// Where its metrics are.
+    pub(crate) fn admin(&self) -> String {
+        let text = std::fs::read_to_string(self.data.path().join("controller.json")).unwrap();
+        let (_, rest) = text.split_once("\"admin_address\":\"").unwrap();
+        rest.split_once('"').unwrap().0.to_owned()
+    }
+
     /// Stops the controller and starts it again on the same address and data.
     pub(crate) async fn restart(&mut self) {
         self.stop.cancel();
@@ -173,6 +180,7 @@ async fn controller(
     let settings = Settings {
         id: "c1".into(),
         listen: SocketAddr::from(([127, 0, 0, 1], port)),
+        admin_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         advertise: None,
         store: StoreChoice::Embedded,
         data: data.path().to_owned(),

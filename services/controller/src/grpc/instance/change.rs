@@ -95,6 +95,7 @@ impl Instances {
             let term = self.context.leading()?;
             let (instance, revision) = self.instance(&request.instance_id)?;
             let next = with_parameters(&instance, &request)?;
+            self.disks_can_be_asked(&instance, &request.proxy)?;
             if !request.engine.is_empty() {
                 // First values of before win: a second round would report the first round's.
                 for (node, previous) in self.set_on_nodes(term, &next, &request.engine).await? {

@@ -29,6 +29,7 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
             .collect(),
         created_at: clock::rfc3339(instance.created_unix_ms),
         durability: instance.durability,
+        replace_after_s: instance.replace_after_s,
         maintenance_window: instance.maintenance_window.clone(),
         password_required: !instance.password_sha256.is_empty(),
         engine_parameters: instance.parameters.clone().into_iter().collect(),
@@ -42,7 +43,7 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
     }
 }
 
-pub(super) fn shard(shard: &Shard, fleet: &slotmesh_task::Fleet) -> api::Shard {
+pub(super) fn shard(shard: &Shard, fleet: &slotmesh_task::Fleet, suspected: &str) -> api::Shard {
     let unknown = slotmesh_task::NodeView::default();
     api::Shard {
         shard_id: shard.id.to_string(),
@@ -50,6 +51,7 @@ pub(super) fn shard(shard: &Shard, fleet: &slotmesh_task::Fleet) -> api::Shard {
         slots: shard.slots.iter().map(wire::slot_range).collect(),
         epoch: shard.epoch.0,
         mode: shard.mode.name().to_owned(),
+        message: suspected.to_owned(),
         nodes: shard
             .members
             .iter()
@@ -62,6 +64,8 @@ pub(super) fn shard(shard: &Shard, fleet: &slotmesh_task::Fleet) -> api::Shard {
                     address: m.address.clone(),
                     run_id: m.run_id.clone(),
                     in_sync: m.in_sync,
+                    priority: m.priority,
+                    leaving: m.leaving,
                     pid: seen.pid,
                     engine_version: seen.version.clone(),
                     state: seen.state.name().to_owned(),

@@ -28,6 +28,7 @@ use crate::{
     leader::{LeaderOutcome, LeaderTxn, Term},
     mirror::{State, Versioned},
     store::keys::Key,
+    trace,
 };
 
 /// What an operator's word leads to.
@@ -136,6 +137,7 @@ impl Instances {
             )
         })?;
         name_target(&mut task, target);
+        task.trace_id = trace::current();
         let author = Author {
             cause: "Failover",
             task: task.id.as_str(),

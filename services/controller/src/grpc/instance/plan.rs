@@ -16,7 +16,10 @@ use tonic::Status;
 use super::{Instances, new_task};
 use crate::{
     clock,
-    drive::write::{encode_instance, put_task},
+    drive::{
+        self,
+        write::{encode_instance, put_task},
+    },
     grpc::{refuse, refused},
     leader::{LeaderTxn, Term},
     mirror::Versioned,
@@ -34,6 +37,7 @@ impl Instances {
     ) -> Result<(Instance, Vec<Shard>), Status> {
         let new = admit::create(request).map_err(|r| refused(&r))?;
         super::durability::check(request.durability, new.replicas)?;
+        super::node::check_replace_after(request.replace_after_s)?;
         let candidates = self.candidates();
         let no_host =
             |e: place::NoHost| refuse(RefusalKind::Precondition, "NO_HOST", e.to_string());
@@ -65,6 +69,8 @@ impl Instances {
                         run_id: String::new(),
                         address: String::new(),
                         in_sync: false,
+                        priority: slotmesh_topology::PRIORITY,
+                        leaving: false,
                     })
                     .collect();
                 Shard {
@@ -77,7 +83,8 @@ impl Instances {
                     members,
                     mode: Mode::Provisioning,
                     closed_epoch: Epoch(0),
-                    lineage: None,
+                    departures: Vec::new(),
+                    roster: Default::default(),
                 }
             });
         let instance = Instance {
@@ -103,6 +110,9 @@ impl Instances {
             created_unix_ms: clock::now_ms(),
             durability: request.durability,
             maintenance_window: String::new(),
+            replace_after_s: request
+                .replace_after_s
+                .unwrap_or(slotmesh_topology::instance::REPLACE_AFTER_S),
             parameters: request
                 .parameters
                 .iter()
@@ -118,25 +128,9 @@ impl Instances {
 
     /// Hosts with a session and what they run already.
     fn candidates(&self) -> Vec<place::Candidate> {
-        let mut load = std::collections::BTreeMap::new();
-        self.context.mirror.read(|state| {
-            for shard in state.shards.values() {
-                for member in &shard.value.members {
-                    *load.entry(member.host.clone()).or_insert(0) += 1;
-                }
-            }
-            for instance in state.instances.values() {
-                for (_, host) in &instance.value.proxies {
-                    *load.entry(host.clone()).or_insert(0) += 1;
-                }
-            }
-        });
         self.context.hub.read(|fleet| {
-            let candidate = |host: &slotmesh_topology::HostId| place::Candidate {
-                host: host.clone(),
-                load: load.get(host).copied().unwrap_or_default(),
-            };
-            fleet.hosts.iter().map(candidate).collect()
+            let mirror = &self.context.mirror;
+            mirror.read(|state| drive::replace::candidates(state, fleet))
         })
     }
 
@@ -229,11 +223,12 @@ impl Instances {
             let open = s
                 .tasks
                 .values()
-                .find(|t| t.value.instance == instance.id && !t.value.state.is_ended());
-            // A failover that waits for an operator has its answer: nobody needs the shard.
+                .find(|t| t.value.instance == instance.id && is_open(&t.value));
+            // A failover that waits for an operator has its answer: nobody needs the shard. And
+            // nobody needs another node of it.
             let tasks = s.tasks.values().filter(|t| t.value.instance == instance.id);
             let parked: Vec<_> = tasks
-                .filter(|t| failover::is_parked(&t.value))
+                .filter(|t| t.value.is_parked() || is_replacement(&t.value))
                 .cloned()
                 .collect();
             let open = open.map(|t| t.value.id.clone());
@@ -264,16 +259,24 @@ impl Instances {
                 instance: instance.id.as_str(),
                 shard: shard.value.id.as_str(),
             };
-            let is_parked = shard.value.failover().is_some_and(|f| {
-                let mut parked = parked.iter();
-                parked.any(|t| t.value.id == f.task)
-            });
-            match is_parked {
+            let id = (instance.id.clone(), shard.value.id.clone());
+            let owner = self.context.mirror.read(|s| s.locks.get(&id).cloned());
+            let is_ended = owner.is_some_and(|owner| parked.iter().any(|t| t.value.id == owner));
+            match is_ended {
                 true => txn.delete(lock),
                 false => txn.absent(lock),
             }
         }))
     }
+}
+
+/// A replacement under way; it ends with the instance.
+fn is_replacement(task: &Task) -> bool {
+    matches!(task.spec, Spec::Replace(_)) && !task.state.is_ended()
+}
+
+fn is_open(task: &Task) -> bool {
+    !task.state.is_ended() && !is_replacement(task)
 }
 
 fn end_parked(txn: LeaderTxn, task: &Versioned<Task>) -> LeaderTxn {

@@ -7,7 +7,13 @@ use std::time::Duration;
 
 use prost::Message as _;
 use slotmesh_proto::task::v1 as api;
-use slotmesh_task::{Choice, Spec, Task, admit::RefusalKind, schedule, wire};
+use slotmesh_task::{
+    Choice, Spec, Task,
+    admit::RefusalKind,
+    schedule,
+    table::{self, Cancel},
+    wire,
+};
 use slotmesh_topology::{Instance, TaskId};
 use tonic::Status;
 
@@ -173,11 +179,11 @@ impl Tasks {
 #[allow(clippy::result_large_err)]
 fn resolved(task: &Task, choice: Choice) -> Result<Task, Status> {
     if !schedule::menu(task).contains(&choice) {
-        return Err(refused(&schedule::not_on_the_menu(task)));
+        return Err(refused(&schedule::refused_choice(task, choice)));
     }
     match (&task.spec, choice) {
         (_, Choice::Retry) => schedule::retried(task, clock::now_ms()).map_err(|r| refused(&r)),
-        (Spec::Failover(_), _) => Ok(Task {
+        (Spec::Failover(_) | Spec::Replace(_) | Spec::Provision, _) => Ok(Task {
             choice: Some(choice),
             ..task.clone()
         }),
@@ -186,18 +192,9 @@ fn resolved(task: &Task, choice: Choice) -> Result<Task, Status> {
 }
 
 fn not_cancellable(task: &Task) -> Status {
-    let message = if task.state.is_ended() {
-        "the task has ended"
-    } else {
-        match task.spec {
-            Spec::Failover(_) => {
-                "a failover can't be cancelled: the lost primary's epoch is over, and the shard \
-                 needs another primary"
-            }
-            Spec::Provision => "an instance that is being created is ended by DeleteInstance",
-            Spec::Decommission => "processes and data are being removed already",
-            Spec::Switchover(_) => "the task is past its point of no return and will finish",
-        }
+    let why = match table::cancel(task) {
+        Cancel::Refused(why) => why,
+        Cancel::Honoured => "the task moves on; try again",
     };
-    refuse(RefusalKind::Precondition, "NOT_CANCELLABLE", message)
+    refuse(RefusalKind::Precondition, "NOT_CANCELLABLE", why)
 }

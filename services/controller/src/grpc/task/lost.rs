@@ -62,6 +62,7 @@ impl Tasks {
             complete: record.complete,
             time: clock::rfc3339(record.unix_ms),
             sha256: record.sha256,
+            why: record.why,
         }
     }
 }

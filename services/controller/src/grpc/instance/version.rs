@@ -1,0 +1,151 @@
+//! What an instance runs, and what is listed that is newer.
+//!
+//! Invariant: what is shown of a node or proxy is what its process said of itself.
+
+use slotmesh_proto::instance::v1 as api;
+use slotmesh_topology::{
+    Shard,
+    artifact::{Artifact, Product, Version, parse_reported},
+};
+use tonic::Status;
+
+use super::Instances;
+use crate::grpc::artifact::{Artifacts, show};
+
+impl Instances {
+    pub(super) async fn versions(
+        &self,
+        instance_id: &str,
+    ) -> Result<api::DescribeEngineVersionResponse, Status> {
+        let (instance, _) = self.instance(instance_id)?;
+        let listed = Artifacts::new(self.context.clone()).list().await?;
+        let shards = self.context.mirror.read(|s| s.shards_of(&instance.id));
+        let nodes = self.context.hub.read(|fleet| {
+            let members = shards.iter().flat_map(|s| of_shard(&s.value));
+            let seen = |(shard, node): (String, _)| {
+                let version = fleet.node(node).map(|n| n.version.clone());
+                (shard, node.to_string(), version.unwrap_or_default())
+            };
+            members.map(seen).collect::<Vec<_>>()
+        });
+        let running = self.context.hub.proxies();
+        let proxies = instance.proxies.iter().map(|(id, _)| {
+            let seen = running.iter().find(|p| p.hello.proxy_id == id.as_str());
+            let version = seen.map(|p| p.hello.version.clone());
+            (id.to_string(), version.unwrap_or_default())
+        });
+        Ok(describe(nodes, proxies.collect(), &listed))
+    }
+}
+
+fn of_shard(shard: &Shard) -> impl Iterator<Item = (String, &slotmesh_topology::NodeId)> {
+    let members = shard.members.iter();
+    members.map(|m| (shard.id.to_string(), &m.node))
+}
+
+fn describe(
+    nodes: Vec<(String, String, String)>,
+    proxies: Vec<(String, String)>,
+    listed: &[Artifact],
+) -> api::DescribeEngineVersionResponse {
+    let engines = nodes.iter().filter_map(|(.., v)| parse_reported(v));
+    let lowest = engines.min_by_key(|(_, version)| *version);
+    let of_proxies = proxies.iter().filter_map(|(_, v)| Version::parse(v));
+    let lowest_proxy = of_proxies.min();
+    let latest = lowest.and_then(|(product, _)| newest(listed, product));
+    let proxy_latest = newest(listed, Product::Proxy);
+    let is_latest = |lowest: Option<Version>, latest: Option<&Artifact>| {
+        lowest.is_some_and(|lowest| latest.is_none_or(|latest| latest.version <= lowest))
+    };
+    api::DescribeEngineVersionResponse {
+        engine: lowest.map_or("", |(product, _)| product.name()).to_owned(),
+        major_version: lowest.map_or_else(String::new, |(_, v)| format!("{}.{}", v.major, v.minor)),
+        minor_version: lowest.map_or_else(String::new, |(_, v)| v.to_string()),
+        proxy_minor_version: lowest_proxy.map_or_else(String::new, |v| v.to_string()),
+        is_latest_version: is_latest(lowest.map(|(_, v)| v), latest),
+        is_proxy_latest_version: is_latest(lowest_proxy, proxy_latest),
+        latest: latest.map(show),
+        proxy_latest: proxy_latest.map(show),
+        nodes: nodes
+            .into_iter()
+            .map(|(shard_id, id, version)| api::ProcessVersion {
+                id,
+                shard_id,
+                version,
+            })
+            .collect(),
+        proxies: proxies
+            .into_iter()
+            .map(|(id, version)| api::ProcessVersion {
+                id,
+                version,
+                shard_id: String::new(),
+            })
+            .collect(),
+    }
+}
+
+fn newest(listed: &[Artifact], product: Product) -> Option<&Artifact> {
+    let of_product = listed.iter().filter(|a| a.product == product);
+    of_product.max_by_key(|a| a.version)
+}
+
+#[cfg(test)]
+mod tests {
+    use slotmesh_topology::artifact::{Level, SHA256_LENGTH};
+
+    use super::*;
+
+    fn listed(product: Product, version: &str) -> Artifact {
+        Artifact {
+            product,
+            version: Version::parse(version).unwrap(),
+            level: Level::High,
+            release_note: "mends a crash".into(),
+            sha256: [0; SHA256_LENGTH],
+            source: "file:///opt/program".into(),
+            created_unix_ms: 1,
+        }
+    }
+
+    fn node(version: &str) -> (String, String, String) {
+        ("s".into(), "n".into(), version.into())
+    }
+
+    #[test]
+    fn the_lowest_node_counts_and_the_newest_of_its_own_engine() {
+        let catalogue = [
+            listed(Product::Redis, "7.0.9"),
+            listed(Product::Redis, "7.0.15"),
+            listed(Product::Valkey, "8.0.1"),
+        ];
+        let nodes = vec![node("7.0.15"), node("7.0.9"), node("")];
+        let shown = describe(nodes, vec![("p".into(), "0.1.0".into())], &catalogue);
+        assert_eq!(
+            (shown.engine.as_str(), shown.major_version.as_str()),
+            ("redis", "7.0")
+        );
+        assert_eq!(shown.minor_version, "7.0.9");
+        assert!(!shown.is_latest_version, "one node is older");
+        let latest = shown.latest.unwrap();
+        assert_eq!(
+            (latest.name.as_str(), latest.release_note.as_str()),
+            ("redis-7.0.15", "mends a crash")
+        );
+        assert!(shown.is_proxy_latest_version, "no proxy is listed");
+        let all_new = describe(vec![node("7.0.15"), node("7.0.15")], Vec::new(), &catalogue);
+        assert!(all_new.is_latest_version && !all_new.is_proxy_latest_version);
+        let valkey = describe(vec![node("valkey-8.0.1")], Vec::new(), &catalogue);
+        assert_eq!(
+            (valkey.engine.as_str(), valkey.is_latest_version),
+            ("valkey", true)
+        );
+    }
+
+    #[test]
+    fn nodes_that_have_not_reported_are_not_called_the_latest() {
+        let shown = describe(vec![node("")], vec![("p".into(), String::new())], &[]);
+        assert!(!shown.is_latest_version && !shown.is_proxy_latest_version);
+        assert_eq!(shown.engine, "");
+    }
+}
