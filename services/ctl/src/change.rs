@@ -63,7 +63,7 @@ async fn update(
         instance_id: instance_id.to_owned(),
         accounts,
         removed,
-        ..instance::UpdateAccountsRequest::default()
+        client_token: Api::token(None),
     };
     api.call(|api| {
         let request = request.clone();
@@ -135,7 +135,7 @@ pub async fn on_durability(
     let request = instance::SetDurabilityRequest {
         instance_id: instance_id.clone(),
         durability: replicas,
-        client_token,
+        client_token: Api::token(Some(client_token)),
     };
     api.call(|api| {
         let request = request.clone();
@@ -160,7 +160,7 @@ pub async fn on_window(
     let request = instance::ModifyInstanceMaintainTimeRequest {
         instance_id: instance_id.clone(),
         maintenance_window,
-        ..Default::default()
+        client_token: Api::token(None),
     };
     api.call(|api| {
         let request = request.clone();
@@ -177,7 +177,7 @@ async fn set(api: &mut Api, args: ParametersSetArgs) -> Result<String, Failure> 
         instance_id: args.instance.clone(),
         engine: args.engine.into_iter().collect(),
         proxy: args.proxy.into_iter().collect(),
-        ..instance::UpdateParametersRequest::default()
+        client_token: Api::token(None),
     };
     api.call(|api| {
         let request = request.clone();

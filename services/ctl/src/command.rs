@@ -8,7 +8,10 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use slotmesh_proto::store::v1::TaskState;
 
-use crate::{demo, failure::Failure, lost_writes::LostWritesCommand, operate, render::Output, up};
+use crate::{
+    artifact::ArtifactCommand, demo, failure::Failure, lost_writes::LostWritesCommand, operate,
+    render::Output, up,
+};
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -26,12 +29,15 @@ Environment:
 #[derive(Debug, Parser)]
 #[command(name = "slotmesh", version, after_help = EXIT_CODES, max_term_width = 110)]
 pub struct Cli {
-    /// Address of any controller, HOST:PORT.
+    /// Address of any controller, HOST:PORT; more of them, separated by commas, for when one dies.
     #[arg(long, global = true, env = "SLOTMESH_CONTROLLER", value_name = "ADDR")]
     pub controller: Option<String>,
     /// How results are written to stdout.
-    #[arg(long, global = true, value_enum, default_value_t = Output::Text)]
+    #[arg(long, short = 'o', global = true, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+    /// Says on stderr which controller is asked, and under which trace id.
+    #[arg(long, short = 'v', global = true)]
+    pub verbose: bool,
     #[command(subcommand)]
     pub command: Command,
 }
@@ -47,8 +53,13 @@ pub enum Command {
     Instance(InstanceCommand),
     /// Makes replicas the primaries of their shards; clients wait for milliseconds, none fails.
     Switchover(SwitchoverArgs),
+    /// Nodes of an instance: replaced on another host, or preferred when a primary is lost.
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Gives a shard another primary although nobody knows that its own has stopped; may lose data.
     Failover(FailoverArgs),
+    /// What needs care: who leads, silent hosts, shards that do not serve, tasks that wait.
+    Status,
     /// Which node was the primary of which epoch, since when and why; newest first.
     Epochs {
         #[arg(value_name = "INSTANCE")]
@@ -69,6 +80,14 @@ pub enum Command {
     /// How many replicas must have a write before it is acknowledged.
     #[command(subcommand)]
     Durability(DurabilityCommand),
+    /// Programs that hosts may run: engines and proxies, several versions of each.
+    #[command(subcommand)]
+    Artifact(ArtifactCommand),
+    /// What an instance runs, node by node, and what is listed that is newer.
+    Version {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+    },
     /// What operators asked for, and how far it is.
     #[command(subcommand)]
     Task(TaskCommand),
@@ -125,6 +144,11 @@ pub struct UpArgs {
     /// `embedded`, or `etcd://HOST:PORT,…` [default: embedded].
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
+    /// Number of controllers; more than one needs an etcd [default: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(up::CONTROLLERS_MAX)))]
+    pub controllers: Option<u32>,
+    #[command(flatten)]
+    pub etcd: up::EtcdArgs,
     /// Engine parameter of the instance that is created, such as enable-debug-command=yes; may be
     /// repeated.
     #[arg(long = "parameter", value_name = "NAME=VALUE", value_parser = name_value)]
@@ -159,6 +183,13 @@ pub enum InstanceCommand {
         /// HH:MM-HH:MM in UTC, at least 30 minutes; empty: any time.
         #[arg(long, value_name = "WINDOW")]
         window: String,
+    },
+    /// Sets after how many seconds without its host a node is replaced by one on another; 0: never.
+    ReplaceAfter {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        #[arg(value_name = "SECONDS")]
+        seconds: u32,
     },
     /// Stops the processes of an instance and removes its data.
     Delete {
@@ -196,6 +227,10 @@ pub struct CreateArgs {
     /// Replicas that must have a write before it is acknowledged.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub durability: u32,
+    /// After this many seconds without its host a node is replaced by one on another; 0: never
+    /// [default: 600].
+    #[arg(long, value_name = "SECONDS")]
+    pub replace_after: Option<u32>,
     /// Number of proxies [default: 2].
     #[arg(long, value_name = "N")]
     pub proxies: Option<u32>,
@@ -369,6 +404,9 @@ pub enum TaskCommand {
     Show {
         #[arg(value_name = "TASK")]
         task: String,
+        /// Also what each of its steps is made of, and until which it can be cancelled.
+        #[arg(long)]
+        steps: bool,
     },
     /// Shows a task's events until it ends; exits 0 only when it ends Done.
     Watch {
@@ -400,6 +438,33 @@ pub enum TaskCommand {
         task: String,
         #[arg(value_enum)]
         choice: ChoiceArg,
+        #[arg(long, value_name = "TOKEN", default_value = "")]
+        client_token: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Replaces a node that is no primary by one on another host, whether its own is lost or well.
+    Replace {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Where the new one runs [default: the best host].
+        #[arg(long, value_name = "HOST", default_value = "")]
+        to: String,
+        #[command(flatten)]
+        start: StartArgs,
+    },
+    /// Which of several replicas with the same data is promoted: the highest; 0: never.
+    Priority {
+        #[arg(value_name = "INSTANCE")]
+        instance: String,
+        #[arg(value_name = "NODE")]
+        node: String,
+        #[arg(value_name = "PRIORITY")]
+        priority: u32,
         #[arg(long, value_name = "TOKEN", default_value = "")]
         client_token: String,
     },
@@ -438,7 +503,7 @@ impl Cli {
                             .to_owned(),
                     )
                 })?;
-                operate::run(&address, command, output).await
+                operate::run(&address, command, output, self.verbose).await
             }
         }
     }
@@ -461,80 +526,5 @@ fn name_value(text: &str) -> Result<(String, String), String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(line: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(line.split_whitespace())
-    }
-
-    #[test]
-    fn the_contract_of_the_command_line_parses() {
-        for line in [
-            "slotmesh up --data d",
-            "slotmesh up --data d --architecture standard --shards 1 --replicas 0 --proxies 1 --workers 2 --engine 7.0 --store etcd://h:1,h:2 --output json",
-            "slotmesh --controller h:1 --output json instance create --architecture cluster --shards 3 --wait",
-            "slotmesh --controller h:1 instance list",
-            "slotmesh instance describe r-1 --controller h:1",
-            "slotmesh instance delete r-1 --wait --client-token t",
-            "slotmesh switchover r-1 --target n-1 --target n-2 --client-token t --wait",
-            "slotmesh up --data d --parameter enable-debug-command=yes --parameter save=",
-            "slotmesh account set r-1 web on >secret ~* -@all +get",
-            "slotmesh account set --password-file f r-1 web",
-            "slotmesh account list r-1",
-            "slotmesh account remove r-1 web other",
-            "slotmesh parameters set r-1 --engine save= --engine hz=20 --proxy split=slot",
-            "slotmesh parameters show r-1",
-            "slotmesh switchover r-1 --target n-1 --at 2026-11-22T03:00:00Z",
-            "slotmesh switchover r-1 --target n-1 --in-window",
-            "slotmesh failover r-1 --shard 0 --accept-data-loss --wait",
-            "slotmesh epochs r-1 --shard 0",
-            "slotmesh lost-writes list",
-            "slotmesh lost-writes list r-1",
-            "slotmesh lost-writes show r-1 f.resp --only user:* --command SET --output json",
-            "slotmesh lost-writes replay r-1 f.resp --only user:* --command SET --command DEL --from 7 --password-file p --yes",
-            "slotmesh instance maintain r-1 --window 02:00-03:30",
-            "slotmesh task list --kind SwitchOver --state needs-operator --shard 0 --since 2026-11-22T03:00:00Z",
-            "slotmesh task reschedule t-1 --in-window",
-            "slotmesh task resolve t-1 accept-loss --client-token t",
-            "slotmesh task list --instance r-1",
-            "slotmesh task show t-1",
-            "slotmesh task watch t-1 --from 4",
-            "slotmesh task cancel t-1",
-            "slotmesh host list",
-            "slotmesh proxy list --instance r-1",
-            "slotmesh demo",
-        ] {
-            parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_meant_is_a_usage_error() {
-        for line in [
-            "slotmesh",
-            "slotmesh up",
-            "slotmesh up --data d --shards 0",
-            "slotmesh up --data d --replicas 6",
-            "slotmesh up --data d --output yaml",
-            "slotmesh switchover r-1",
-            "slotmesh switchover r-1 --target n --at 2026-11-22T03:00:00Z --in-window",
-            "slotmesh failover r-1 --shard 0",
-            "slotmesh task list --state asleep",
-            "slotmesh instance create --parameter novalue",
-            "slotmesh parameters set r-1",
-            "slotmesh parameters set r-1 --engine novalue",
-            "slotmesh account remove r-1",
-        ] {
-            let error = parse(line).expect_err(line);
-            assert_eq!(error.exit_code(), 2, "{line}");
-        }
-    }
-
-    #[test]
-    fn help_documents_the_exit_codes() {
-        use clap::CommandFactory;
-        let help = Cli::command().render_help().to_string();
-        assert!(help.contains("3  refused"), "{help}");
-    }
-}
+#[path = "command_tests.rs"]
+mod tests;

@@ -3,15 +3,19 @@
 //! A library, so that the tests can drive what the binary does without parsing its output.
 
 pub mod api;
+pub mod artifact;
 pub mod change;
 pub mod command;
 pub mod demo;
 pub mod failure;
 pub mod lost_writes;
+pub mod nodes;
 pub mod operate;
 pub mod progress;
 pub mod redis;
 pub mod render;
+pub mod status;
 pub mod tasks;
 pub mod up;
+pub mod version;
 pub mod views;

@@ -90,6 +90,8 @@ struct LostWritesView {
     bytes: u64,
     commands: u64,
     complete: bool,
+    /// It is not complete.
+    why: String,
     time: String,
     sha256: String,
 }
@@ -135,7 +137,7 @@ pub async fn on_lost_writes(
         } => {
             let lost = find(api, &instance, &file).await?;
             if !lost.complete {
-                note("the file is not complete: the node no longer had all of it");
+                note(&format!("the file is not complete: {}", reason(&lost)));
             }
             let mut open = LostFile::open(&lost).await?;
             while let Some(commands) = open.next().await? {
@@ -210,6 +212,9 @@ async fn replay(api: &mut Api, args: ReplayArgs, output: Output) -> Result<(), F
     while let Some(commands) = open.next().await? {
         view.selected += commands.iter().filter(|c| args.selection.has(c)).count() as u64;
     }
+    if !lost.complete {
+        note(&format!("the file is not complete: {}", reason(&lost)));
+    }
     if !args.yes {
         note("nothing was sent; add --yes to send them");
         return Ok(show(output, &view)?);
@@ -271,6 +276,14 @@ fn taken(answer: &Value) -> anyhow::Result<()> {
     }
 }
 
+/// Older agents do not say.
+fn reason(lost: &task::LostWrites) -> &str {
+    match lost.why.as_str() {
+        "" => "the node no longer had all of it",
+        why => why,
+    }
+}
+
 impl From<task::LostWrites> for LostWritesView {
     fn from(from: task::LostWrites) -> Self {
         Self {
@@ -283,6 +296,7 @@ impl From<task::LostWrites> for LostWritesView {
             bytes: from.bytes,
             commands: from.commands,
             complete: from.complete,
+            why: from.why,
             time: from.time,
             sha256: from.sha256,
         }

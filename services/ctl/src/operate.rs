@@ -8,16 +8,16 @@ use anyhow::Context;
 use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance};
 
 use crate::{
-    api::Api,
-    change,
+    api::{Api, PATIENCE},
+    artifact, change,
     command::{
         ArchitectureArg, Command, CreateArgs, FailoverArgs, HostCommand, InstanceCommand,
         ProxyCommand, StartArgs, SwitchoverArgs,
     },
     failure::Failure,
-    lost_writes, progress,
-    render::{Output, show},
-    tasks,
+    lost_writes, nodes, progress,
+    render::{self, Output, show},
+    status, tasks, version,
     views::{
         HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView, TaskView,
         architecture_value,
@@ -28,8 +28,17 @@ use crate::{
 ///
 /// # Errors
 /// As the controller answered; [`Failure::TaskEnded`] when a task was waited for in vain.
-pub async fn run(address: &str, command: Command, output: Output) -> Result<(), Failure> {
-    let mut api = Api::connect(address).await?;
+pub async fn run(
+    addresses: &str,
+    command: Command,
+    output: Output,
+    verbose: bool,
+) -> Result<(), Failure> {
+    let mut api = Api::patient(addresses, PATIENCE).await?;
+    if verbose {
+        let (controller, trace) = (api.address(), api.trace_id());
+        render::note(&format!("controller {controller}, trace {trace}"));
+    }
     match command {
         Command::Instance(InstanceCommand::Create(args)) => create(&mut api, args, output).await,
         Command::Instance(InstanceCommand::List) => {
@@ -46,15 +55,22 @@ pub async fn run(address: &str, command: Command, output: Output) -> Result<(), 
         Command::Instance(InstanceCommand::Delete { instance, start }) => {
             delete(&mut api, instance, start, output).await
         }
+        Command::Instance(InstanceCommand::ReplaceAfter { instance, seconds }) => {
+            nodes::on_replace_after(&mut api, instance, seconds, output).await
+        }
+        Command::Node(command) => nodes::on_node(&mut api, command, output).await,
         Command::Switchover(args) => switchover(&mut api, args, output).await,
         Command::Account(command) => change::on_account(&mut api, command, output).await,
         Command::Parameters(command) => change::on_parameters(&mut api, command, output).await,
         Command::Durability(command) => change::on_durability(&mut api, command, output).await,
+        Command::Artifact(command) => artifact::on_artifact(&mut api, command, output).await,
+        Command::Version { instance } => version::on_version(&mut api, instance, output).await,
         Command::Task(command) => tasks::on_task(&mut api, command, output).await,
         Command::Failover(args) => failover(&mut api, args, output).await,
         Command::Epochs { instance, shard } => {
             tasks::epochs(&mut api, instance, shard, output).await
         }
+        Command::Status => status::show_status(&mut api, output).await,
         Command::LostWrites(command) => {
             lost_writes::on_lost_writes(&mut api, command, output).await
         }
@@ -99,9 +115,10 @@ async fn create(api: &mut Api, args: CreateArgs, output: Output) -> Result<(), F
         workers_per_proxy: args.workers.unwrap_or_default(),
         engine: args.engine,
         password: password.unwrap_or_default(),
-        client_token: args.start.client_token.clone().unwrap_or_default(),
+        client_token: Api::token(args.start.client_token.clone()),
         parameters: args.parameters.into_iter().collect(),
         durability: args.durability,
+        replace_after_s: args.replace_after,
     };
     let answer = api
         .call(|api| {
@@ -147,7 +164,7 @@ async fn delete(
     start: StartArgs,
     output: Output,
 ) -> Result<(), Failure> {
-    let client_token = start.client_token.unwrap_or_default();
+    let client_token = Api::token(start.client_token);
     let request = instance::DeleteInstanceRequest {
         instance_id,
         client_token,
@@ -166,7 +183,7 @@ async fn switchover(api: &mut Api, args: SwitchoverArgs, output: Output) -> Resu
         instance_id: args.instance,
         target_primary_node_ids: args.targets,
         target_primary_node_id: String::new(),
-        client_token: args.start.client_token.unwrap_or_default(),
+        client_token: Api::token(args.start.client_token),
         schedule: tasks::schedule(&args.schedule),
     };
     let task_id = api.switch_over(request).await?;
@@ -179,7 +196,7 @@ async fn failover(api: &mut Api, args: FailoverArgs, output: Output) -> Result<(
         shard_id: args.shard,
         accept_data_loss: args.accept_data_loss,
         target_node_id: args.target,
-        client_token: args.start.client_token.unwrap_or_default(),
+        client_token: Api::token(args.start.client_token),
     };
     let answer = api
         .call(|api| {
@@ -199,7 +216,7 @@ async fn failover(api: &mut Api, args: FailoverArgs, output: Output) -> Result<(
 }
 
 /// Shows what was started, and with `--wait` how it ended.
-async fn started(
+pub(crate) async fn started(
     api: &mut Api,
     instance_id: Option<String>,
     task_id: String,
@@ -207,12 +224,14 @@ async fn started(
     wait: bool,
     output: Output,
 ) -> Result<(), Failure> {
+    let trace_id = api.trace_id().to_owned();
     if !wait {
         return Ok(show(
             output,
             &StartedView {
                 instance_id,
                 task_id,
+                trace_id,
                 task: None,
             },
         )?);
@@ -224,6 +243,7 @@ async fn started(
         &StartedView {
             instance_id,
             task_id,
+            trace_id,
             task: view,
         },
     )?;

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::views::{
     AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView,
-    ProxyView, ShardView, StartedView, TaskEventView, TaskView,
+    ProxyView, ShardView, StartedView, StepView, TaskEventView, TaskView, WatchedView,
 };
 
 /// How results are written.
@@ -179,7 +179,9 @@ impl Text for InstanceDetailView {
             ],
             rows,
         );
-        format!("{head}\n{nodes}")
+        let doubts = self.shards.iter().filter(|s| !s.message.is_empty());
+        let doubts = doubts.map(|s| format!("\nshard {} needs care: {}", s.shard_id, s.message));
+        format!("{head}\n{nodes}{}", doubts.collect::<String>())
     }
 }
 
@@ -267,12 +269,28 @@ impl Text for TaskView {
             let hold = self.predicted_hold_ms;
             head.push_str(&format!("\nexpects  requests to wait for {hold:.1} ms"));
         }
+        if self.bytes_total > 0 {
+            let (done, total) = (size(self.bytes_done), size(self.bytes_total));
+            head.push_str(&format!("\ncopied   {done} of {total}"));
+        }
+        if self.lag_bytes > 0 {
+            let lag = size(self.lag_bytes);
+            head.push_str(&format!(
+                "\nlags     {lag} not applied by the next primary yet"
+            ));
+        }
+        if !self.trace_id.is_empty() {
+            head.push_str(&format!("\ntrace    {}", self.trace_id));
+        }
         if !self.choices.is_empty() {
             let choices = self.choices.join("|");
             head.push_str(&format!(
                 "\nwaits    for slotmesh task resolve {} {choices}",
                 self.task_id
             ));
+        }
+        if !self.steps.is_empty() {
+            head = format!("{head}\n{}", steps(&self.steps));
         }
         if self.shards.is_empty() {
             return head;
@@ -297,11 +315,39 @@ impl Text for TaskView {
     }
 }
 
+/// What each step is made of; `>` marks where the task is.
+fn steps(steps: &[StepView]) -> String {
+    let deadline = |ms: u32| match ms {
+        0 => "-".to_owned(),
+        ms => format!("{:.1} s", f64::from(ms) / 1_000.0),
+    };
+    table(
+        ["STEP", "BEFORE", "ACT", "AFTER", "UNDO", "WITHIN", "CANCEL"],
+        steps.iter().map(|s| {
+            [
+                format!("{}{}", if s.current { "> " } else { "" }, s.name),
+                or_dash(&s.precheck),
+                or_dash(&s.act),
+                or_dash(&s.verify),
+                or_dash(&s.undo),
+                deadline(s.deadline_ms),
+                if s.cancellable { "yes" } else { "no" }.to_owned(),
+            ]
+        }),
+    )
+}
+
+/// Bytes for people.
+pub(crate) fn size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
 impl Text for Vec<EpochView> {
     fn text(&self) -> String {
         table(
             [
                 "SHARD", "EPOCH", "PRIMARY", "BEFORE", "CAUSE", "SINCE", "TASK", "BY", "TERM",
+                "TRACE",
             ],
             self.iter().map(|e| {
                 [
@@ -314,6 +360,7 @@ impl Text for Vec<EpochView> {
                     or_dash(&e.task_id),
                     or_dash(&e.who),
                     e.term.to_string(),
+                    or_dash(&e.trace_id),
                 ]
             }),
         )
@@ -331,6 +378,12 @@ impl Text for TaskEventView {
             "{:>4}  {}  {shard:<10} {:<12} {}",
             self.number, self.time, self.step, self.message
         )
+    }
+}
+
+impl Text for WatchedView {
+    fn text(&self) -> String {
+        self.event.text()
     }
 }
 
@@ -428,6 +481,11 @@ mod tests {
             not_before: String::new(),
             predicted_hold_ms: 0.0,
             choices: Vec::new(),
+            trace_id: String::new(),
+            bytes_done: 0,
+            bytes_total: 0,
+            lag_bytes: 0,
+            steps: Vec::new(),
             shards: vec![ShardProgressView {
                 shard_id: "s-0".into(),
                 from_node_id: "n-1".into(),
@@ -457,6 +515,7 @@ mod tests {
         let started = StartedView {
             instance_id: None,
             task_id: "t-1".into(),
+            trace_id: String::new(),
             task: None,
         };
         expect![[r#"{"task_id":"t-1"}"#]].assert_eq(&serde_json::to_string(&started)?);

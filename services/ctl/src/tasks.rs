@@ -8,7 +8,7 @@ use crate::{
     failure::Failure,
     progress::{self, Watcher},
     render::{Output, show, show_line},
-    views::{EpochView, TaskEventView, TaskView},
+    views::{EpochView, StepView, TaskView, WatchedView},
 };
 
 /// The largest page that a controller gives.
@@ -39,7 +39,15 @@ pub async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Res
             let views = list(api, filter, limit as usize).await?;
             return Ok(show(output, &views)?);
         }
-        TaskCommand::Show { task } => Some(api.task(&task).await?),
+        TaskCommand::Show { task, steps } => {
+            let task = api.task(&task).await?;
+            let parts = task.steps.clone().into_iter().filter(|_| steps);
+            let view = TaskView {
+                steps: parts.map(StepView::from).collect(),
+                ..TaskView::from(task)
+            };
+            return Ok(show(output, &view)?);
+        }
         TaskCommand::Watch { task, from } => {
             let ended = progress::watch(api, &task, from, &mut Printer { output }).await?;
             return progress::require_done(&ended);
@@ -47,7 +55,7 @@ pub async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Res
         TaskCommand::Cancel { task, client_token } => {
             let request = task::CancelTaskRequest {
                 task_id: task,
-                client_token,
+                client_token: Api::token(Some(client_token)),
             };
             api.call(|api| {
                 let request = request.clone();
@@ -64,7 +72,7 @@ pub async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Res
             let request = task::RescheduleTaskRequest {
                 task_id: task,
                 schedule: schedule(&when),
-                client_token,
+                client_token: Api::token(Some(client_token)),
             };
             api.call(|api| {
                 let request = request.clone();
@@ -81,7 +89,7 @@ pub async fn on_task(api: &mut Api, command: TaskCommand, output: Output) -> Res
             let request = task::ResolveTaskRequest {
                 task_id: task,
                 choice: choice_value(choice).into(),
-                client_token,
+                client_token: Api::token(Some(client_token)),
             };
             api.call(|api| {
                 let request = request.clone();
@@ -176,11 +184,8 @@ struct Printer {
 }
 
 impl Watcher for Printer {
-    fn event(
-        &mut self,
-        event: &task::TaskEvent,
-        _task: Option<&task::Task>,
-    ) -> Result<(), Failure> {
-        Ok(show_line(self.output, &TaskEventView::from(event.clone()))?)
+    fn event(&mut self, event: &task::TaskEvent, task: Option<&task::Task>) -> Result<(), Failure> {
+        show_line(self.output, &WatchedView::new(event.clone(), task))?;
+        Ok(())
     }
 }

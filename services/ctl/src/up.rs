@@ -6,6 +6,7 @@
 
 mod child;
 pub mod contract;
+mod control;
 pub mod engine;
 mod layout;
 pub mod process;
@@ -18,6 +19,7 @@ use slotmesh_runtime::{shutdown, telemetry};
 use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 
+pub use self::control::EtcdArgs;
 use self::{
     child::{Child, Spec},
     contract::Contract,
@@ -30,6 +32,8 @@ use crate::{
 };
 
 const CONTROLLER: &str = "controller";
+/// See [`UpArgs`].
+pub(crate) const CONTROLLERS_MAX: u32 = control::CONTROLLERS_MAX;
 
 /// An agent stops its proxies (which drain) and its nodes (which write their files) one after the other.
 const AGENT_STOP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -51,6 +55,8 @@ pub struct Settings {
     pub workers: Option<u32>,
     pub engine: Option<String>,
     pub store: Option<String>,
+    pub controllers: Option<u32>,
+    pub etcd: EtcdArgs,
     pub parameters: BTreeMap<String, String>,
 }
 
@@ -68,6 +74,8 @@ impl From<UpArgs> for Settings {
             workers: args.workers,
             engine: args.engine.as_deref().map(engine::normalized),
             store: args.store,
+            controllers: args.controllers,
+            etcd: args.etcd,
             parameters: args.parameters.into_iter().collect(),
         }
     }
@@ -124,7 +132,8 @@ fn announce(contract: &Contract, mesh: &Mesh, output: Output) -> Result<(), Fail
 #[derive(Debug)]
 pub struct Mesh {
     layout: Layout,
-    controller: Child,
+    /// The first is the one that `up` asks.
+    controllers: Vec<Child>,
     agents: Vec<Child>,
 }
 
@@ -143,9 +152,9 @@ impl Mesh {
         layout.require_free_ports()?;
 
         // No await from here on: a caller that gives up finds nothing started, or everything.
-        let controller_address = format!("127.0.0.1:{}", layout.file.controller_port);
         info!(data = %layout.dir.display(), engine = %engine.display(), version, "starting");
-        let controller = Child::start(controller_spec(&layout, &programs, &controller_address));
+        let controllers = control::specs(&layout, &programs).into_iter();
+        let controllers = controllers.map(Child::start).collect();
         let mut agents = Vec::new();
         for place in &layout.file.agents {
             let dir = layout.host_dir(&place.host_id);
@@ -155,7 +164,6 @@ impl Mesh {
                 ("--data", dir.display().to_string()),
                 ("--listen", format!("127.0.0.1:{}", place.port)),
                 ("--advertise-ip", "127.0.0.1".to_owned()),
-                ("--controller", controller_address.clone()),
                 ("--engine-default", engine.display().to_string()),
                 ("--proxy-binary", programs.proxy.display().to_string()),
             ];
@@ -163,6 +171,9 @@ impl Mesh {
                 .into_iter()
                 .flat_map(|(flag, value)| [flag.to_owned(), value])
                 .collect();
+            for controller in control::addresses(&layout) {
+                arguments.extend(["--controller".to_owned(), controller]);
+            }
             arguments.push("--stop-all-on-exit".to_owned());
             agents.push(Child::start(Spec {
                 name: format!("agent of {}", place.host_id),
@@ -175,7 +186,7 @@ impl Mesh {
         }
         Ok(Self {
             layout,
-            controller,
+            controllers,
             agents,
         })
     }
@@ -196,7 +207,11 @@ impl Mesh {
             stopping.spawn(agent.stop());
         }
         stopping.join_all().await;
-        self.controller.stop().await;
+        let mut stopping = tokio::task::JoinSet::new();
+        for controller in self.controllers {
+            stopping.spawn(controller.stop());
+        }
+        stopping.join_all().await;
         let Some(last) = last else {
             return;
         };
@@ -211,8 +226,8 @@ impl Mesh {
         }
     }
 
-    fn controller(&self) -> &Child {
-        &self.controller
+    fn controllers(&self) -> impl Iterator<Item = &Child> {
+        self.controllers.iter()
     }
 
     fn agents(&self) -> impl Iterator<Item = &Child> {
@@ -220,7 +235,7 @@ impl Mesh {
     }
 
     fn children(&self) -> impl Iterator<Item = &Child> {
-        std::iter::once(&self.controller).chain(&self.agents)
+        self.controllers.iter().chain(&self.agents)
     }
 
     /// The end of the log that most likely explains why nothing goes on: of a process that died,
@@ -229,29 +244,7 @@ impl Mesh {
         let died = self
             .children()
             .max_by_key(|c| (c.status().deaths, c.name() == CONTROLLER));
-        died.unwrap_or(&self.controller).log_tail()
-    }
-}
-
-fn controller_spec(layout: &Layout, programs: &Programs, address: &str) -> Spec {
-    let dir = layout.controller_dir();
-    let store = layout.file.shape.store.clone();
-    let arguments = [
-        ("--id", "c1".to_owned()),
-        ("--listen", address.to_owned()),
-        ("--store", store),
-        ("--data", dir.display().to_string()),
-    ];
-    Spec {
-        name: CONTROLLER.to_owned(),
-        program: programs.controller.clone(),
-        arguments: arguments
-            .into_iter()
-            .flat_map(|(f, v)| [f.to_owned(), v])
-            .collect(),
-        log: layout.log(CONTROLLER),
-        bound_file: dir.join("controller.json"),
-        stop_timeout: CONTROLLER_STOP_TIMEOUT,
+        died.map(Child::log_tail).unwrap_or_default()
     }
 }
 
@@ -263,7 +256,8 @@ async fn stop_leftovers(layout: &Layout) -> Result<(), Failure> {
         .agents
         .iter()
         .map(|a| layout.host_dir(&a.host_id));
-    let left: Vec<u32> = std::iter::once(layout.controller_dir())
+    let left: Vec<u32> = control::dirs(layout)
+        .into_iter()
         .chain(hosts)
         .flat_map(|dir| process::started_with_data(&dir))
         .collect();

@@ -23,6 +23,7 @@ pub struct InstanceView {
     pub shard_count: u32,
     pub replicas_per_shard: u32,
     pub durability: u32,
+    pub replace_after_s: u32,
     pub engine: String,
     pub password_required: bool,
     pub created_at: String,
@@ -52,6 +53,8 @@ pub struct ShardView {
     pub slots: Vec<SlotRangeView>,
     pub epoch: u64,
     pub mode: String,
+    /// Why its primary, which looks lost, is not replaced; empty: it does not.
+    pub message: String,
     pub nodes: Vec<NodeView>,
 }
 
@@ -73,6 +76,8 @@ pub struct NodeView {
     pub engine_version: String,
     pub state: String,
     pub replication_offset: u64,
+    pub priority: u32,
+    pub leaving: bool,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -94,7 +99,32 @@ pub struct TaskView {
     pub predicted_hold_ms: f64,
     /// What `task resolve` would accept now.
     pub choices: Vec<String>,
+    /// Of the call that made it.
+    pub trace_id: String,
+    /// Copied so far of what replicas load in full; 0 of 0: nothing is.
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    /// That the next primaries have not applied yet.
+    pub lag_bytes: u64,
     pub shards: Vec<ShardProgressView>,
+    /// With `task show --steps`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<StepView>,
+}
+
+/// One step of a kind of task.
+#[derive(Debug, Clone, Serialize)]
+pub struct StepView {
+    pub name: String,
+    pub current: bool,
+    pub precheck: String,
+    pub act: String,
+    pub verify: String,
+    /// Empty: what was done is not put back.
+    pub undo: String,
+    /// 0: it waits for as long as the task may take.
+    pub deadline_ms: u32,
+    pub cancellable: bool,
 }
 
 /// `epochs`: one primary of a shard.
@@ -131,6 +161,34 @@ pub struct TaskEventView {
     pub step: String,
     pub message: String,
     pub state: String,
+    pub trace_id: String,
+}
+
+/// `task watch`: an event, and how far the task was then.
+#[derive(Debug, Clone, Serialize)]
+pub struct WatchedView {
+    #[serde(flatten)]
+    pub event: TaskEventView,
+    pub steps_done: u32,
+    pub steps_total: u32,
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    pub lag_bytes: u64,
+}
+
+impl WatchedView {
+    /// Of what the stream says.
+    pub fn new(event: task::TaskEvent, task: Option<&task::Task>) -> Self {
+        let task = task.cloned().unwrap_or_default();
+        Self {
+            event: event.into(),
+            steps_done: task.steps_done,
+            steps_total: task.steps_total,
+            bytes_done: task.bytes_done,
+            bytes_total: task.bytes_total,
+            lag_bytes: task.lag_bytes,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -180,6 +238,9 @@ pub struct StartedView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance_id: Option<String>,
     pub task_id: String,
+    /// Of this command's calls.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub trace_id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<TaskView>,
 }
@@ -195,6 +256,7 @@ impl From<instance::Instance> for InstanceView {
             shard_count: from.shard_count,
             replicas_per_shard: from.replicas_per_shard,
             durability: from.durability,
+            replace_after_s: from.replace_after_s,
             engine: from.engine,
             password_required: from.password_required,
             created_at: from.created_at,
@@ -243,6 +305,7 @@ impl From<instance::Shard> for ShardView {
             index: from.index,
             epoch: from.epoch,
             mode: from.mode,
+            message: from.message,
             nodes: from.nodes.into_iter().map(NodeView::from).collect(),
         }
     }
@@ -261,6 +324,8 @@ impl From<instance::Node> for NodeView {
             engine_version: from.engine_version,
             state: from.state,
             replication_offset: from.replication_offset,
+            priority: from.priority,
+            leaving: from.leaving,
         }
     }
 }
@@ -288,6 +353,26 @@ impl From<task::Task> for TaskView {
             not_before: from.not_before,
             predicted_hold_ms: from.predicted_hold_ms,
             choices,
+            trace_id: from.trace_id,
+            bytes_done: from.bytes_done,
+            bytes_total: from.bytes_total,
+            lag_bytes: from.lag_bytes,
+            steps: Vec::new(),
+        }
+    }
+}
+
+impl From<task::TaskStep> for StepView {
+    fn from(from: task::TaskStep) -> Self {
+        Self {
+            name: from.name,
+            current: from.current,
+            precheck: from.precheck,
+            act: from.act,
+            verify: from.verify,
+            undo: from.undo,
+            deadline_ms: from.deadline_ms,
+            cancellable: from.cancellable,
         }
     }
 }
@@ -332,6 +417,7 @@ impl From<task::TaskEvent> for TaskEventView {
             shard_id: from.shard_id,
             step: from.step,
             message: from.message,
+            trace_id: from.trace_id,
         }
     }
 }

@@ -5,6 +5,7 @@
 use std::{
     pin::Pin,
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use slotmesh_ctl::{
@@ -34,6 +35,10 @@ type Answers = Vec<Result<WatchTaskResponse, Status>>;
 struct Controller {
     leader: Option<String>,
     asked_from: Arc<Mutex<Vec<u64>>>,
+    /// So many calls more are lost with the leader.
+    lost: Arc<Mutex<u32>>,
+    /// Client tokens and `traceparent`s of cancels, as they came.
+    cancels: Arc<Mutex<Vec<(String, String)>>>,
 }
 
 const EVENTS: u64 = 5;
@@ -47,6 +52,22 @@ impl Controller {
         let server = Server::builder().add_service(TaskServiceServer::new(self));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         address
+    }
+
+    /// As a controller says it whose leader died with the call.
+    fn lose(&self) -> Result<(), Status> {
+        let mut lost = self.lost.lock().unwrap();
+        if *lost == 0 {
+            return Ok(());
+        }
+        *lost -= 1;
+        let details = ErrorDetails::with_error_info("LEADER_LOST", "slotmesh", []);
+        let message = "the leader was lost while it had this call";
+        Err(Status::with_error_details(
+            Code::Unavailable,
+            message,
+            details,
+        ))
     }
 
     fn require_leader(&self) -> Result<(), Status> {
@@ -95,6 +116,7 @@ impl TaskService for Controller {
         request: Request<GetTaskRequest>,
     ) -> Result<Response<GetTaskResponse>, Status> {
         self.require_leader()?;
+        self.lose()?;
         let task_id = request.into_inner().task_id;
         if task_id != "t-1" {
             return Err(Status::not_found(format!("task {task_id} does not exist")));
@@ -116,9 +138,15 @@ impl TaskService for Controller {
 
     async fn cancel_task(
         &self,
-        _: Request<CancelTaskRequest>,
+        request: Request<CancelTaskRequest>,
     ) -> Result<Response<CancelTaskResponse>, Status> {
-        Err(Status::unimplemented("not asked here"))
+        let parent = request.metadata().get("traceparent");
+        let parent = parent.map(|p| p.to_str().unwrap().to_owned());
+        let token = request.into_inner().client_token;
+        let cancel = (token, parent.unwrap_or_default());
+        self.cancels.lock().unwrap().push(cancel);
+        self.lose()?;
+        Ok(Response::new(CancelTaskResponse::default()))
     }
 
     async fn reschedule_task(
@@ -219,4 +247,66 @@ async fn an_unknown_task_is_refused_at_once() {
         ),
         "{failure}"
     );
+}
+
+/// With so many calls that are lost.
+fn losing(calls: u32) -> Controller {
+    Controller {
+        lost: Arc::new(Mutex::new(calls)),
+        ..Controller::default()
+    }
+}
+
+#[tokio::test]
+async fn a_command_whose_leader_is_lost_asks_again_at_another_controller_with_the_same_token() {
+    let (first, second) = (losing(9), Controller::default());
+    let (asked, asked_again) = (first.cancels.clone(), second.cancels.clone());
+    let addresses = format!("{},{}", first.serve().await, second.serve().await);
+    let limit = Duration::from_secs(10);
+    let mut api = Api::patient(&addresses, limit).await.unwrap();
+    let request = CancelTaskRequest {
+        task_id: "t-1".into(),
+        client_token: Api::token(None),
+    };
+    api.call(|api| {
+        let request = request.clone();
+        async move { api.tasks().cancel_task(request).await }
+    })
+    .await
+    .unwrap();
+    let (asked, asked_again) = (asked.lock().unwrap(), asked_again.lock().unwrap());
+    assert_eq!((asked.len(), asked_again.len()), (1, 1));
+    assert_eq!(asked[0], asked_again[0], "the same token, the same trace");
+    assert!(!asked[0].0.is_empty());
+    assert!(asked[0].1.contains(api.trace_id()) && api.trace_id().len() == 32);
+}
+
+#[tokio::test]
+async fn a_command_asks_its_only_controller_again_but_not_for_ever() {
+    let limit = Duration::from_secs(1);
+    let once = losing(1).serve().await;
+    let mut api = Api::patient(&once, limit).await.unwrap();
+    assert_eq!(api.task("t-1").await.unwrap().state(), TaskState::Done);
+
+    let always = losing(u32::MAX).serve().await;
+    let mut api = Api::patient(&always, limit).await.unwrap();
+    let began = Instant::now();
+    let failure = api.task("t-1").await.expect_err("it is lost every time");
+    assert_eq!(failure.reason(), Some("LEADER_LOST"), "{failure}");
+    assert!(began.elapsed() < limit + Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_command_finds_the_controller_that_answers_among_those_that_it_was_given() {
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let nobody = dead.local_addr().unwrap();
+    drop(dead);
+    let well = Controller::default().serve().await;
+    let addresses = format!("{nobody}, {well}");
+    let mut api = Api::patient(&addresses, Duration::ZERO).await.unwrap();
+    assert_eq!(api.task("t-1").await.unwrap().state(), TaskState::Done);
+    // What asks once is told at once.
+    let mut once = Api::connect(&losing(1).serve().await).await.unwrap();
+    let failure = once.task("t-1").await.expect_err("lost");
+    assert_eq!(failure.reason(), Some("LEADER_LOST"));
 }

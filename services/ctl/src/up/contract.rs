@@ -10,6 +10,9 @@ use crate::{render::Text, views};
 pub struct Contract {
     /// Where the gRPC API is.
     pub controller: String,
+    /// At each controller, when there are several.
+    #[serde(default, skip_serializing_if = "is_one")]
+    pub controllers: Vec<String>,
     /// Where Redis clients connect.
     pub proxies: Vec<String>,
     pub instance: String,
@@ -20,6 +23,8 @@ pub struct Contract {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pids {
     pub controller: u32,
+    #[serde(default, skip_serializing_if = "is_one")]
+    pub controllers: Vec<u32>,
     pub agents: Vec<u32>,
     pub proxies: Vec<u32>,
 }
@@ -32,6 +37,11 @@ pub struct NodeEntry {
     pub addr: String,
     pub pid: u32,
     pub host: String,
+}
+
+/// What `controller` says already.
+fn is_one<T>(controllers: &[T]) -> bool {
+    controllers.len() <= 1
 }
 
 impl NodeEntry {
@@ -61,8 +71,11 @@ impl Contract {
 
 impl Text for Contract {
     fn text(&self) -> String {
+        let controller = match self.controllers.len() {
+            0 | 1 => self.controller.clone(),
+            _ => self.controllers.join(","),
+        };
         let Self {
-            controller,
             proxies,
             instance,
             nodes,
@@ -109,10 +122,12 @@ mod tests {
         };
         Contract {
             controller: "127.0.0.1:1".into(),
+            controllers: vec!["127.0.0.1:1".into()],
             proxies: vec!["127.0.0.1:2".into(), "127.0.0.1:3".into()],
             instance: "r-1".into(),
             pids: Pids {
                 controller: 10,
+                controllers: vec![10],
                 agents: vec![11],
                 proxies: vec![12, 13],
             },

@@ -16,7 +16,7 @@ use rand::Rng;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use super::Settings;
+use super::{EtcdArgs, Settings, control};
 use crate::failure::Failure;
 
 /// Version of the directory's format; raised when an older `slotmesh` could not use it.
@@ -37,6 +37,12 @@ pub(super) struct MeshFile {
     #[serde(flatten)]
     pub(super) shape: Shape,
     pub(super) controller_port: u16,
+    /// Of the second and later controllers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) more_controller_ports: Vec<u16>,
+    /// How etcd was reached last.
+    #[serde(default, skip_serializing_if = "EtcdArgs::is_empty")]
+    pub(super) etcd: EtcdArgs,
     pub(super) agents: Vec<AgentPlace>,
     /// Client token with which the instance was, or will be, created.
     pub(super) instance_token: String,
@@ -88,8 +94,11 @@ impl Layout {
             .with_context(|| format!("find {}", dir.display()))?;
         let lock = lock(&dir)?;
         let file = match read_mesh_file(&dir)? {
-            Some(file) => {
-                file.shape.accepts(settings, &dir)?;
+            Some(mut file) => {
+                file.accepts(settings, &dir)?;
+                if file.has_new_access(settings)? {
+                    write_mesh_file(&dir, &file)?;
+                }
                 file
             }
             None => {
@@ -99,14 +108,18 @@ impl Layout {
                 file
             }
         };
-        for sub in ["logs", "controller"] {
-            fs::create_dir_all(dir.join(sub)).with_context(|| format!("make {sub} directory"))?;
-        }
-        Ok(Self {
+        let layout = Self {
             dir,
             file,
             _lock: lock,
-        })
+        };
+        for sub in control::dirs(&layout)
+            .into_iter()
+            .chain([layout.dir.join("logs")])
+        {
+            fs::create_dir_all(&sub).with_context(|| format!("make {}", sub.display()))?;
+        }
+        Ok(layout)
     }
 
     /// Keeps which instance is served.
@@ -131,11 +144,6 @@ impl Layout {
         self.dir.join("logs").join(format!("{name}.log"))
     }
 
-    /// The controller's own directory.
-    pub(super) fn controller_dir(&self) -> PathBuf {
-        self.dir.join("controller")
-    }
-
     /// The own directory of one simulated host's agent.
     pub(super) fn host_dir(&self, host_id: &str) -> PathBuf {
         self.dir.join("hosts").join(host_id)
@@ -146,13 +154,17 @@ impl Layout {
     /// # Errors
     /// Names the port, whose it is, and where it is kept.
     pub(super) fn require_free_ports(&self) -> Result<(), Failure> {
-        let controller = ("the controller".to_owned(), self.file.controller_port);
+        let ports = self.file.controller_ports().enumerate();
+        let controllers = ports.map(|(index, port)| match index {
+            0 => ("the controller".to_owned(), port),
+            _ => (format!("controller {}", index + 1), port),
+        });
         let agents = self
             .file
             .agents
             .iter()
             .map(|a| (format!("the agent of {}", a.host_id), a.port));
-        for (whose, port) in std::iter::once(controller).chain(agents) {
+        for (whose, port) in controllers.chain(agents) {
             if let Err(error) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
                 let file = self.dir.join("mesh.json");
                 return Err(Failure::Local(anyhow!(
@@ -169,10 +181,15 @@ impl Layout {
 impl MeshFile {
     fn first(settings: &Settings) -> Result<Self, Failure> {
         let shape = Shape::from_settings(settings)?;
+        let controllers = settings.controllers.unwrap_or(1);
+        control::check(&shape.store, controllers, &settings.etcd)?;
         let hosts = shape.hosts();
-        let mut ports = free_ports(hosts as usize + 1)?.into_iter();
+        let mut ports = free_ports((hosts + controllers) as usize)?.into_iter();
         let mut next_port = || ports.next().ok_or_else(|| anyhow!("too few free ports"));
         let controller_port = next_port()?;
+        let more_controller_ports = (1..controllers)
+            .map(|_| next_port())
+            .collect::<anyhow::Result<Vec<_>>>()?;
         let agents = (1..=hosts)
             .map(|n| {
                 Ok(AgentPlace {
@@ -188,9 +205,34 @@ impl MeshFile {
             mesh_id,
             shape,
             controller_port,
+            more_controller_ports,
+            etcd: settings.etcd.clone().absolute()?,
             agents,
             instance_id: None,
         })
+    }
+
+    /// Of every controller.
+    pub(super) fn controller_ports(&self) -> impl Iterator<Item = u16> {
+        let more = self.more_controller_ports.iter().copied();
+        std::iter::once(self.controller_port).chain(more)
+    }
+
+    fn accepts(&self, asked: &Settings, dir: &Path) -> Result<(), Failure> {
+        let controllers = self.controller_ports().count();
+        let count = u32::try_from(controllers).unwrap_or(u32::MAX);
+        control::check(&self.shape.store, count, &asked.etcd)?;
+        self.shape.accepts(asked, count, dir)
+    }
+
+    /// Takes over how etcd is reached from now on: passwords and certificates are renewed.
+    fn has_new_access(&mut self, asked: &Settings) -> anyhow::Result<bool> {
+        let next = asked.etcd.clone().absolute()?;
+        let is_new = !next.is_empty() && next != self.etcd;
+        if is_new {
+            self.etcd = next;
+        }
+        Ok(is_new)
     }
 }
 
@@ -228,7 +270,7 @@ impl Shape {
     }
 
     /// Refuses settings that ask for something else than the directory has.
-    fn accepts(&self, asked: &Settings, dir: &Path) -> Result<(), Failure> {
+    fn accepts(&self, asked: &Settings, controllers: u32, dir: &Path) -> Result<(), Failure> {
         let number = |n: Option<u32>| n.map(|n| n.to_string());
         let words = |all: &BTreeMap<String, String>| {
             let words: Vec<_> = all.iter().map(|(n, v)| format!("{n}={v}")).collect();
@@ -255,6 +297,11 @@ impl Shape {
             ("workers", &self.workers.to_string(), number(asked.workers)),
             ("engine", &self.engine, asked.engine.clone()),
             ("store", &self.store, asked.store.clone()),
+            (
+                "controllers",
+                &controllers.to_string(),
+                number(asked.controllers),
+            ),
             (
                 "parameter",
                 &has_parameters,
@@ -391,110 +438,5 @@ fn free_ports(count: usize) -> anyhow::Result<Vec<u16>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings(dir: &Path) -> Settings {
-        Settings {
-            data: dir.to_owned(),
-            ..Settings::default()
-        }
-    }
-
-    #[test]
-    fn a_second_start_finds_the_same_ports_and_shape() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut first = settings(dir.path());
-        first.shards = Some(3);
-        let made = Layout::open(&first).unwrap().file;
-        let found = Layout::open(&settings(dir.path())).unwrap().file;
-        assert_eq!(made, found);
-        assert_eq!(found.agents.len(), 3);
-    }
-
-    #[test]
-    fn there_are_enough_hosts_for_every_node_of_a_shard() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut many = settings(dir.path());
-        many.replicas = Some(4);
-        assert_eq!(Layout::open(&many).unwrap().file.agents.len(), 5);
-    }
-
-    fn refusal(settings: &Settings) -> String {
-        match Layout::open(settings) {
-            Err(failure @ Failure::RefusedHere(_)) => failure.to_string(),
-            other => panic!("expected a refusal, got {other:?}"),
-        }
-    }
-
-    #[test]
-    fn another_shape_is_refused_and_named() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(Layout::open(&settings(dir.path())).unwrap());
-        let mut other = settings(dir.path());
-        other.shards = Some(5);
-        other.engine = Some("7.0".into());
-        other.parameters.insert("hz".into(), "9".into());
-        let text = refusal(&other);
-        assert!(text.contains("--shards 5 (it has 2)"), "{text}");
-        assert!(
-            text.contains("--engine 7.0 (it has redis-server on PATH)"),
-            "{text}"
-        );
-        assert!(text.contains("--parameter hz=9 (it has none)"), "{text}");
-    }
-
-    #[test]
-    fn a_directory_in_use_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let _first = Layout::open(&settings(dir.path())).unwrap();
-        assert!(refusal(&settings(dir.path())).contains("another `slotmesh up`"));
-    }
-
-    #[test]
-    fn a_directory_of_a_newer_version_is_refused_and_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let newer = r#"{"schema":2,"something":"else"}"#;
-        fs::write(dir.path().join("mesh.json"), newer).unwrap();
-        let text = refusal(&settings(dir.path()));
-        assert!(text.contains("format 2, this one knows up to 1"), "{text}");
-        assert_eq!(
-            fs::read_to_string(dir.path().join("mesh.json")).unwrap(),
-            newer
-        );
-    }
-
-    #[test]
-    fn a_directory_with_other_files_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("thesis.txt"), "precious").unwrap();
-        assert!(refusal(&settings(dir.path())).contains("thesis.txt"));
-    }
-
-    #[test]
-    fn a_port_in_use_is_named_with_its_owner() {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::open(&settings(dir.path())).unwrap();
-        let port = layout.file.agents[1].port;
-        let _taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
-        let text = layout
-            .require_free_ports()
-            .expect_err("port is taken")
-            .to_string();
-        assert!(
-            text.contains(&format!("127.0.0.1:{port} of the agent of host-2")),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn a_standard_instance_has_one_shard() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut standard = settings(dir.path());
-        standard.architecture = Some("standard".into());
-        standard.shards = Some(2);
-        assert!(matches!(Layout::open(&standard), Err(Failure::Usage(_))));
-        standard.shards = None;
-        assert_eq!(Layout::open(&standard).unwrap().file.shape.shards, 1);
-    }
-}
+#[path = "layout_tests.rs"]
+mod tests;

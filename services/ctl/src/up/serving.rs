@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     Mesh,
     contract::{Contract, NodeEntry, Pids},
+    control,
     layout::Shape,
 };
 use crate::{
@@ -298,12 +299,17 @@ pub(super) async fn describe(
         );
     }
     let agents = mesh.agents().filter_map(|a| a.status().pid).collect();
+    let controllers: Vec<u32> = (mesh.controllers())
+        .map(|c| c.status().pid.unwrap_or_default())
+        .collect();
     let contract = Contract {
-        controller: api.address().to_owned(),
+        controller: control::addresses(&mesh.layout).swap_remove(0),
+        controllers: control::addresses(&mesh.layout),
         proxies: instance.proxies.iter().map(|p| p.address.clone()).collect(),
         instance: id.to_owned(),
         pids: Pids {
-            controller: mesh.controller().status().pid.unwrap_or_default(),
+            controller: controllers.first().copied().unwrap_or_default(),
+            controllers,
             agents,
             proxies: instance.proxies.iter().map(|p| p.pid).collect(),
         },
@@ -374,7 +380,7 @@ fn key_in(shard: &instance::Shard) -> Option<String> {
 
 /// The address and pids that the API shows last, to see afterwards that nothing is left.
 pub(super) async fn last_known(mesh: &Mesh, deadline: Instant) -> Option<Contract> {
-    let address = mesh.controller().bound()?.address;
+    let address = mesh.controllers().find_map(|c| c.bound())?.address;
     let id = mesh.layout.file.instance_id.clone()?;
     let look = async {
         let mut api = Api::connect(&address).await.ok()?;

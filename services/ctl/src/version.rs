@@ -1,0 +1,132 @@
+//! `slotmesh version`: what an instance runs, and what is listed that is newer.
+
+use serde::Serialize;
+use slotmesh_proto::{artifact::v1::Artifact, instance::v1 as api, store::v1::ReleaseLevel};
+
+use crate::{
+    api::Api,
+    failure::Failure,
+    render::{Output, Text, show, table},
+};
+
+#[derive(Debug, Clone, Serialize)]
+struct VersionsView {
+    engine: String,
+    major_version: String,
+    minor_version: String,
+    is_latest_version: bool,
+    latest: Option<LatestView>,
+    nodes: Vec<ProcessView>,
+    proxy_minor_version: String,
+    is_proxy_latest_version: bool,
+    proxy_latest: Option<LatestView>,
+    proxies: Vec<ProcessView>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct LatestView {
+    name: String,
+    version: String,
+    level: &'static str,
+    release_note: String,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct ProcessView {
+    id: String,
+    shard_id: String,
+    version: String,
+}
+
+/// Shows it.
+///
+/// # Errors
+/// As the controller answered.
+pub async fn on_version(api: &mut Api, instance: String, output: Output) -> Result<(), Failure> {
+    let request = api::DescribeEngineVersionRequest {
+        instance_id: instance,
+    };
+    let answer = api
+        .call(|api| {
+            let request = request.clone();
+            async move { api.instances().describe_engine_version(request).await }
+        })
+        .await?;
+    Ok(show(output, &VersionsView::from(answer))?)
+}
+
+impl From<api::DescribeEngineVersionResponse> for VersionsView {
+    fn from(from: api::DescribeEngineVersionResponse) -> Self {
+        let processes = |all: Vec<api::ProcessVersion>| {
+            let view = |p: api::ProcessVersion| ProcessView {
+                id: p.id,
+                shard_id: p.shard_id,
+                version: p.version,
+            };
+            all.into_iter().map(view).collect()
+        };
+        Self {
+            engine: from.engine,
+            major_version: from.major_version,
+            minor_version: from.minor_version,
+            is_latest_version: from.is_latest_version,
+            latest: from.latest.map(LatestView::from),
+            nodes: processes(from.nodes),
+            proxy_minor_version: from.proxy_minor_version,
+            is_proxy_latest_version: from.is_proxy_latest_version,
+            proxy_latest: from.proxy_latest.map(LatestView::from),
+            proxies: processes(from.proxies),
+        }
+    }
+}
+
+impl From<Artifact> for LatestView {
+    fn from(from: Artifact) -> Self {
+        Self {
+            level: match from.level() {
+                ReleaseLevel::High => "high",
+                ReleaseLevel::Medium => "medium",
+                ReleaseLevel::Low | ReleaseLevel::Unspecified => "low",
+            },
+            name: from.name,
+            version: from.version,
+            release_note: from.release_note,
+        }
+    }
+}
+
+impl Text for VersionsView {
+    fn text(&self) -> String {
+        let line = |what: &str, version: &str, is_latest: bool, latest: &Option<LatestView>| {
+            let version = if version.is_empty() {
+                "unknown"
+            } else {
+                version
+            };
+            let newer = match latest {
+                Some(l) if !is_latest => {
+                    format!("; {} is listed ({}): {}", l.name, l.level, l.release_note)
+                }
+                _ => String::new(),
+            };
+            format!("{what:<9} {version}{newer}\n")
+        };
+        let engine = format!("{} {}", self.engine, self.minor_version);
+        let head = line(
+            "engine",
+            engine.trim(),
+            self.is_latest_version,
+            &self.latest,
+        ) + &line(
+            "proxy",
+            &self.proxy_minor_version,
+            self.is_proxy_latest_version,
+            &self.proxy_latest,
+        );
+        let rows = self.nodes.iter().chain(&self.proxies).map(|p| {
+            let or_dash = |text: &str| if text.is_empty() { "-" } else { text }.to_owned();
+            [p.id.clone(), or_dash(&p.shard_id), or_dash(&p.version)]
+        });
+        format!("{head}\n{}", table(["PROCESS", "SHARD", "VERSION"], rows))
+    }
+}
