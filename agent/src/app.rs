@@ -4,6 +4,7 @@
 //! every error that an operator can cause has been told; after `run` all workers have ended.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
 use crate::{
-    artifact::Engines,
+    artifact::{Engines, catalogue::Catalogue},
     controllers::Controllers,
     executor::Executor,
     fencer::{FencerError, client::FencerClient},
@@ -27,14 +28,14 @@ use crate::{
     lease::{Lease, guard::Guard},
     metrics::Metrics,
     node::{
-        files::{check_schema, make_private_dir},
+        files::{NodeDir, check_schema, make_private_dir},
         worker::Farewell,
     },
     process::write_atomic,
     reports::Reports,
     session,
     settings::Settings,
-    supervisor::Supervisor,
+    supervisor::{Supervisor, ids_in},
 };
 
 /// Steps that are under way may end before the server does.
@@ -101,6 +102,11 @@ impl App {
         let listener = TcpListener::bind(address).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         write_whereabouts(&root, address).map_err(data)?;
+        let controllers =
+            Controllers::kept_in(settings.controllers.clone(), root.join("controllers.json"));
+        let catalogue = Catalogue::new(root.join("artifacts"), controllers.clone());
+        let catalogue = Arc::new(catalogue.map_err(data)?);
+        let engines = Engines::new(settings.engine_default.clone(), settings.engines.clone());
         let host = Arc::new(Host {
             host_id: settings.host_id.clone(),
             advertise_ip: settings.advertise_ip,
@@ -108,14 +114,12 @@ impl App {
             lost_dir,
             proxies_dir,
             proxy_binary: settings.proxy_binary.clone(),
-            engines: Engines::new(settings.engine_default.clone(), settings.engines.clone()),
+            engines: engines.with_catalogue(catalogue.clone()),
+            catalogue,
             journal,
             lease: Lease::default(),
             reports,
-            controllers: Controllers::kept_in(
-                settings.controllers.clone(),
-                root.join("controllers.json"),
-            ),
+            controllers,
             metrics: Arc::new(Metrics::default()),
         });
         let fencer = FencerClient::new(settings.fencer_binary.clone(), root)?;
@@ -151,6 +155,13 @@ impl App {
             let guard = Guard::new(self.host.clone(), fencer);
             tokio::spawn(guard.run(assignments.subscribe(), stop.clone()))
         });
+        let clean = tokio::spawn({
+            let (host, stop) = (self.host.clone(), stop.clone());
+            async move {
+                let used = || engines_of(&host.nodes_dir);
+                host.catalogue.keep_clean(used, stop).await;
+            }
+        });
         let register = self.register();
         let session = tokio::spawn(session::run(
             self.host.clone(),
@@ -170,7 +181,7 @@ impl App {
             true => Farewell::Stop,
             false => Farewell::LeaveRunning,
         };
-        for worker in [reconcile, session].into_iter().chain(guard) {
+        for worker in [reconcile, session, clean].into_iter().chain(guard) {
             let _ = worker.await;
         }
         supervisor.stop(farewell).await;
@@ -232,6 +243,13 @@ impl App {
             opened_unix_us: 0,
         }
     }
+}
+
+/// Names of the engines that nodes of this host are made of.
+fn engines_of(nodes_dir: &Path) -> BTreeSet<String> {
+    let specs = ids_in(nodes_dir).into_iter();
+    let specs = specs.filter_map(|id| NodeDir::peek_spec(nodes_dir, &id));
+    specs.map(|spec| spec.engine).collect()
 }
 
 /// Where others reach what listens at `bound`.

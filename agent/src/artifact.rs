@@ -1,25 +1,45 @@
 //! From the name of an engine to a binary that runs and a version.
 //!
+//! A name is one that the operator of this host has declared, a path, or an artifact of the mesh's
+//! catalogue, such as redis-7.0.15.
+//!
 //! Invariant: what is returned has answered `--version` on this host, so a missing library or a
 //! wrong architecture is found before a node is touched.
+
+pub mod catalogue;
+mod fetch;
 
 use std::{
     collections::BTreeMap,
     env,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
+pub use slotmesh_topology::artifact::Version;
+use slotmesh_topology::artifact::{Product, parse_name};
 use tokio::{process::Command, time::timeout};
+
+use self::catalogue::Catalogue;
 
 /// A binary that needs longer to print its version is not going to serve.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
-    #[error("engine {name:?} is unknown on this host: start the agent with --engine {name}=PATH")]
+    #[error(
+        "engine {name:?} is unknown on this host: add it to the catalogue and name it as that says \
+         (such as redis-7.0.15), or start the agent with --engine {name}=PATH"
+    )]
     Unknown { name: String },
+    #[error("no artifact {name} is listed: add it (slotmesh artifact add)")]
+    NotListed { name: String },
+    #[error("no controller says what {name} is, and this host has no copy of it")]
+    Unreachable { name: String },
+    #[error("artifact {name}: {why}")]
+    Refused { name: String, why: String },
     #[error(
         "engine {name:?}: no {binary} on PATH: install it, or start the agent with --engine-default PATH"
     )]
@@ -35,57 +55,67 @@ pub struct Engine {
     pub version: Version,
 }
 
-/// As the binary prints it. Valkey counts on from Redis 7.2, so both order alike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    pub major: u32,
-    pub minor: u32,
-    pub patch: u32,
+/// Since when engines differ in what the agent asks of them.
+pub const REDIS_7_0: Version = Version {
+    major: 7,
+    minor: 0,
+    patch: 0,
+};
+/// See above.
+pub const REDIS_7_2: Version = Version {
+    major: 7,
+    minor: 2,
+    patch: 0,
+};
+
+/// From what `--version` prints, of engines and of our own programs.
+pub fn parse_version(text: &str) -> Option<(Product, Version)> {
+    let mut words = text.split_ascii_whitespace();
+    let product = match words.next()? {
+        "Redis" => Product::Redis,
+        "Valkey" => Product::Valkey,
+        "slotmesh-proxy" => return Some((Product::Proxy, number(words.next()?)?)),
+        _ => return None,
+    };
+    let version = words.find_map(|w| w.strip_prefix("v="))?;
+    Some((product, number(version)?))
 }
 
-impl Version {
-    pub const REDIS_7_0: Self = Self {
-        major: 7,
-        minor: 0,
-        patch: 0,
-    };
-
-    pub const REDIS_7_2: Self = Self {
-        major: 7,
-        minor: 2,
-        patch: 0,
-    };
-
-    /// From `redis-server --version` and its kin.
-    pub fn parse(text: &str) -> Option<Self> {
-        let word = text
-            .split_ascii_whitespace()
-            .find_map(|w| w.strip_prefix("v="))?;
-        Self::parse_number(word)
-    }
-
-    /// From `7.0.15`.
-    pub fn parse_number(word: &str) -> Option<Self> {
-        let mut parts = word.split(['.', '-']);
-        let mut next = || parts.next()?.parse().ok();
-        Some(Self {
-            major: next()?,
-            minor: next()?,
-            patch: next().unwrap_or(0),
-        })
-    }
+/// From `7.0.15`, `7.0` or `8.0.0-rc1`, as engines say of themselves.
+pub fn number(word: &str) -> Option<Version> {
+    let mut parts = word.split(['.', '-']);
+    let mut next = || parts.next()?.parse().ok();
+    Some(Version {
+        major: next()?,
+        minor: next()?,
+        patch: next().unwrap_or(0),
+    })
 }
 
 /// What the operator told the agent about engines.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Engines {
     default: String,
     named: BTreeMap<String, PathBuf>,
+    catalogue: Option<Arc<Catalogue>>,
 }
 
 impl Engines {
     pub fn new(default: String, named: BTreeMap<String, PathBuf>) -> Self {
-        Self { default, named }
+        Self {
+            default,
+            named,
+            catalogue: None,
+        }
+    }
+
+    /// With the mesh's catalogue for names that this host's operator has not declared.
+    #[must_use]
+    pub fn with_catalogue(self, catalogue: Arc<Catalogue>) -> Self {
+        Self {
+            catalogue: Some(catalogue),
+            ..self
+        }
     }
 
     /// Names that a node may ask for.
@@ -97,9 +127,19 @@ impl Engines {
 
     /// Finds the binary of `name` (empty: the default) and asks it for its version.
     pub async fn resolve(&self, name: &str) -> Result<Engine, ArtifactError> {
-        let path = self.locate(name)?;
-        let version = ask_version(&path).await?;
+        let path = match (&self.catalogue, self.listed_name(name)) {
+            (Some(catalogue), Some(listed)) => catalogue.provide(listed).await?,
+            _ => self.locate(name)?,
+        };
+        let (_, version) = said_version(&path).await?;
         Ok(Engine { path, version })
+    }
+
+    /// The artifact that is meant, if it is one.
+    fn listed_name<'a>(&self, name: &'a str) -> Option<&'a str> {
+        let declared = self.named.contains_key(name) || name == self.default;
+        let is_engine = parse_name(name).is_some_and(|(product, _)| product.is_engine());
+        (is_engine && !declared).then_some(name)
     }
 
     fn locate(&self, name: &str) -> Result<PathBuf, ArtifactError> {
@@ -133,7 +173,8 @@ fn is_executable(path: &Path) -> bool {
         .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-async fn ask_version(path: &Path) -> Result<Version, ArtifactError> {
+/// Whose program this is and which version, in its own words.
+pub async fn said_version(path: &Path) -> Result<(Product, Version), ArtifactError> {
     let failed = |why: String| ArtifactError::DoesNotRun {
         path: path.to_owned(),
         why,
@@ -148,7 +189,7 @@ async fn ask_version(path: &Path) -> Result<Version, ArtifactError> {
         .map_err(|_| failed("no answer to --version".to_owned()))?
         .map_err(|error| failed(error.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    Version::parse(&text).ok_or_else(|| {
+    parse_version(&text).ok_or_else(|| {
         let error = String::from_utf8_lossy(&output.stderr);
         let last = error
             .lines()
@@ -167,23 +208,14 @@ mod tests {
     fn versions_of_both_families_are_read() {
         let redis = "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64";
         let valkey = "Valkey server v=8.0.1 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64";
+        let of = |text| parse_version(text).map(|(p, v)| (p, v.to_string()));
+        assert_eq!(of(redis), Some((Product::Redis, "7.0.15".into())));
+        assert_eq!(of(valkey), Some((Product::Valkey, "8.0.1".into())));
         assert_eq!(
-            Version::parse(redis),
-            Some(Version {
-                major: 7,
-                minor: 0,
-                patch: 15
-            })
+            of("slotmesh-proxy 0.1.0\n"),
+            Some((Product::Proxy, "0.1.0".into()))
         );
-        assert_eq!(
-            Version::parse(valkey),
-            Some(Version {
-                major: 8,
-                minor: 0,
-                patch: 1
-            })
-        );
-        assert_eq!(Version::parse("cat (GNU coreutils) 9.1"), None);
+        assert_eq!(of("cat (GNU coreutils) 9.1"), None);
     }
 
     #[tokio::test]

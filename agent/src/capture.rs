@@ -3,9 +3,10 @@
 //! The agent asks its own node for the end of its history as a replica would, and writes the commands
 //! to a file. Invariant: a file holds whole commands only, begins with the database that they are
 //! for, has its final name only when it is on disk, and is called complete only if it ends at the
-//! node's last byte and begins at the first that the successor did not have.
+//! node's last byte and begins at the first that its successors are known not to have.
 
 pub mod serve;
+pub mod tail;
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -17,6 +18,8 @@ use std::{
 
 use sha2::{Digest, Sha256};
 use slotmesh_resp::{Args, Parsed, RequestParser, write::encode_command};
+
+use self::tail::Tail;
 
 /// A backlog is read at hundreds of megabytes a second; a node that takes longer is in trouble, and
 /// its host needs a replica again.
@@ -46,8 +49,8 @@ pub struct Plan {
     pub replid: String,
     /// First byte that the node still has.
     pub oldest: u64,
-    /// First byte that the successor does not have.
-    pub from: u64,
+    /// First byte that the successors do not have, or may not have.
+    pub tail: Tail,
     /// The node's last byte.
     pub until: u64,
     /// Of what precedes the first known change of the database.
@@ -80,8 +83,10 @@ pub fn is_name(name: &str) -> bool {
 pub fn capture(plan: &Plan) -> io::Result<Kept> {
     let next = plan.file.with_extension("next");
     let mut keeper = Keeper::open(&next, plan)?;
-    let overrun = plan.oldest > plan.from;
-    let mut why = if overrun {
+    let mut why = if !plan.tail.known {
+        "no failover that is remembered tells where its successors' history departs: it may hold \
+         writes that they have"
+    } else if plan.oldest > plan.tail.from {
         "the node's backlog had begun after the successor's last byte"
     } else {
         ""
@@ -175,11 +180,11 @@ impl Keeper {
             commands: 0,
             offset: plan.oldest,
             until: plan.until,
-            from: plan.from,
+            from: plan.tail.from,
             database: plan.database,
             pending: Vec::new(),
             in_commands: false,
-            overrun: plan.oldest > plan.from,
+            overrun: plan.oldest > plan.tail.from,
         })
     }
 

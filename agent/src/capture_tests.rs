@@ -21,7 +21,7 @@ fn capture_of(history: &[u8], oldest: u64, from: u64, piece: usize) -> (Kept, Op
         secret: "secret".into(),
         replid: "r0".into(),
         oldest,
-        from,
+        tail: Tail { from, known: true },
         until: history.len() as u64,
         database: 3,
         file: dir.path().join("lost.resp"),

@@ -43,6 +43,12 @@ impl Executor {
 
     async fn execute(&self, request: ExecuteStepRequest) -> Result<ExecuteStepResponse, Status> {
         let node_id = node_of(&request)?.to_owned();
+        tracing::info!(
+            task = request.task_id,
+            step = request.step,
+            trace_id = request.trace_id,
+            "step asked for"
+        );
         self.host.metrics.steps.add(1);
         if let Some(answer) = settled(&self.host.journal, &request) {
             self.host.metrics.steps_settled.add(1);

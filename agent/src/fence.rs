@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use slotmesh_proto::agent::v1::EpochUser;
 
 use crate::{
-    artifact::Version,
+    artifact::{self, Version},
     control::{Control, ControlError, strings},
 };
 
@@ -129,8 +129,8 @@ impl Dialect {
     /// Of an engine; `None`: it has not said its version.
     pub fn of(version: Option<Version>) -> Self {
         match version {
-            Some(version) if version < Version::REDIS_7_0 => Self::Before7_0,
-            Some(version) if version >= Version::REDIS_7_2 => Self::Since7_2,
+            Some(version) if version < artifact::REDIS_7_0 => Self::Before7_0,
+            Some(version) if version >= artifact::REDIS_7_2 => Self::Since7_2,
             _ => Self::Since7_0,
         }
     }

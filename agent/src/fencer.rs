@@ -32,6 +32,8 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// With nothing to guard and no news the fencer ends; the next agent starts another.
 const IDLE_MAX: Duration = Duration::from_secs(2);
+/// The niceness of those that go first.
+const URGENT: i32 = -20;
 /// Of hundreds of primaries.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 
@@ -102,6 +104,16 @@ pub async fn run(data: &Path) -> Result<(), FencerError> {
     // Swapped out it would wake too late. Without the privilege it still guards.
     if let Err(error) = mlockall(MlockAllFlags::CURRENT) {
         tracing::info!(%error, "the fencer's memory is not locked; raise LimitMEMLOCK to have it so");
+    }
+    // On a machine that is short of CPU or memory it must be the last to wait, and the last to go.
+    let urgent = rustix::process::setpriority_process(None, URGENT);
+    let spared = fs::write("/proc/self/oom_score_adj", "-1000");
+    if urgent.is_err() || spared.is_err() {
+        tracing::info!(
+            urgent = urgent.is_ok(),
+            spared = spared.is_ok(),
+            "the fencer has no precedence over others; CAP_SYS_NICE and CAP_SYS_RESOURCE give it"
+        );
     }
     tracing::info!(pid = std::process::id(), "fencer guards");
     guard(&socket).await;

@@ -5,7 +5,11 @@
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use crate::{
-    artifact::Engines, controllers::Controllers, journal::Journal, lease::Lease, metrics::Metrics,
+    artifact::{Engines, catalogue::Catalogue},
+    controllers::Controllers,
+    journal::Journal,
+    lease::Lease,
+    metrics::Metrics,
     reports::Reports,
 };
 
@@ -20,6 +24,8 @@ pub struct Host {
     pub proxies_dir: PathBuf,
     pub proxy_binary: PathBuf,
     pub engines: Engines,
+    /// Programs of the mesh that are here.
+    pub catalogue: Arc<Catalogue>,
     pub journal: Journal,
     pub lease: Lease,
     pub reports: Reports,

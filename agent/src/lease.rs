@@ -32,8 +32,9 @@ use crate::{journal::Journal, node::Assigned};
 pub const TTL: Duration = Duration::from_secs(3);
 /// By how much a right ends early: clocks differ, and fencing takes its time.
 pub const MARGIN: Duration = Duration::from_millis(800);
-/// Less right than this left is a reason to ask the replicas' agents: two tries before it ends.
-const ASK_AHEAD: Duration = Duration::from_millis(1_000);
+/// Less right than this left is a reason to ask the replicas' agents: one slow try and a quick one
+/// before it ends. A lease that is renewed as usual leaves more.
+const ASK_AHEAD: Duration = Duration::from_millis(1_500);
 /// How long an agent that has just started looks for a right before it fences what it has adopted.
 /// Meanwhile the fencer of the agent before watches it.
 const SETTLE: Duration = Duration::from_millis(2_200);

@@ -10,11 +10,12 @@ pub mod files;
 pub mod worker;
 
 use slotmesh_proto::{
-    agent::v1::{EpochUser, NodeSpec},
+    agent::v1::{Desired, EpochUser, NodeSpec},
     store::v1::NodeRole,
 };
 
 use crate::{
+    capture::tail::{History, Tail, tail},
     fence::{KnownUsers, UserKind, parse_user, password_sha256},
     handover::{Failover, Link, Role},
     journal::record::{FenceMark, Standing},
@@ -38,9 +39,8 @@ pub struct Observed<'a> {
     pub following: &'a str,
     /// Of a replica to its primary.
     pub link: Link,
-    /// Of the history that the process writes or follows, and its last byte there.
-    pub replid: &'a str,
-    pub offset: u64,
+    /// That the process writes or follows.
+    pub history: History<'a>,
     /// What this process has beyond its successor was looked at, so it may follow.
     pub captured: bool,
     pub users: &'a KnownUsers,
@@ -73,10 +73,10 @@ pub enum Action {
     SetLogin(Login),
     /// Break a replica's link for good: let it follow [`NOWHERE`].
     Detach,
-    /// Keep what the process has written since `from` in history `replid`; following loses it.
+    /// Keep this end of history `replid`, which the process writes; following loses it.
     Capture {
         replid: String,
-        from: u64,
+        tail: Tail,
     },
     Follow {
         host: String,
@@ -109,6 +109,9 @@ pub const NOT_DEMOTED: &str =
 /// Decides for a process that answers.
 pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
     let spec = &assigned.spec;
+    if spec.desired() == Desired::Removed {
+        return Decision::Act(capture(spec, seen).into_iter().collect());
+    }
     if spec.epoch == 0 {
         return Decision::Leave("");
     }
@@ -148,12 +151,7 @@ pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
         && seen.following != spec.primary_address
         && let Some((host, port)) = spec.primary_address.rsplit_once(':')
     {
-        if outran_successor(spec, seen) {
-            actions.push(Action::Capture {
-                replid: spec.previous_replid.clone(),
-                from: spec.previous_offset,
-            });
-        }
+        actions.extend(capture(spec, seen));
         actions.push(Action::Follow {
             host: host.to_owned(),
             port: port.to_owned(),
@@ -180,14 +178,22 @@ fn is_detached(seen: &Observed<'_>) -> bool {
     seen.link == Link::Down && seen.following == NOWHERE
 }
 
-/// Whether this process was the primary before a failover and has written more than the primary
-/// that took its place has.
-fn outran_successor(spec: &NodeSpec, seen: &Observed<'_>) -> bool {
-    seen.role == Role::Primary
-        && !seen.captured
-        && !spec.previous_replid.is_empty()
-        && spec.previous_replid == seen.replid
-        && seen.offset >= spec.previous_offset
+/// What is done before the process follows another one, or ends for good.
+fn capture(spec: &NodeSpec, seen: &Observed<'_>) -> Option<Action> {
+    let tail = beyond_successors(spec, seen)?;
+    Some(Action::Capture {
+        replid: seen.history.replid.to_owned(),
+        tail,
+    })
+}
+
+/// What this process was or would have been the primary for, and no primary after it has.
+fn beyond_successors(spec: &NodeSpec, seen: &Observed<'_>) -> Option<Tail> {
+    if seen.role != Role::Primary || seen.captured {
+        return None;
+    }
+    let standing = seen.standing.filter(|s| s.run_id == seen.run_id);
+    tail(spec, &seen.history, standing.map(|s| s.epoch))
 }
 
 /// Whether a process that is a primary against the assignment was made one by a hand-over of which
@@ -212,7 +218,11 @@ fn revocations(spec: &NodeSpec, seen: &Observed<'_>) -> Vec<Action> {
         let Some((kind, epoch)) = parse_user(name) else {
             continue;
         };
-        if epoch <= spec.closed_epoch {
+        // A replica that has left the shard, or is about to, is fed no more.
+        let is_unnamed = kind == UserKind::Replication
+            && serves(spec, epoch)
+            && !spec.users.iter().any(|user| user.name == *name);
+        if epoch <= spec.closed_epoch || is_unnamed {
             closed.push(name.clone());
         } else if kind == UserKind::Proxy && user.full && !serves(spec, epoch) {
             fenced.push(Action::SoftFence(name.clone()));

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::*;
-use crate::fence::KnownUser;
+use crate::{capture::tail::History, fence::KnownUser};
 
 /// A world in which the node is the converged primary of epoch 3; tests change one thing.
 struct World {
@@ -111,8 +111,11 @@ impl World {
             failover: self.failover,
             following: &self.following,
             link: self.link,
-            replid: self.replid,
-            offset: self.offset,
+            history: History {
+                replid: self.replid,
+                offset: self.offset,
+                ..History::default()
+            },
             captured: self.captured,
             users: &self.users,
             login: self.login.as_ref(),
@@ -132,7 +135,9 @@ impl World {
                         Action::SoftFence(user) => format!("fence {user}"),
                         Action::SetLogin(login) => format!("login {}", login.user),
                         Action::Detach => "detach".to_owned(),
-                        Action::Capture { replid, from } => format!("capture {replid} {from}"),
+                        Action::Capture { replid, tail } => {
+                            format!("capture {replid} {}", tail.from)
+                        }
                         Action::Follow { host, port } => format!("follow {host}:{port}"),
                         Action::Grant(user) => format!("grant {}", user.name),
                     };
@@ -427,4 +432,41 @@ fn a_lost_primary_keeps_what_only_it_has_before_it_follows_and_once() {
     ] {
         check(returned().with(nothing_beyond), "follow n:1");
     }
+}
+
+#[test]
+fn a_replica_that_the_record_does_not_name_is_fed_no_more() {
+    let feeds = |name: &'static str| {
+        World::primary().with(move |w| {
+            w.users.insert(name.to_owned(), known(false));
+        })
+    };
+    check(feeds("rp-3-c"), "delete rp-3-c");
+    // Made ahead of the next epoch.
+    check(feeds("rp-4-c"), "");
+    check(
+        feeds("rp-3-c").with(|w| w.assigned.spec.frozen = true),
+        "leave: a hand-over is under way",
+    );
+}
+
+#[test]
+fn a_node_that_has_left_keeps_what_only_it_has_before_it_is_removed() {
+    let left = || {
+        World::primary().with(|w| {
+            w.assigned.spec = NodeSpec {
+                epoch: 4,
+                closed_epoch: 4,
+                role: NodeRole::Replica.into(),
+                detached: true,
+                previous_replid: "r0".to_owned(),
+                previous_offset: 401,
+                ..NodeSpec::default()
+            };
+            w.assigned.spec.set_desired(Desired::Removed);
+        })
+    };
+    check(left(), "capture r0 401");
+    check(left().with(|w| w.captured = true), "");
+    check(left().with(|w| w.role = Role::Replica), "");
 }

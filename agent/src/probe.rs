@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use slotmesh_proto::{agent::v1::NodeReport, store::v1::NodeRole};
 
 use crate::{
-    artifact::Version,
+    artifact::{self, Version},
+    capture::tail::History,
     control::{Control, ControlError},
     fence::{self, KnownUsers, UserKind},
     handover::{Failover, Link, Observation, Role},
@@ -55,7 +56,7 @@ impl Info {
             "" => self.text("redis_version"),
             version => version,
         };
-        Version::parse_number(own)
+        artifact::number(own)
     }
 
     pub fn role(&self) -> Option<Role> {
@@ -99,6 +100,16 @@ impl Info {
             Some(Role::Primary) => "master_repl_offset",
             _ => "slave_repl_offset",
         })
+    }
+
+    /// The engine's own word on what it writes or follows, and went on from.
+    pub fn history(&self) -> History<'_> {
+        History {
+            replid: self.text("master_replid"),
+            offset: self.offset(),
+            replid2: self.text("master_replid2"),
+            second_offset: self.number("second_repl_offset"),
+        }
     }
 
     /// Online replicas of a primary: address and acknowledged offset.
@@ -151,6 +162,7 @@ impl Info {
         report.busy = ["rdb_bgsave_in_progress", "aof_rewrite_in_progress"]
             .iter()
             .any(|field| self.text(field) == "1");
+        (report.copied_bytes, report.copy_total_bytes) = self.copied();
         report.failover_state = self.text("master_failover_state").to_owned();
         report.used_memory = self.number("used_memory");
         report.max_memory = self.number("maxmemory");
@@ -161,6 +173,25 @@ impl Info {
             .map(|(_, offset)| report.offset.saturating_sub(offset))
             .max()
             .unwrap_or(0);
+    }
+
+    /// Bytes of the data set that is being loaded: those that are there, and all. What streams in
+    /// from a primary without a file in between has no known size: 0 of 0.
+    fn copied(&self) -> (u64, u64) {
+        let syncing = self.text("master_sync_in_progress") == "1";
+        let (done, total) = if self.text("loading") == "1" || self.text("async_loading") == "1" {
+            (
+                self.number("loading_loaded_bytes"),
+                self.number("loading_total_bytes"),
+            )
+        } else if syncing {
+            let total = self.number("master_sync_total_bytes");
+            let left = self.number("master_sync_left_bytes");
+            (total.saturating_sub(left), total)
+        } else {
+            (0, 0)
+        };
+        (done.min(total), total)
     }
 
     /// The only database that has keys; `None`: there are several, or none.
@@ -208,6 +239,17 @@ pub fn granted_epoch(users: &KnownUsers) -> u64 {
         .map(|(_, epoch)| epoch)
         .max()
         .unwrap_or(0)
+}
+
+/// Users as which replicas may log in.
+pub fn replication_users(users: &KnownUsers) -> Vec<String> {
+    let kind = |name: &str| fence::parse_user(name).map(|(kind, _)| kind);
+    let names = users
+        .keys()
+        .filter(|name| kind(name) == Some(UserKind::Replication));
+    let mut names: Vec<_> = names.cloned().collect();
+    names.sort();
+    names
 }
 
 #[cfg(test)]
@@ -259,6 +301,26 @@ mod tests {
         );
         let seen = info.observation("127.0.0.1:7000").unwrap();
         assert!(seen.follows_target && seen.link == Link::Syncing);
+    }
+
+    #[test]
+    fn what_is_loaded_is_counted_from_the_primary_or_from_files_and_never_beyond_its_size() {
+        let copied = |text: &str| {
+            let mut report = NodeReport::default();
+            Info::parse(text).fill(&mut report);
+            (report.copied_bytes, report.copy_total_bytes)
+        };
+        let syncing = "role:slave\r\nmaster_sync_in_progress:1\r\n";
+        let sized = "master_sync_total_bytes:100\r\nmaster_sync_left_bytes:30\r\n";
+        assert_eq!(copied(&format!("{syncing}{sized}")), (70, 100));
+        let unsized_yet = "master_sync_total_bytes:-1\r\nmaster_sync_left_bytes:-1\r\n";
+        assert_eq!(copied(&format!("{syncing}{unsized_yet}")), (0, 0));
+        let loading = "loading:1\r\nloading_loaded_bytes:120\r\nloading_total_bytes:100\r\n";
+        assert_eq!(copied(loading), (100, 100), "the total is an estimate");
+        assert_eq!(
+            copied("role:slave\r\nmaster_sync_in_progress:0\r\n"),
+            (0, 0)
+        );
     }
 
     #[test]

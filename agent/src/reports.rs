@@ -101,8 +101,8 @@ impl Reports {
     }
 }
 
-/// A primary is heard every second; so long a silence is news, more of it is not.
-const LINK_SILENT_S: u32 = 2;
+/// A primary is heard every second; so long a silence makes a witness and is news, more of it is not.
+const LINK_SILENT_S: u32 = 3;
 
 /// Without what changes all the time; that goes with the periodic report.
 fn gist(report: &NodeReport) -> NodeReport {

@@ -169,7 +169,7 @@ fn is_removed(handle: &NodeHandle) -> bool {
         .is_some_and(|a| a.spec.desired() == Desired::Removed)
 }
 
-fn ids_in(dir: &Path) -> Vec<String> {
+pub fn ids_in(dir: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(dir) else {
         return vec![];
     };

@@ -24,7 +24,6 @@ const EAGER: Duration = Duration::from_millis(5);
 const PACE: Duration = Duration::from_millis(1);
 
 /// What a hand-over works with.
-#[derive(Debug)]
 pub struct Driver<'a> {
     pub order: &'a Order,
     pub socket: &'a Path,
@@ -34,6 +33,17 @@ pub struct Driver<'a> {
     pub controllers: &'a Controllers,
     pub commit: Commit,
     pub deadline: Instant,
+    /// Whether the host has the right to serve now: rights that ran out meanwhile are not restored.
+    pub may_serve: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl std::fmt::Debug for Driver<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The secret stays out of it.
+        f.debug_struct("Driver")
+            .field("socket", &self.socket)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What came of it.
@@ -136,6 +146,8 @@ impl Driver<'_> {
                 Ok(_) => Event::AbortDone,
                 Err(_) => Event::AbortFailed,
             },
+            // Who stood still in between wakes into a time in which another one may be the primary.
+            Action::RestoreGrant if !(self.may_serve)() => Event::RestoreFailed,
             Action::RestoreGrant => {
                 match fence::restore(admin, &order.proxy_user, self.dialect).await {
                     Ok(()) => Event::GrantRestored,

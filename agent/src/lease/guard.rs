@@ -37,8 +37,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// After a round in which one was missing.
 const ASK_AGAIN: Duration = Duration::from_millis(150);
-/// For an agent's answer; longer, and a second try would come too late.
-const ASK_WITHIN: Duration = Duration::from_millis(400);
+/// For an agent's answer: on hosts whose processors are wanted by many it passes through threads that
+/// each wait their turn. A late one still counts from when it was asked for; and where an agent is
+/// gone, a second try helps nobody.
+const ASK_WITHIN: Duration = Duration::from_millis(900);
 /// Between hosts of one mesh.
 const CONNECT_WITHIN: Duration = Duration::from_millis(300);
 /// From the soft fence to the hard one: a lease that comes back meanwhile breaks no connection.

@@ -18,7 +18,7 @@ use slotmesh_proto::agent::v1::NodeSpec;
 use slotmesh_topology::parameter;
 
 use crate::{
-    artifact::{Engine, Version},
+    artifact::{self, Engine, Version},
     fence::{ADMIN_USER, password_sha256},
     process::{last_lines, write_atomic},
 };
@@ -256,7 +256,7 @@ fn boot_config(
         "hz 50".to_owned(),
     ];
     lines.extend(KEPT_SINCE_START.map(|(name, value)| format!("{name} {value}")));
-    if version >= Version::REDIS_7_0 {
+    if version >= artifact::REDIS_7_0 {
         // How long SHUTDOWN waits for replicas.
         lines.push("shutdown-timeout 2".to_owned());
     }
@@ -270,7 +270,7 @@ fn boot_config(
 fn boot_only_lines(spec: &NodeSpec, version: Version) -> Vec<String> {
     let wanted = parameter::BOOT_ONLY.iter().filter_map(|known| {
         let value = spec.parameters.get(known.name)?;
-        let is_known = !known.since_7_0 || version >= Version::REDIS_7_0;
+        let is_known = !known.since_7_0 || version >= artifact::REDIS_7_0;
         (is_known && known.values.hold(value)).then(|| format!("{} {value}", known.name))
     });
     wanted.collect()

@@ -264,6 +264,14 @@ impl Worker {
             .spec(assigned.as_ref())
             .map_or(Desired::Unspecified, |s| s.desired());
         if desired == Desired::Removed {
+            if let Some(assigned) = &assigned
+                && let Err(why) = self.keep_before_removal(assigned).await
+            {
+                tracing::warn!(node = %self.node_id, %why, "node not removed yet");
+                self.report.error = why;
+                self.publish();
+                return;
+            }
             self.remove().await;
             return;
         }

@@ -18,7 +18,7 @@ use slotmesh_proto::{
         control_service_server::{ControlService, ControlServiceServer},
         session_request, session_response,
     },
-    store::v1::NodeRole,
+    store::v1::{Departure, NodeRole},
 };
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream, wrappers::WatchStream};
@@ -50,6 +50,8 @@ pub(crate) struct Record {
     pub(crate) target: Option<usize>,
     /// What the last failover's target said of the history before it.
     pub(crate) previous: (String, u64),
+    /// The same of more than one failover.
+    pub(crate) departures: Vec<Departure>,
     /// Whose promises stand for the primary's lease; empty: it needs none.
     pub(crate) replica_agents: Vec<String>,
 }
@@ -279,6 +281,7 @@ impl Record {
             },
             previous_replid: self.previous.0.clone(),
             previous_offset: self.previous.1,
+            departures: self.departures.clone(),
         }
     }
 

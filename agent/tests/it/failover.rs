@@ -25,7 +25,7 @@ use crate::{
 const SOME_TRIES: Duration = Duration::from_millis(2_500);
 
 /// The record as a leader writes it when `a` is lost.
-fn lost(record: &mut Record) {
+pub(crate) fn lost(record: &mut Record) {
     record.closed_epoch = record.epoch;
     record.epoch += 1;
     record.detached = true;
@@ -42,7 +42,7 @@ fn promoted(answer: &NodeReport) -> impl FnOnce(&mut Record) {
     }
 }
 
-async fn promote(mesh: &mut Mesh, proof: FenceProof) -> ExecuteStepResponse {
+pub(crate) async fn promote(mesh: &mut Mesh, proof: FenceProof) -> ExecuteStepResponse {
     let order = Promote {
         node_id: NODES[1].to_owned(),
         run_id: mesh.controller.record().run_ids[1].clone(),
@@ -52,20 +52,20 @@ async fn promote(mesh: &mut Mesh, proof: FenceProof) -> ExecuteStepResponse {
     mesh.agent(1).step(request).await
 }
 
-async fn is_detached(controller: &Controller) -> NodeReport {
+pub(crate) async fn is_detached(controller: &Controller) -> NodeReport {
     let epoch = controller.record().epoch;
     let detached = |n: &NodeReport| n.detached && n.assigned_epoch == epoch;
     controller.until("being detached", 1, detached).await
 }
 
-async fn write(connection: &mut Control, keys: std::ops::Range<u32>) {
+pub(crate) async fn write(connection: &mut Control, keys: std::ops::Range<u32>) {
     for key in keys {
         let key = format!("k-{key}");
         connection.call(&["SET", &key, "v"]).await.unwrap();
     }
 }
 
-async fn keys_of(mesh: &Mesh, node: usize) -> u64 {
+pub(crate) async fn keys_of(mesh: &Mesh, node: usize) -> u64 {
     let mut admin = mesh.admin(node).await;
     let mut report = NodeReport::default();
     Info::read(&mut admin, "default")
@@ -181,7 +181,7 @@ async fn what_was_lost_is_kept(mesh: &mut Mesh, from: u64, engine: &str) {
     assert_eq!(status.code(), tonic::Code::InvalidArgument);
 }
 
-async fn read_lost(mesh: &Mesh, file: &str) -> Result<Vec<u8>, tonic::Status> {
+pub(crate) async fn read_lost(mesh: &Mesh, file: &str) -> Result<Vec<u8>, tonic::Status> {
     let address = format!("http://{}", mesh.agent(0).address);
     let mut client = AgentServiceClient::connect(address).await.unwrap();
     let request = ReadLostWritesRequest { file: file.into() };
@@ -197,7 +197,7 @@ fn hex(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-fn without_pings(file: &[u8]) -> Vec<u8> {
+pub(crate) fn without_pings(file: &[u8]) -> Vec<u8> {
     let mut ping = vec![];
     encode_command(&mut ping, &[b"PING"]);
     let text = String::from_utf8(file.to_vec()).unwrap();

@@ -208,6 +208,7 @@ impl Mesh {
             epoch: record.epoch,
             instance_id: "r-1".to_owned(),
             shard_id: "s-1".to_owned(),
+            trace_id: String::new(),
             timeout_ms: 3_000,
             act: Some(act),
         }

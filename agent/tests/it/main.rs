@@ -9,6 +9,7 @@ mod failover;
 mod hand_over;
 mod hosts;
 mod lease;
+mod lineage;
 mod nodes;
 mod parameters;
 mod processes;

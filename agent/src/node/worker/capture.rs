@@ -10,12 +10,12 @@ use tokio::time::Instant;
 
 use super::Worker;
 use crate::{
-    capture::{self, Kept, Plan},
+    capture::{self, Kept, Plan, tail::Tail},
     fence::ADMIN_USER,
     handover::driver::chain,
     host::is_id,
     journal::record::{Captured, Fact},
-    node::{Assigned, files::make_private_dir},
+    node::{Action, Assigned, Decision, files::make_private_dir},
     probe::Info,
 };
 
@@ -29,15 +29,15 @@ impl Worker {
         &mut self,
         assigned: &Assigned,
         replid: &str,
-        from: u64,
+        tail: Tail,
     ) -> Result<(), String> {
-        let plan = self.plan(assigned, replid, from).await?;
+        let plan = self.plan(assigned, replid, tail).await?;
         let mut lost = LostWrites {
             instance_id: assigned.spec.instance_id.clone(),
             shard_id: assigned.spec.shard_id.clone(),
             epoch: self.lost_epoch(assigned),
             node_id: self.node_id.clone(),
-            bytes: (plan.until + 1).saturating_sub(from),
+            bytes: (plan.until + 1).saturating_sub(tail.from),
             ..LostWrites::default()
         };
         match self.keep(&plan).await {
@@ -53,6 +53,7 @@ impl Worker {
                 lost.commands = kept.commands;
                 lost.complete = kept.complete;
                 lost.sha256 = kept.sha256;
+                kept.why.clone_into(&mut lost.why);
             }
             Err(why) => {
                 let since = *self
@@ -79,6 +80,30 @@ impl Worker {
         Ok(())
     }
 
+    /// Of a node that has left its shard: as before it would follow. An error leaves it as it is, for
+    /// another try; a process that is gone, or does not answer, has nothing that could be read.
+    pub(super) async fn keep_before_removal(&mut self, assigned: &Assigned) -> Result<(), String> {
+        // A whole instance that is deleted has no successor either.
+        if self.removed || !assigned.spec.detached {
+            return Ok(());
+        }
+        if self.process.is_none() && !self.adopt().await {
+            return Ok(());
+        }
+        if !self.probe().await {
+            return Ok(());
+        }
+        let Decision::Act(actions) = self.decide(assigned).await else {
+            return Ok(());
+        };
+        for action in actions {
+            if let Action::Capture { replid, tail } = action {
+                self.capture(assigned, &replid, tail).await?;
+            }
+        }
+        Ok(())
+    }
+
     async fn keep(&self, plan: &Plan) -> Result<Kept, String> {
         make_private_dir(&self.host.lost_dir).map_err(|error| error.to_string())?;
         let plan = plan.clone();
@@ -88,7 +113,12 @@ impl Worker {
         }
     }
 
-    async fn plan(&mut self, assigned: &Assigned, replid: &str, from: u64) -> Result<Plan, String> {
+    async fn plan(
+        &mut self,
+        assigned: &Assigned,
+        replid: &str,
+        tail: Tail,
+    ) -> Result<Plan, String> {
         let dir = self.dir.clone().ok_or("the node has no directory")?;
         let secret = dir.admin_secret().map_err(|error| error.to_string())?;
         let epoch = self.lost_epoch(assigned);
@@ -114,7 +144,7 @@ impl Worker {
             secret,
             replid: replid.to_owned(),
             oldest,
-            from,
+            tail,
             until,
             database: info.only_database().unwrap_or(0),
             file: self.host.lost_dir.join(file),

@@ -55,7 +55,7 @@ impl Worker {
             for action in actions {
                 tracing::info!(node = %self.node_id, epoch = assigned.spec.epoch, action = name(&action), "converging");
                 let done = match action {
-                    Action::Capture { replid, from } => self.capture(assigned, &replid, from).await,
+                    Action::Capture { replid, tail } => self.capture(assigned, &replid, tail).await,
                     action => self.apply(action).await.map_err(|error| chain(&error)),
                 };
                 if let Err(why) = done {
@@ -105,7 +105,7 @@ impl Worker {
             assigned.spec.detached && self.report.observed_role() == NodeRole::Replica;
     }
 
-    async fn decide(&mut self, assigned: &Assigned) -> Decision {
+    pub(super) async fn decide(&mut self, assigned: &Assigned) -> Decision {
         let spec = &assigned.spec;
         let lost_epoch = self.lost_epoch(assigned);
         let (fence, standing, captured, journaled_epoch) = self.host.journal.read(|memory| {
@@ -138,8 +138,7 @@ impl Worker {
             failover: info.failover(),
             following: &following,
             link: info.link(),
-            replid: info.text("master_replid"),
-            offset: info.offset(),
+            history: info.history(),
             captured,
             users: &self.run.users,
             login: self.run.login.as_ref(),

@@ -21,7 +21,7 @@ use crate::{
         Assigned,
         files::{KEPT_SINCE_START, NodeDir},
     },
-    probe::{Info, granted_epoch},
+    probe::{Info, granted_epoch, replication_users},
     process::{Output, Process, last_line},
 };
 
@@ -83,7 +83,7 @@ impl Worker {
     }
 
     /// Takes over a process that a former life of this agent started.
-    async fn adopt(&mut self) -> bool {
+    pub(super) async fn adopt(&mut self) -> bool {
         if !NodeDir::locate(&self.host.nodes_dir, &self.node_id).exists() {
             return false;
         }
@@ -253,6 +253,7 @@ impl Worker {
             self.report.observed_role() == NodeRole::Replica && !self.report.link_up;
         self.run.version = info.version();
         self.report.granted_epoch = granted_epoch(&users);
+        self.report.replication_users = replication_users(&users);
         self.run.users = users;
         self.report.state = ProcessState::Running.into();
         self.report.error.clear();

@@ -250,6 +250,8 @@ impl Worker {
         let controllers = self.host.controllers.clone();
         let dir = self.dir.clone()?;
         let secret = dir.admin_secret().ok()?;
+        let (host, assigned) = (self.host.clone(), self.assigned.borrow().clone());
+        let may_serve = || assigned.as_ref().is_none_or(|a| host.lease.may_serve(a));
         let admin = self.admin().await?;
         let driver = Driver {
             order,
@@ -268,6 +270,7 @@ impl Worker {
                 critical_us: 0,
             },
             deadline,
+            may_serve: &may_serve,
         };
         driver.run(machine, first, origin, admin).await
     }
