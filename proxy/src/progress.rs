@@ -116,6 +116,13 @@ impl Progress {
             .collect()
     }
 
+    /// Clients wait for what a controller will say: a shard is held, or its primary does not answer.
+    pub fn awaits_news(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut levels = state.levels.values().flatten().flatten();
+        !state.troubles.is_empty() || levels.any(|level| matches!(level, Level::Held { .. }))
+    }
+
     /// What is new since the last report.
     pub fn report(&self) -> pb::Report {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -258,6 +265,20 @@ mod tests {
         let report = progress.report();
         assert_eq!(report.shards.len(), 1);
         assert_eq!(report.shards[0].level(), pb::HoldLevel::Held);
+        assert!(
+            progress.awaits_news(),
+            "clients wait for the end of the hold"
+        );
+        for worker in 0..2 {
+            let applied = Level::Applied { epoch: 2 };
+            progress.note(Notice::Level {
+                worker,
+                shard: 0,
+                level: applied,
+            });
+        }
+        assert!(!progress.awaits_news(), "nobody waits");
+        let _ = progress.report();
         assert!(progress.report().shards.is_empty());
         let trouble = |lane, since_us: Option<u64>| Notice::Trouble {
             worker: 1,

@@ -32,8 +32,13 @@ use crate::worker::WorkerHandle;
 
 /// A controller that is there accepts a connection at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
-/// Heartbeats come every 500 ms; after so many missed ones the stream is dead.
+/// Heartbeats come every 200 ms; after so many missed ones the stream is dead.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3);
+/// The same while clients wait for what a controller will say: with a connection to the next one it
+/// stays below a second, the budget of a hold. Three heartbeats, so that one late one is no reason.
+const WAITING_SILENCE_LIMIT: Duration = Duration::from_millis(650);
+/// Between looks at how long the stream has been silent.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// Reports are sent on change and this often.
 const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// First and longest wait between attempts to reach a controller.
@@ -184,12 +189,14 @@ impl Watch {
         let (say, outgoing) = mpsc::channel(OUTGOING);
         send(&say, Said::Hello(self.hello())).await?;
         let started = client.watch(ReceiverStream::new(outgoing));
-        let started = timeout(SILENCE_LIMIT, started)
+        let started = timeout(silence_limit(self.progress.awaits_news()), started)
             .await
             .map_err(|_| StreamEnd::Silent)?;
         let mut heard = started?.into_inner();
         let mut reports = interval(REPORT_INTERVAL);
         reports.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut looks = interval(LOOK_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let progress = Arc::clone(&self.progress);
         let mut last = tokio::time::Instant::now();
         loop {
@@ -209,10 +216,12 @@ impl Watch {
                 () = progress.changed.notified() => {
                     send(&say, Said::Report(progress.report())).await?;
                 }
-                _ = reports.tick() => {
-                    if last.elapsed() > SILENCE_LIMIT {
+                _ = looks.tick() => {
+                    if last.elapsed() > silence_limit(progress.awaits_news()) {
                         return Err(StreamEnd::Silent);
                     }
+                }
+                _ = reports.tick() => {
                     send(&say, Said::Report(progress.report())).await?;
                 }
             }
@@ -304,6 +313,15 @@ pub async fn keep_saved(data: PathBuf, mut newest: watch::Receiver<Option<pb::Sn
     }
 }
 
+/// How long a controller may be silent before another one is asked.
+fn silence_limit(awaits_news: bool) -> Duration {
+    if awaits_news {
+        WAITING_SILENCE_LIMIT
+    } else {
+        SILENCE_LIMIT
+    }
+}
+
 /// Orders the streams of one proxy, whichever controller they go to.
 fn unix_us() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -325,4 +343,19 @@ async fn send(say: &mpsc::Sender<pb::WatchRequest>, message: Said) -> Result<(),
     let sent = timeout(SILENCE_LIMIT, say.send(request)).await;
     sent.map_err(|_| StreamEnd::Silent)?
         .map_err(|_| StreamEnd::Closed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_controller_is_left_within_a_holds_budget_and_not_for_one_late_heartbeat() {
+        const HEARTBEAT: Duration = Duration::from_millis(200);
+        const BUDGET: Duration = Duration::from_secs(1);
+        let waiting = silence_limit(true);
+        assert!(waiting > HEARTBEAT * 3);
+        assert!(waiting + LOOK_INTERVAL + BACKOFF_FIRST * 2 < BUDGET);
+        assert_eq!(silence_limit(false), SILENCE_LIMIT);
+    }
 }

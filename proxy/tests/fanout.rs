@@ -6,35 +6,11 @@
 mod support;
 
 use support::Proxy;
+use support::fixture::{Fixture, fixture};
 use support::node::{Node, snapshot};
 use support::talk::Talk;
 
-struct Fixture {
-    nodes: Vec<Node>,
-    proxy: Proxy,
-    _data: tempfile::TempDir,
-}
-
-async fn fixture(shards: u32) -> Fixture {
-    let nodes: Vec<Node> = (0..shards).map(|_| Node::start_with_epoch(1)).collect();
-    let data = tempfile::tempdir().unwrap();
-    let routes = (0..shards)
-        .map(|i| nodes[i as usize].route(i, shards, 1))
-        .collect();
-    slotmesh_proxy::saved::save(data.path(), &snapshot(1, routes)).unwrap();
-    let proxy = Proxy::start(data.path(), &["--workers", "2"]).await;
-    Fixture {
-        nodes,
-        proxy,
-        _data: data,
-    }
-}
-
 impl Fixture {
-    async fn talk(&self) -> Talk {
-        Talk::connect(self.proxy.address).await
-    }
-
     /// No reply may name where a node listens.
     fn assert_hidden(&self, reply: &str) {
         for node in &self.nodes {
@@ -54,7 +30,7 @@ fn line<'t>(info: &'t str, key: &str) -> &'t str {
 #[tokio::test(flavor = "multi_thread")]
 async fn info_adds_up_shards_and_shows_the_proxys_own() {
     for shards in [1, 3] {
-        let fixture = fixture(shards).await;
+        let fixture = fixture(shards, 2).await;
         let mut talk = fixture.talk().await;
         let mut other = fixture.talk().await;
         other.expect("PING", "+PONG\r\n").await;
@@ -100,7 +76,7 @@ async fn info_adds_up_shards_and_shows_the_proxys_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn statistics_count_what_the_proxy_refuses_and_can_be_reset() {
-    let fixture = fixture(2).await;
+    let fixture = fixture(2, 2).await;
     let mut talk = fixture.talk().await;
     talk.expect("CONFIG RESETSTAT", "+OK\r\n").await;
     assert!(talk.ask("SET k").await.starts_with("-ERR wrong number"));
@@ -124,7 +100,7 @@ async fn statistics_count_what_the_proxy_refuses_and_can_be_reset() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn config_shows_both_kinds_of_parameters_and_no_secret() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = fixture.talk().await;
     let all = talk.ask("CONFIG GET *").await;
     fixture.assert_hidden(&all);
@@ -188,7 +164,7 @@ async fn config_shows_both_kinds_of_parameters_and_no_secret() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_commands_of_all_shards_are_one_list_without_addresses() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     for node in &fixture.nodes {
         node.admin(&["CONFIG", "SET", "slowlog-log-slower-than", "0"]);
     }
@@ -211,7 +187,7 @@ async fn slow_commands_of_all_shards_are_one_list_without_addresses() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn debug_goes_where_its_key_is_or_everywhere_and_ends_no_node() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = fixture.talk().await;
     talk.expect("DEBUG POPULATE 2500 p 20", "+OK\r\n").await;
     talk.expect("DBSIZE", ":2500\r\n").await;
@@ -235,7 +211,7 @@ async fn debug_goes_where_its_key_is_or_everywhere_and_ends_no_node() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn merged_reports_keep_their_types() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = fixture.talk().await;
     for n in 0..10 {
         talk.expect(&format!("SET k{n} 1"), "+OK\r\n").await;
@@ -259,7 +235,7 @@ async fn merged_reports_keep_their_types() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_are_described_by_the_engine() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = fixture.talk().await;
     let direct = fixture.nodes[0].admin(&["COMMAND", "COUNT"]);
     talk.expect("COMMAND COUNT", &direct).await;

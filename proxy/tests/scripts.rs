@@ -6,29 +6,9 @@ mod support;
 
 use support::Proxy;
 use support::controller::Controller;
+use support::fixture::fixture;
 use support::node::{Node, snapshot};
 use support::talk::Talk;
-
-struct Fixture {
-    nodes: Vec<Node>,
-    proxy: Proxy,
-    _data: tempfile::TempDir,
-}
-
-async fn fixture(shards: u32) -> Fixture {
-    let nodes: Vec<Node> = (0..shards).map(|_| Node::start_with_epoch(1)).collect();
-    let data = tempfile::tempdir().unwrap();
-    let routes = (0..shards)
-        .map(|i| nodes[i as usize].route(i, shards, 1))
-        .collect();
-    slotmesh_proxy::saved::save(data.path(), &snapshot(1, routes)).unwrap();
-    let proxy = Proxy::start(data.path(), &["--workers", "2"]).await;
-    Fixture {
-        nodes,
-        proxy,
-        _data: data,
-    }
-}
 
 /// Without a blank, as words are separated by blanks.
 const SCRIPT: &str = "return{KEYS[1],'one'}";
@@ -44,7 +24,7 @@ fn pair(key: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_that_a_node_lost_runs_by_its_digest_all_the_same() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let sha = sha();
     let mut talk = Talk::connect(fixture.proxy.address).await;
     let missing = "-NOSCRIPT No matching script. Please use EVAL.\r\n";
@@ -116,7 +96,7 @@ async fn a_new_primary_gets_the_scripts_that_are_called() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn scripts_need_their_keys_in_one_shard_and_errors_are_the_engines() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = Talk::connect(fixture.proxy.address).await;
     talk.expect(
         "EVAL return(1) 2 a b",
@@ -149,7 +129,7 @@ async fn scripts_need_their_keys_in_one_shard_and_errors_are_the_engines() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_script_selects_stays_its_own() {
-    let fixture = fixture(2).await;
+    let fixture = fixture(2, 2).await;
     let mut talk = Talk::connect(fixture.proxy.address).await;
     let mut other = Talk::connect(fixture.proxy.address).await;
     talk.expect("SELECT 3", "+OK\r\n").await;
@@ -173,7 +153,7 @@ async fn what_a_script_selects_stays_its_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn functions_are_on_every_shard() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let client = redis::Client::open(format!("redis://{}/", fixture.proxy.address)).unwrap();
     let mut redis = client.get_multiplexed_async_connection().await.unwrap();
     let library = "#!lua name=lib\nredis.register_function('where', \
@@ -201,7 +181,7 @@ async fn functions_are_on_every_shard() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_that_never_ends_is_killed_and_others_hear_that_the_shard_is_busy() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     for node in &fixture.nodes {
         assert_eq!(
             node.admin(&["CONFIG", "SET", "busy-reply-threshold", "10"]),
@@ -236,7 +216,7 @@ async fn call(talk: &mut Talk, words: &[&str]) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_of_writes_lets_scripts_that_cannot_write_go_on() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 2).await;
     let mut talk = Talk::connect(fixture.proxy.address).await;
     let library = "#!lua name=quiet\nredis.register_function{function_name='quiet', \
         callback=function() return 1 end, flags={'no-writes'}} \

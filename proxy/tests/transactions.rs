@@ -7,30 +7,9 @@ mod support;
 
 use std::time::Duration;
 
-use support::Proxy;
-use support::node::{Node, snapshot};
+use support::fixture::fixture;
+use support::node::Node;
 use support::talk::Talk;
-
-struct Fixture {
-    nodes: Vec<Node>,
-    proxy: Proxy,
-    _data: tempfile::TempDir,
-}
-
-async fn fixture(shards: u32) -> Fixture {
-    let nodes: Vec<Node> = (0..shards).map(|_| Node::start_with_epoch(1)).collect();
-    let data = tempfile::tempdir().unwrap();
-    let routes = (0..shards)
-        .map(|i| nodes[i as usize].route(i, shards, 1))
-        .collect();
-    slotmesh_proxy::saved::save(data.path(), &snapshot(1, routes)).unwrap();
-    let proxy = Proxy::start(data.path(), &["--workers", "1"]).await;
-    Fixture {
-        nodes,
-        proxy,
-        _data: data,
-    }
-}
 
 /// Transactions of up to two clients, one a line: a command that begins with `2:` is the second one's.
 const SCRIPTS: &str = "
@@ -125,7 +104,7 @@ async fn run(script: &[&str], mut clients: [Talk; 2]) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_script_gives_the_bytes_of_one_redis() {
-    let (fixture, redis) = (fixture(1).await, Node::start());
+    let (fixture, redis) = (fixture(1, 1).await, Node::start());
     for resp3 in [false, true] {
         for script in scripts() {
             redis.admin(&["FLUSHALL"]);
@@ -149,7 +128,7 @@ async fn every_script_gives_the_bytes_of_one_redis() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pipelined_scripts_give_the_same_bytes() {
-    let (fixture, redis) = (fixture(1).await, Node::start());
+    let (fixture, redis) = (fixture(1, 1).await, Node::start());
     for script in scripts() {
         if script
             .iter()
@@ -176,7 +155,7 @@ async fn pipelined_scripts_give_the_same_bytes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_runs_one_block_per_shard_and_orders_the_replies() {
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 1).await;
     let mut talk = Talk::connect(fixture.proxy.address).await;
     for resp3 in [false, true] {
         fixture
@@ -235,7 +214,7 @@ async fn a_cluster_runs_one_block_per_shard_and_orders_the_replies() {
 async fn what_spans_shards_is_refused_and_spoils_the_transaction() {
     const CROSS: &str = "-CROSSSLOT Keys in request don't hash to the same slot\r\n";
     const ABORT: &str = "-EXECABORT Transaction discarded because of previous errors.\r\n";
-    let fixture = fixture(3).await;
+    let fixture = fixture(3, 1).await;
     let mut talk = Talk::connect(fixture.proxy.address).await;
     for line in [
         "MGET a b",
@@ -272,7 +251,7 @@ fn clients(node: &Node) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_takes_its_watch_with_it() {
-    let fixture = fixture(1).await;
+    let fixture = fixture(1, 1).await;
     let mut first = Talk::connect(fixture.proxy.address).await;
     first.expect("SET a 1", "+OK\r\n").await;
     let before = clients(&fixture.nodes[0]);
@@ -302,7 +281,7 @@ async fn a_client_that_leaves_takes_its_watch_with_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_watch_whose_node_or_rights_are_gone_counts_as_touched() {
-    let fixture = fixture(1).await;
+    let fixture = fixture(1, 1).await;
     let node = &fixture.nodes[0];
     let mut talk = Talk::connect(fixture.proxy.address).await;
     talk.expect("SET a 1", "+OK\r\n").await;
@@ -330,7 +309,7 @@ async fn a_watch_whose_node_or_rights_are_gone_counts_as_touched() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_node_queues_nothing_and_executes_what_takes_no_memory() {
     const OOM: &str = "OOM command not allowed when used memory > 'maxmemory'.\r\n";
-    let fixture = fixture(1).await;
+    let fixture = fixture(1, 1).await;
     let node = &fixture.nodes[0];
     let mut talk = Talk::connect(fixture.proxy.address).await;
     let fill = |bytes: &str| {

@@ -303,14 +303,8 @@ impl Core {
     fn wait_confirmed(&mut self, no: LineNo, number: u32, at: usize, answer: &[u8]) {
         let wait = self.waits.get(number);
         let reply = wait.map(|wait| std::mem::take(&mut wait.parts[at].reply));
-        match self.judge_confirmation(no, answer, reply.unwrap_or_default()) {
-            Ok(reply) => self.wait_done(no, number, at, &reply),
-            Err(reply) => {
-                if let Some(wait) = self.waits.get(number) {
-                    wait.parts[at].reply = reply;
-                }
-            }
-        }
+        let reply = self.judge_confirmation(answer, reply.unwrap_or_default());
+        self.wait_done(no, number, at, &reply);
     }
 
     fn part_answered(&mut self, number: u32, at: usize, reply: &[u8]) {

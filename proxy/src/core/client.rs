@@ -141,6 +141,7 @@ impl ClientState {
                 shard_id: t.shard_id.clone().unwrap_or_default(),
                 read_only: t.read_only,
                 mixed: t.mixed,
+                may_change: Some(t.may_change),
             }),
             input: self.input.clone(),
             output: self.output.clone(),
@@ -191,8 +192,8 @@ impl ClientState {
                     dirty: t.dirty,
                     shard_id: Some(t.shard_id).filter(|s| !s.is_empty()),
                     read_only: t.read_only,
-                    // Not kept: a pause does not come along either.
-                    may_change: !t.read_only,
+                    // Older processes do not say: a pause holds it then, if it may write.
+                    may_change: t.may_change.unwrap_or(!t.read_only),
                     mixed: t.mixed,
                 })
             }),
@@ -369,7 +370,7 @@ mod tests {
             dirty: true,
             shard_id: Some("0".to_owned()),
             read_only: true,
-            may_change: false,
+            may_change: true,
             mixed: true,
         }));
         assert_eq!(ClientState::decode(&state.encode()).unwrap(), state);

@@ -29,6 +29,14 @@ use crate::routing::Durability;
 const LOST: &str = "WAITFAIL slotmesh: the shard's primary was lost before enough replicas confirmed \
      this command; its outcome is unknown";
 
+/// Of engines of every version, for a command that they do not have.
+const UNKNOWN: &[u8] = b"-ERR unknown command";
+
+/// What clients of writes hear while `durability_fsync` asks for more than the engine can say.
+const NO_WAITAOF: &str = "WAITFAIL slotmesh: durability_fsync is on and the shard's engine has no \
+     WAITAOF to say what is on disk; its outcome is unknown: the primary has executed it. Use Redis \
+     7.2 or later or Valkey, or set durability_fsync to no";
+
 /// What a lane waits to have confirmed.
 #[derive(Debug, Default)]
 pub struct Durable {
@@ -40,8 +48,6 @@ pub struct Durable {
     kept: FrameQueue,
     replies: Vec<u8>,
     lengths: VecDeque<usize>,
-    /// The node does not know WAITAOF.
-    no_fsync: bool,
 }
 
 impl Durable {
@@ -92,8 +98,20 @@ impl Durability {
         }
     }
 
-    /// What the client of a write hears that was not confirmed.
-    pub(super) fn failure(self) -> Vec<u8> {
+    /// What the client of a write hears that was not confirmed. `answer` is that to the question.
+    pub(super) fn failure(self, answer: &[u8]) -> Vec<u8> {
+        // A promise of less than what was asked for would be taken for what was asked for.
+        if self.fsync && answer.starts_with(UNKNOWN) {
+            return error_line(NO_WAITAOF);
+        }
+        if let Some(why) = answer.strip_prefix(b"-") {
+            let why = String::from_utf8_lossy(why.trim_ascii());
+            return error_line(&format!(
+                "WAITFAIL slotmesh: the shard's primary can't say which replicas have this command; \
+                 its outcome is unknown: the primary has executed it, and a failover may lose it \
+                 (it answered: {why})"
+            ));
+        }
         error_line(&format!(
             "WAITFAIL slotmesh: fewer than {} replicas confirmed this command within {} ms; its \
              outcome is unknown: the primary has executed it, and a failover may lose it",
@@ -101,10 +119,10 @@ impl Durability {
         ))
     }
 
-    fn write_question(self, fsync: bool, out: &mut Vec<u8>) {
+    fn write_question(self, out: &mut Vec<u8>) {
         let (replicas, limit) = (self.replicas.to_string(), self.timeout_ms.to_string());
         let (replicas, limit) = (replicas.as_bytes(), limit.as_bytes());
-        if fsync {
+        if self.fsync {
             write::encode_command(out, &[b"WAITAOF", b"1", replicas, limit]);
         } else {
             write::encode_command(out, &[b"WAIT", replicas, limit]);
@@ -141,9 +159,8 @@ impl Lane {
 
     fn ask(&mut self) {
         let wanted = self.durable.wanted;
-        let fsync = wanted.fsync && !self.durable.no_fsync;
         self.flight.push_with(Entry::own(Kind::Confirm), |bytes| {
-            wanted.write_question(fsync, bytes);
+            wanted.write_question(bytes);
         });
     }
 
@@ -195,12 +212,7 @@ impl Core {
         let lane = &mut self.lanes[no as usize];
         lane.flight.pop();
         let wanted = lane.durable.wanted;
-        if reply.starts_with(b"-ERR unknown command") && !lane.durable.no_fsync && wanted.fsync {
-            lane.durable.no_fsync = true;
-            lane.ask();
-            return lane.touch(&mut self.out);
-        }
-        let met = wanted.is_met_by(reply);
+        let (answer, met) = (reply, wanted.is_met_by(reply));
         lane.durable.asking = lane.durable.asking.saturating_sub(1);
         while let Some((entry, reply)) = self.lanes[no as usize].durable.pop() {
             self.lanes[no as usize].in_flight -= 1;
@@ -210,7 +222,7 @@ impl Core {
             } else {
                 self.counters.errors += 1;
                 self.counters.unconfirmed += 1;
-                self.give(&entry, &wanted.failure(), outlet);
+                self.give(&entry, &wanted.failure(answer), outlet);
             }
         }
         let lane = &mut self.lanes[no as usize];
@@ -271,35 +283,40 @@ impl Core {
         // See `blocking`: the question is about what this connection wrote.
         self.write_own(no, &[b"PING"]);
         self.write_own(no, &[b"SPUBLISH", WAIT_CHANNEL, b""]);
-        self.write_line(no, |out| wanted.write_question(wanted.fsync, out));
+        self.write_line(no, |out| wanted.write_question(out));
         self.out.unsteady = true;
         self.now_us + u64::from(wanted.timeout_ms) * 1000 + super::lane::SILENCE_LIMIT_US
     }
 
-    /// The reply that a client gets, after the answer to [`Self::ask_confirmation`]. `Err` gives it
-    /// back: the engine does not know the question and was asked another one.
-    pub(super) fn judge_confirmation(
-        &mut self,
-        no: LineNo,
-        answer: &[u8],
-        reply: Vec<u8>,
-    ) -> Result<Vec<u8>, Vec<u8>> {
+    /// The reply that a client gets, after the answer to [`Self::ask_confirmation`].
+    pub(super) fn judge_confirmation(&mut self, answer: &[u8], reply: Vec<u8>) -> Vec<u8> {
         let wanted = self.table.settings.durability();
-        if wanted.fsync && answer.starts_with(b"-ERR unknown command") {
-            self.write_line(no, |out| wanted.write_question(false, out));
-            return Err(reply);
-        }
         if wanted.is_met_by(answer) {
-            return Ok(reply);
+            return reply;
         }
         self.counters.unconfirmed += 1;
-        Ok(wanted.failure())
+        wanted.failure(answer)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_asked_for_disks_is_told_that_the_engine_can_not_say() {
+        let fsync = Durability {
+            replicas: 1,
+            fsync: true,
+            ..Durability::default()
+        };
+        let told = |answer: &[u8]| String::from_utf8(fsync.failure(answer)).unwrap();
+        let refusal = told(b"-ERR unknown command 'WAITAOF', with args beginning with: '1' \r\n");
+        assert!(refusal.contains("no WAITAOF") && refusal.contains("durability_fsync to no"));
+        let off = told(b"-ERR WAITAOF cannot be used when appendonly is disabled.\r\n");
+        assert!(off.starts_with("-WAITFAIL ") && off.contains("appendonly is disabled"));
+        assert!(told(b"*2\r\n:1\r\n:0\r\n").contains("fewer than 1 replicas"));
+    }
 
     #[test]
     fn only_enough_replicas_are_enough() {

@@ -367,21 +367,12 @@ impl Core {
     }
 
     fn exec_confirmed(&mut self, no: LineNo, number: u32, answer: &[u8], reply: Vec<u8>) {
-        match self.judge_confirmation(no, answer, reply) {
-            Ok(reply) => {
-                if let Some(weave) = self.weaves.get(number) {
-                    weave.watched = None;
-                }
-                self.give_private(no);
-                self.weave_part(number, 0, &reply);
-            }
-            Err(reply) => {
-                let weave = self.weaves.get(number);
-                if let Some(watched) = weave.and_then(|weave| weave.watched.as_mut()) {
-                    watched.confirming = Some(reply);
-                }
-            }
+        let reply = self.judge_confirmation(answer, reply);
+        if let Some(weave) = self.weaves.get(number) {
+            weave.watched = None;
         }
+        self.give_private(no);
+        self.weave_part(number, 0, &reply);
     }
 
     /// Takes the reply of a block.

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod controller;
+pub(crate) mod fixture;
 pub(crate) mod node;
 pub(crate) mod raw;
 pub(crate) mod talk;

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,16 @@ const OBSERVER_RIGHTS: &[&str] = &[
 pub(crate) struct Node {
     process: Child,
     pub(crate) address: SocketAddr,
-    _dir: tempfile::TempDir,
+    program: PathBuf,
+    extra: Vec<String>,
+    dir: tempfile::TempDir,
+}
+
+/// An engine beside the one that is installed, if it has been fetched.
+pub(crate) fn engine(name: &str) -> Option<PathBuf> {
+    let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.engines");
+    let program = engines.join(name).join("redis-server");
+    program.exists().then_some(program)
 }
 
 impl Drop for Node {
@@ -63,51 +73,54 @@ impl Node {
         Self::launch(free, extra)
     }
 
+    /// Another engine, with more arguments for it.
+    pub(crate) fn start_engine(program: &Path, extra: &[&str]) -> Self {
+        let free = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        Self::launch_in(dir, program, free, extra)
+    }
+
     pub(crate) fn start_at(address: SocketAddr) -> Self {
         Self::launch(address, &[])
     }
 
+    /// Ends the process at once and starts it again on what it has left on its disk.
+    pub(crate) fn start_again(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        self.process = spawn(&self.program, self.dir.path(), self.address, &self.extra);
+        self.wait_answer();
+    }
+
     fn launch(address: SocketAddr, extra: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = address.port().to_string();
-        let process = Command::new("redis-server")
-            .args([
-                "--port",
-                &port,
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--databases",
-                "256",
-            ])
-            .args(["--enable-debug-command", "yes"])
-            .args(["--repl-diskless-sync-delay", "0", "--appendonly", "no"])
-            .args(["--user", "default", "off"])
-            .args([
-                "--user",
-                "admin",
-                "on",
-                &format!(">{ADMIN}"),
-                "~*",
-                "&*",
-                "+@all",
-            ])
-            .args(["--user", "observer", "on", &format!(">{OBSERVER}")])
-            .args(OBSERVER_RIGHTS)
-            .args(["--masteruser", "admin", "--masterauth", ADMIN])
-            .args(["--dir", dir.path().to_str().unwrap()])
-            .args(extra)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is installed");
+        Self::launch_in(dir, Path::new("redis-server"), address, extra)
+    }
+
+    fn launch_in(
+        dir: tempfile::TempDir,
+        program: &Path,
+        address: SocketAddr,
+        extra: &[&str],
+    ) -> Self {
+        let extra: Vec<String> = extra.iter().map(|&word| word.to_owned()).collect();
         let node = Self {
-            process,
+            process: spawn(program, dir.path(), address, &extra),
             address,
-            _dir: dir,
+            program: program.to_owned(),
+            extra,
+            dir,
         };
-        wait(&format!("redis-server at {address}"), || is_redis(address));
+        node.wait_answer();
         node
+    }
+
+    fn wait_answer(&self) {
+        let address = self.address;
+        wait(&format!("redis-server at {address}"), || is_redis(address));
     }
 
     /// With the user of an epoch, as after a grant.
@@ -279,6 +292,41 @@ impl Node {
             ..Default::default()
         }
     }
+}
+
+fn spawn(program: &Path, dir: &Path, address: SocketAddr, extra: &[String]) -> Child {
+    let port = address.port().to_string();
+    Command::new(program)
+        .args([
+            "--port",
+            &port,
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--databases",
+            "256",
+        ])
+        .args(["--enable-debug-command", "yes"])
+        .args(["--repl-diskless-sync-delay", "0", "--appendonly", "no"])
+        .args(["--user", "default", "off"])
+        .args([
+            "--user",
+            "admin",
+            "on",
+            &format!(">{ADMIN}"),
+            "~*",
+            "&*",
+            "+@all",
+        ])
+        .args(["--user", "observer", "on", &format!(">{OBSERVER}")])
+        .args(OBSERVER_RIGHTS)
+        .args(["--masteruser", "admin", "--masterauth", ADMIN])
+        .args(["--dir", dir.to_str().unwrap()])
+        .args(extra)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", program.display()))
 }
 
 fn wait(what: &str, mut ready: impl FnMut() -> bool) {

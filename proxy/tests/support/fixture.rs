@@ -1,0 +1,33 @@
+//! Some nodes and a proxy that routes them from what it has saved.
+
+use super::Proxy;
+use super::node::{Node, snapshot};
+use super::talk::Talk;
+
+pub(crate) struct Fixture {
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) proxy: Proxy,
+    _data: tempfile::TempDir,
+}
+
+/// So many shards of one node each, behind a proxy with so many workers.
+pub(crate) async fn fixture(shards: u32, workers: u32) -> Fixture {
+    let nodes: Vec<Node> = (0..shards).map(|_| Node::start_with_epoch(1)).collect();
+    let data = tempfile::tempdir().unwrap();
+    let routes = (0..shards)
+        .map(|i| nodes[i as usize].route(i, shards, 1))
+        .collect();
+    slotmesh_proxy::saved::save(data.path(), &snapshot(1, routes)).unwrap();
+    let proxy = Proxy::start(data.path(), &["--workers", &workers.to_string()]).await;
+    Fixture {
+        nodes,
+        proxy,
+        _data: data,
+    }
+}
+
+impl Fixture {
+    pub(crate) async fn talk(&self) -> Talk {
+        Talk::connect(self.proxy.address).await
+    }
+}
