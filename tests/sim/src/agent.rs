@@ -13,7 +13,7 @@ mod worker;
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
 };
 
@@ -25,14 +25,15 @@ use slotmesh_agent::{
     node::Assigned,
 };
 use slotmesh_proto::agent::v1::{
-    Assignment, ExecuteStepRequest, ExecuteStepResponse, HostReport, NodeReport, ProcessState,
-    StepOutcome, execute_step_request::Act,
+    Assignment, Desired, ExecuteStepRequest, ExecuteStepResponse, HostReport, NodeReport,
+    ProcessState, ProxyReport, StepOutcome, execute_step_request::Act,
 };
 
 use crate::{
+    ctx::Event,
     fiber::{Answers, Fiber, World, sleep},
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
-    plan::Point,
+    plan::{Point, Script},
     redis::Answer,
     sched::{MS, Micros, SEC},
     variant::Variant,
@@ -115,6 +116,11 @@ impl Host {
         self.world.borrow().now()
     }
 
+    /// Its data is gone, and whoever looks after it knows.
+    pub(crate) fn is_removed(&self, node: usize) -> bool {
+        self.world.borrow().removed.contains(&Party::Node(node))
+    }
+
     pub(crate) fn variant(&self) -> Variant {
         self.world.borrow().variant
     }
@@ -137,6 +143,8 @@ pub struct Agent {
     /// Of the last report of this session.
     number: u64,
     controllers: usize,
+    /// Proxies of this host that were ended for good.
+    removed: BTreeSet<usize>,
 }
 
 impl Agent {
@@ -165,6 +173,7 @@ impl Agent {
             sent: (0, Vec::new()),
             number: 0,
             controllers,
+            removed: BTreeSet::new(),
         }
     }
 
@@ -249,7 +258,10 @@ impl Agent {
             Input::Closed(conn) => self.closed(&host, conn),
             Input::Timer(Timer::Connect) if self.session.is_none() => self.connect(&host),
             Input::Timer(Timer::Tick) => {
-                let silent = self.heard + SILENCE < self.world.borrow().now();
+                let now = self.world.borrow().now();
+                // It may be cut off from the store; another one may not be.
+                let unheard = host.rights.borrow().is_unheard(now);
+                let silent = self.heard + SILENCE < now || unheard;
                 if let Some(conn) = self.session
                     && silent
                 {
@@ -340,6 +352,7 @@ impl Agent {
             return;
         }
         self.revision = assignment.revision;
+        self.remove_proxies(&assignment);
         let host = Rc::clone(host);
         self.fibers.push(Fiber::new(async move {
             host.append([Fact::Term(assignment.term)]).await;
@@ -362,6 +375,29 @@ impl Agent {
                 }
             }
         }));
+    }
+
+    fn remove_proxies(&mut self, assignment: &Assignment) {
+        let removed = (assignment.proxies.iter()).filter(|p| p.desired() == Desired::Removed);
+        for proxy in removed.filter_map(|p| p.proxy_id.strip_prefix('p')?.parse().ok()) {
+            self.removed.insert(proxy);
+            let mut ctx = self.world.borrow_mut();
+            ctx.removed.insert(Party::Proxy(proxy));
+            let (now, gone) = (ctx.now(), Script::Crash(Party::Proxy(proxy), 0));
+            ctx.queue.at(now, Event::Script(gone));
+        }
+    }
+
+    /// Processes of proxies that are gone for good.
+    fn removed_proxies(&self) -> Vec<ProxyReport> {
+        let ctx = self.world.borrow();
+        let gone = (self.removed.iter()).filter(|p| ctx.life(Party::Proxy(**p)).is_none());
+        gone.map(|proxy| ProxyReport {
+            proxy_id: format!("p{proxy}"),
+            state: ProcessState::Removed.into(),
+            ..ProxyReport::default()
+        })
+        .collect()
     }
 
     /// As the real executor takes a step.
@@ -426,6 +462,7 @@ impl Agent {
         host.rights.borrow_mut().reporting(self.number, now);
         let report = HostReport {
             nodes,
+            proxies: self.removed_proxies(),
             number: self.number,
             ..HostReport::default()
         };

@@ -40,6 +40,8 @@ pub struct Client {
     turn: usize,
     /// Writes that were acknowledged.
     pub acknowledged: Vec<u64>,
+    /// What it has read through a proxy whose reads wait for what they may have seen.
+    pub seen: Vec<u64>,
     /// Writes of which nobody knows.
     pub ambiguous: Vec<u64>,
     /// Error replies.
@@ -48,6 +50,10 @@ pub struct Client {
     pub progress: Vec<Micros>,
     /// Longest wait for a reply.
     pub longest: Micros,
+    /// The same, by proxy.
+    pub by_proxy: Vec<Micros>,
+    /// The proxy that it is connected to.
+    at: usize,
     /// The last acknowledged SET, by shard, and all that may happen.
     registers: Vec<(u64, Vec<u64>)>,
     /// SETs that were read before they were acknowledged.
@@ -72,10 +78,13 @@ impl Client {
             asked: VecDeque::new(),
             turn: index,
             acknowledged: Vec::new(),
+            seen: Vec::new(),
             ambiguous: Vec::new(),
             errors: Vec::new(),
             progress: vec![0; shards],
             longest: 0,
+            by_proxy: vec![0; proxies],
+            at: 0,
             registers: vec![(0, Vec::new()); shards],
             early: Vec::new(),
             lengths: vec![0; shards],
@@ -98,9 +107,9 @@ impl Client {
         match input {
             Input::Timer(_) => {
                 if self.conn.is_none() {
-                    let to = Party::Proxy(self.turn % self.proxies);
+                    self.at = self.turn % self.proxies;
                     self.turn += 1;
-                    self.conn = Some(ctx.open(self.party(), to));
+                    self.conn = Some(ctx.open(self.party(), Party::Proxy(self.at)));
                 }
                 if self.asked.len() < PIPELINE {
                     self.ask(ctx);
@@ -163,6 +172,19 @@ impl Client {
         ctx.send(self.party(), conn, Stream::Bytes(text.into_bytes()));
     }
 
+    fn waited(&mut self, time: Micros) {
+        self.longest = self.longest.max(time);
+        let here = &mut self.by_proxy[self.at];
+        *here = time.max(*here);
+    }
+
+    /// What has no answer yet has waited, too.
+    pub fn count_unanswered(&mut self, now: Micros) {
+        if let Some((_, _, since)) = self.asked.front() {
+            self.waited(now - *since);
+        }
+    }
+
     fn answered(&mut self, ctx: &mut Ctx, reply: &Reply) {
         let Some((ask, shard, since)) = self.asked.pop_front() else {
             let index = self.index;
@@ -170,7 +192,7 @@ impl Client {
                 format!("client {index} got {reply:?} for nothing")
             });
         };
-        self.longest = self.longest.max(ctx.now() - since);
+        self.waited(ctx.now() - since);
         if let Reply::Error(text) = reply {
             ctx.trace.mix(&[13, self.index as u64]);
             let (index, now) = (self.index, ctx.now());
@@ -236,6 +258,9 @@ impl Client {
 
     /// A client sees its own writes.
     fn read(&mut self, ctx: &mut Ctx, shard: usize, value: u64) {
+        if ctx.checks.durable && value > 0 && crate::proxy::is_gated(self.at) {
+            self.seen.push(value);
+        }
         let (last, maybe) = &self.registers[shard];
         // A read that is repeated after its connection was lost may see a write that was sent after
         // it on that connection; then that write's outcome is unknown.

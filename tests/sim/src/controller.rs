@@ -14,9 +14,12 @@ mod write;
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use rand::Rng;
-use slotmesh_proto::{agent::v1::Assignment, topology::v1 as topology};
+use slotmesh_proto::{
+    agent::v1::{Assignment, Desired, ProxySpec},
+    topology::v1 as topology,
+};
 use slotmesh_task::Fleet;
-use slotmesh_topology::{Instance, NodeRole, assignment, route};
+use slotmesh_topology::{Instance, InstanceState, NodeRole, assignment, route};
 
 use self::mirror::{Mirror, Versioned};
 use crate::{
@@ -32,7 +35,7 @@ const STORE_TIMEOUT: Micros = SEC;
 const CATCH_UP: Micros = 5 * SEC;
 /// A proxy that has not been heard for so long is not waited for.
 const FRESH_FOR_MS: u64 = 1_500;
-const HEARTBEAT: Micros = 500 * MS;
+const HEARTBEAT: Micros = 200 * MS;
 
 /// What the loops of one controller share.
 #[derive(Debug)]
@@ -316,7 +319,7 @@ impl Controller {
         {
             ctx.send(me, *conn, Stream::Heartbeat);
         }
-        let jitter = ctx.rng.random_range(0..50 * MS);
+        let jitter = ctx.rng.random_range(0..20 * MS);
         ctx.timer(me, HEARTBEAT + jitter, Timer::Tick);
     }
 
@@ -389,11 +392,12 @@ impl Controller {
 
     fn assignment(&self, mirror: &Mirror, host: usize, term: u64) -> Assignment {
         let name = format!("h{host}");
+        let instance = self.instance(mirror);
         let mut nodes = Vec::new();
         for shard in mirror.shards.values().map(|s| &s.value) {
             let here = shard.members.iter().filter(|m| m.host.as_str() == name);
             nodes.extend(here.map(|m| {
-                let mut spec = assignment::node(&self.instance, shard, m);
+                let mut spec = assignment::node(&instance, shard, m);
                 if assignment::is_primary(&spec) {
                     let others = shard.members.iter().filter(|o| o.node != m.node);
                     let others = others.filter(|o| o.role != NodeRole::ReadOnly);
@@ -402,11 +406,32 @@ impl Controller {
                 spec
             }));
         }
+        // Proxies are there from the beginning: only that they are to go is said here.
+        let removed = instance
+            .proxies
+            .iter()
+            .filter(|(_, h)| h.as_str() == name && instance.state == InstanceState::Deleting);
+        let proxies = removed.map(|(proxy, _)| ProxySpec {
+            proxy_id: proxy.to_string(),
+            instance_id: instance.id.to_string(),
+            desired: Desired::Removed.into(),
+            workers: 1,
+        });
         Assignment {
             term,
             nodes,
+            proxies: proxies.collect(),
             ..Assignment::default()
         }
+    }
+
+    /// As its record would be.
+    fn instance(&self, mirror: &Mirror) -> Instance {
+        let mut instance = (*self.instance).clone();
+        if mirror.is_deleting {
+            instance.state = InstanceState::Deleting;
+        }
+        instance
     }
 }
 
@@ -420,6 +445,8 @@ pub enum Ask {
         /// The client's token.
         token: u64,
     },
+    /// Remove the instance.
+    Decommission,
     /// Cancel what is under way.
     Cancel,
     /// What an operator says to what waits for one.

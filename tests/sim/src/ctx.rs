@@ -5,6 +5,7 @@
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::{
+    ambush::{Ambushes, Deed, Tamper, refusal_of, refusal_on},
     check::Checks,
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
     net::{Net, Weather},
@@ -14,19 +15,8 @@ use crate::{
     variant::Variant,
 };
 
-/// What happens to one message.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Tamper {
-    /// It is lost.
-    Lose,
-    /// It comes twice.
-    Repeat,
-    /// It comes late.
-    Delay(Micros),
-}
-
 /// Whoever looks after a process that has stood still sees that it went on within this time.
-const DROWSY: Micros = 200 * MS;
+const DROWSY: Micros = 100 * MS;
 
 /// Something that is due.
 #[derive(Debug)]
@@ -58,8 +48,12 @@ pub struct Ctx {
     pub points: Vec<(Point, u32, Script)>,
     /// Messages may be lost or late until then.
     pub bad_weather_until: Micros,
-    /// What happens to the next messages of parties.
-    pub tampers: Vec<(Party, Tamper)>,
+    /// What happens to messages of tasks.
+    pub ambushes: Ambushes,
+    /// Before then nothing arrives over these local sockets.
+    late: std::collections::BTreeMap<(Party, Party), Micros>,
+    /// Parties that were removed: nobody starts them again.
+    pub removed: std::collections::BTreeSet<Party>,
     /// When a party last stood still, or something that reaches it was cut, until when.
     pub troubled: std::collections::BTreeMap<Party, Micros>,
     /// Messages on connections that hang: who sent them, and whether the sender closed after them.
@@ -85,7 +79,9 @@ impl Ctx {
             variant,
             points: Vec::new(),
             bad_weather_until: 0,
-            tampers: Vec::new(),
+            ambushes: Ambushes::default(),
+            late: std::collections::BTreeMap::new(),
+            removed: std::collections::BTreeSet::new(),
             troubled: std::collections::BTreeMap::new(),
             parked: Vec::new(),
             woken: std::collections::BTreeMap::new(),
@@ -196,11 +192,18 @@ impl Ctx {
             return self.parked.push((from, conn, Some(message)));
         }
         let to = link.ends[usize::from(link.ends[0].0 == from)];
-        let arrival = match self.tamper(from, to.0, false) {
+        let deeds = self.ambushes.stream(from, to.0, &message);
+        let arrival = match self.carry_out(deeds) {
             Some(Tamper::Lose) => None,
             Some(Tamper::Delay(late)) => {
                 self.net.delay_from(conn, from, now + late);
                 self.net.arrival(conn, from, now, &mut self.rng)
+            }
+            Some(Tamper::Fail) => {
+                let Some(refusal) = refusal_on(&message) else {
+                    return;
+                };
+                return self.send(to.0, conn, refusal);
             }
             _ => self.net.arrival(conn, from, now, &mut self.rng),
         };
@@ -267,21 +270,30 @@ impl Ctx {
         }
     }
 
-    /// What the plan wants to happen to the next message between these, once. A message of a
-    /// connection comes once.
-    fn tamper(&mut self, from: Party, to: Party, twice: bool) -> Option<Tamper> {
-        let fits = |(party, tamper): &(Party, Tamper)| {
-            (*party == from || *party == to) && (twice || *tamper != Tamper::Repeat)
-        };
-        let at = self.tampers.iter().position(fits)?;
-        Some(self.tampers.remove(at).1)
+    /// Starts what is to happen at this message, and tells what happens to it.
+    fn carry_out(&mut self, deeds: Vec<Deed>) -> Option<Tamper> {
+        let (now, mut found) = (self.now(), None);
+        for deed in deeds {
+            match deed {
+                Deed::Tamper(tamper) => found = Some(tamper),
+                Deed::Script(script) => self.queue.at(now, Event::Script(script)),
+            }
+        }
+        found
     }
 
     /// Sends without a connection.
     pub fn rpc(&mut self, from: Party, to: Party, message: Rpc) {
         let weather = self.net.weather;
-        let tamper = self.tamper(from, to, true);
+        let deeds = self.ambushes.rpc(from, to, &message);
+        let tamper = self.carry_out(deeds);
         if tamper == Some(Tamper::Lose) {
+            return;
+        }
+        if tamper == Some(Tamper::Fail) {
+            if let Some(refusal) = refusal_of(&message) {
+                self.rpc(to, from, refusal);
+            }
             return;
         }
         if !self.net.passes(from, to) || self.chance(weather.rpc_loss) {
@@ -304,9 +316,34 @@ impl Ctx {
             .at(at, Event::To(to, life, Box::new(Input::Rpc(from, message))));
     }
 
-    /// Sends over a local socket: quick and never lost, but the other side may be gone.
+    /// Sends over a local socket: quick and never lost, but the other side may be gone, or the socket
+    /// break: then who asked learns at once that nobody knows.
     pub fn local(&mut self, from: Party, to: Party, message: Rpc) {
-        let at = self.now() + self.rng.random_range(20..120);
+        let mut at = self.now() + self.rng.random_range(20..120);
+        let deeds = self.ambushes.rpc(from, to, &message);
+        let message = match (self.carry_out(deeds), message) {
+            (Some(Tamper::Lose), Rpc::Admin { call, .. }) => {
+                return self.local(to, from, Rpc::AdminReply { call, answer: None });
+            }
+            (Some(Tamper::Lose), Rpc::AdminReply { call, .. }) => {
+                Rpc::AdminReply { call, answer: None }
+            }
+            (Some(Tamper::Fail), message) => {
+                if let Some(refusal) = refusal_of(&message) {
+                    self.local(to, from, refusal);
+                }
+                return;
+            }
+            (Some(Tamper::Delay(late)), message) => {
+                self.late.insert((from, to), at + late);
+                message
+            }
+            (_, message) => message,
+        };
+        // What comes after it does not overtake it.
+        if let Some(late) = self.late.get(&(from, to)) {
+            at = at.max(*late + 1);
+        }
         match (self.life(to), message) {
             (Some(life), message) => {
                 self.queue

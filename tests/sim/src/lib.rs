@@ -8,6 +8,7 @@
 //! Invariant: the same seed gives the same run.
 
 pub mod agent;
+pub mod ambush;
 pub mod check;
 pub mod client;
 pub mod controller;

@@ -48,6 +48,8 @@ struct Sum {
     errors: usize,
     failovers: usize,
     left_behind: usize,
+    elections: usize,
+    compacted: usize,
     events: u64,
 }
 
@@ -89,7 +91,8 @@ fn main() -> ExitCode {
     }
     println!(
         "OK: {count} seeds from {first}: {} events, {} switchovers done, {} returned, {} failovers, \
-         {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors",
+         {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors; \
+         the store elected {} leaders and refused {} watches as compacted",
         sum.events,
         sum.moved,
         sum.returned,
@@ -97,7 +100,9 @@ fn main() -> ExitCode {
         sum.acknowledged,
         sum.left_behind,
         sum.ambiguous,
-        sum.errors
+        sum.errors,
+        sum.elections,
+        sum.compacted
     );
     ExitCode::SUCCESS
 }
@@ -132,6 +137,8 @@ fn one(cli: &Cli, seed: u64, sum: &mut Sum) -> bool {
     sum.errors += outcome.errors;
     sum.failovers += outcome.failovers;
     sum.left_behind += outcome.left_behind;
+    sum.elections += outcome.elections;
+    sum.compacted += outcome.compacted;
     sum.events += outcome.events;
     true
 }
@@ -146,6 +153,8 @@ impl Sum {
             errors: self.errors + other.errors,
             failovers: self.failovers + other.failovers,
             left_behind: self.left_behind + other.left_behind,
+            elections: self.elections + other.elections,
+            compacted: self.compacted + other.compacted,
             events: self.events + other.events,
         }
     }

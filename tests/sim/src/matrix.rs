@@ -1,15 +1,21 @@
 //! The crash matrix: one run for each party, each fault and each step of each kind of task.
 //!
-//! Invariant: a cell is deterministic; it says how its task ended, and how much longer than without
-//! the fault clients waited.
+//! A step is a message of the task's own: kill -9 and SIGSTOP come to a party at the moment at which
+//! it is sent; lost, repeated and late is that very message.
+//!
+//! Invariant: a cell is deterministic; it says how its task ended, and how long clients waited.
+
+mod steps;
 
 use rand::SeedableRng;
 use slotmesh_task::State as TaskState;
 
+pub use self::steps::{Moment, Step, steps};
 use crate::{
     Trace, Variant, World,
+    ambush::{Call, Message, Tamper},
     check::Violation,
-    plan::{Point, Profile, Shape},
+    plan::{Profile, Shape},
     sched::{MS, Micros, SEC},
 };
 
@@ -22,7 +28,17 @@ pub enum Kind {
     Switchover,
     /// The primary's process ends.
     Failover,
+    /// From serving to nothing.
+    Decommission,
 }
+
+/// Every kind.
+pub const KINDS: [Kind; 4] = [
+    Kind::Provision,
+    Kind::Switchover,
+    Kind::Failover,
+    Kind::Decommission,
+];
 
 /// To whom something happens.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -52,12 +68,25 @@ pub enum Fault {
     Kill,
     /// It stands still for 5 s.
     Stall,
-    /// Its next message, from it or to it, is lost.
+    /// The step's message, from it or to it, is lost: a connection breaks, and its ends notice later.
     Lose,
-    /// Its next message comes twice.
+    /// The step's message comes twice.
     Repeat,
-    /// Its next message comes a second late.
+    /// The step's message comes a second late.
     Delay,
+}
+
+impl Fault {
+    /// What it is to the step's message, if it is.
+    #[must_use]
+    pub fn tamper(self) -> Option<Tamper> {
+        match self {
+            Self::Kill | Self::Stall => None,
+            Self::Lose => Some(Tamper::Lose),
+            Self::Repeat => Some(Tamper::Repeat),
+            Self::Delay => Some(Tamper::Delay(LATE)),
+        }
+    }
 }
 
 /// Everybody.
@@ -88,57 +117,37 @@ pub const LATE: Micros = SEC;
 /// How long a killed process is gone.
 pub const GONE: Micros = 300 * MS;
 
-/// Steps of a kind: an act of the protocol, and which time it is passed.
-#[must_use]
-pub fn steps(kind: Kind) -> &'static [(Point, u32)] {
-    match kind {
-        Kind::Provision => &[
-            (Point::Leased, 1),
-            (Point::Journaled, 1),
-            (Point::Journaled, 3),
-            (Point::RecordWritten, 1),
-            (Point::RecordWritten, 2),
-        ],
-        Kind::Switchover => &[
-            (Point::StepReceived, 1),
-            (Point::StepAnswered, 1),
-            (Point::Declared, 1),
-            (Point::StepReceived, 2),
-            (Point::Act, 1),
-            (Point::Act, 2),
-            (Point::Act, 3),
-            (Point::Act, 4),
-            (Point::TargetCaughtUp, 1),
-            (Point::AskedToTakeOver, 1),
-            (Point::Promoted, 1),
-            (Point::CommitSent, 1),
-            (Point::CommitTaken, 1),
-            (Point::RecordWritten, 1),
-            (Point::StepAnswered, 2),
-            (Point::RecordWritten, 2),
-        ],
-        Kind::Failover => &[
-            (Point::Proven, 1),
-            (Point::Chosen, 1),
-            (Point::StepReceived, 1),
-            (Point::Confirmed, 1),
-            (Point::Promoted, 1),
-            (Point::StepAnswered, 1),
-            (Point::RecordWritten, 1),
-            (Point::RecordWritten, 2),
-        ],
-    }
+/// What happens in a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum What {
+    /// Nothing.
+    Calm,
+    /// At this step, this, to this party.
+    Fault(Step, Role, Fault),
+    /// The same to this one message, by its name in the run.
+    Message(Message, Tamper),
+    /// Every question of every step comes twice.
+    Twice,
 }
 
-/// One cell; without a fault it is what the others are compared with.
-#[derive(Clone, Copy, Debug)]
+/// One run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cell {
     /// Of task.
     pub kind: Kind,
-    /// When.
-    pub step: (Point, u32),
-    /// To whom, what.
-    pub fault: Option<(Role, Fault)>,
+    /// What happens in it.
+    pub what: What,
+}
+
+/// Whether a party and a fault have to do with a step.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Place {
+    /// There is something to run.
+    Cell,
+    /// The message is neither from this party nor to it.
+    NotInvolved,
+    /// The message goes over a connection, which delivers nothing twice.
+    ComesOnce,
 }
 
 /// What came of a cell.
@@ -150,35 +159,55 @@ pub struct End {
     pub reached: bool,
     /// How the tasks of this kind ended.
     pub states: Vec<TaskState>,
-    /// Longest wait of a client.
-    pub longest: Micros,
+    /// Longest wait of a client, by the proxy that it was connected to.
+    pub longest: Vec<Micros>,
+    /// The messages of the task.
+    pub messages: Vec<Message>,
+}
+
+impl End {
+    /// Longest wait of clients but those of this proxy.
+    #[must_use]
+    pub fn longest_but(&self, proxy: Option<usize>) -> Micros {
+        let all = self.longest.iter().enumerate();
+        let others = all.filter(|(index, _)| Some(*index) != proxy);
+        others.map(|(_, time)| *time).max().unwrap_or(0)
+    }
 }
 
 /// Runs a cell.
 #[must_use]
 pub fn run(cell: Cell) -> End {
-    World::staged(cell, Trace::default()).stage(cell).0
+    World::staged(Trace::default()).stage(cell).0
 }
 
 /// Runs a cell again, for its story.
 #[must_use]
 pub fn tell(cell: Cell) -> Vec<String> {
-    World::staged(cell, Trace::new(true, true)).stage(cell).1
+    World::staged(Trace::new(true, true)).stage(cell).1
 }
 
-/// All cells.
-pub fn cells() -> impl Iterator<Item = Cell> {
-    let kinds = [Kind::Provision, Kind::Switchover, Kind::Failover];
-    let steps = kinds
-        .into_iter()
-        .flat_map(|kind| steps(kind).iter().map(move |step| (kind, *step)));
-    steps.flat_map(|(kind, step)| {
+/// Whether this is a cell.
+#[must_use]
+pub fn place(step: &Step, role: Role, fault: Fault) -> Place {
+    if fault.tamper().is_none() {
+        return Place::Cell;
+    }
+    match step.moment {
+        Moment::At(..) => Place::NotInvolved,
+        Moment::Message { from, to, .. } if from != role && to != role => Place::NotInvolved,
+        Moment::Message { call, .. } if fault == Fault::Repeat && call.comes_once() => {
+            Place::ComesOnce
+        }
+        Moment::Message { .. } => Place::Cell,
+    }
+}
+
+/// Every step, role and fault of a kind, and whether it is a cell.
+pub fn places(kind: Kind) -> impl Iterator<Item = (Step, Role, Fault, Place)> {
+    steps(kind).iter().flat_map(|step| {
         ROLES.into_iter().flat_map(move |role| {
-            FAULTS.into_iter().map(move |fault| Cell {
-                kind,
-                step,
-                fault: Some((role, fault)),
-            })
+            FAULTS.map(move |fault| (*step, role, fault, place(step, role, fault)))
         })
     })
 }

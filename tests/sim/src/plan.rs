@@ -4,6 +4,7 @@
 //! Invariant: a plan is made once, from the seed alone, and ends; afterwards nothing goes wrong.
 
 pub mod accident;
+pub mod story;
 
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
 
@@ -112,6 +113,10 @@ pub enum Script {
     Elect(Micros),
     /// The store forgets its past.
     Compact,
+    /// The store's member that a controller watches is behind the others for a while.
+    Lag(usize, Micros),
+    /// Several things go wrong together, around the shard's present primary; decided by a number.
+    Tell(story::Story, usize, u64),
     /// An operator asks for a switchover, of all shards or of one.
     SwitchOver {
         /// Chooses shards and targets.
@@ -152,6 +157,8 @@ pub enum Profile {
     Mass,
     /// A primary comes back without its data, again and again.
     Empty,
+    /// What one layer stands for alone goes wrong together with what shows that.
+    Double,
 }
 
 /// Of one seed.
@@ -185,9 +192,10 @@ impl Shape {
             0..8 => Profile::Calm,
             8..18 => Profile::ControlPlane,
             18..22 => Profile::Blackout,
-            22..46 => Profile::Harsh,
-            46..54 => Profile::Lossy,
-            54..86 => Profile::Unplanned,
+            22..40 => Profile::Harsh,
+            40..46 => Profile::Lossy,
+            46..70 => Profile::Unplanned,
+            70..86 => Profile::Double,
             86..91 => Profile::Agents,
             91..95 => Profile::Mass,
             _ => Profile::Empty,
@@ -235,7 +243,12 @@ impl Shape {
 /// Puts a seed's plan into the queue; times count from now.
 pub fn schedule(ctx: &mut Ctx, shape: Shape) {
     let now = ctx.now();
-    let count = ctx.rng.random_range(2..=5);
+    let most = if shape.profile == Profile::Double {
+        2
+    } else {
+        5
+    };
+    let count = ctx.rng.random_range(most / 2..=most);
     let gap = TROUBLE / count;
     let calm = matches!(shape.profile, Profile::Calm | Profile::Blackout);
     // An agent that dies in a hand-over leaves it half done, which is another story.
@@ -275,6 +288,11 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             rpc_double: 100,
             ..Weather::calm()
         },
+        Profile::Double => Weather {
+            delay_us: *[80, 400, 2_000].choose(&mut ctx.rng).unwrap_or(&80),
+            rpc_double: 150,
+            ..Weather::calm()
+        },
         Profile::Harsh | Profile::Lossy | Profile::Unplanned => Weather {
             delay_us: *[80, 80, 400, 2_000].choose(&mut ctx.rng).unwrap_or(&80),
             rpc_loss: *[0, 20, 100, 250].choose(&mut ctx.rng).unwrap_or(&0),
@@ -300,6 +318,7 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
                 put(ctx, from, Script::Crash(Party::Agent(n), down));
             }
         }
+        Profile::Double => story::schedule(ctx, shape, now),
         _ => accident::schedule(ctx, shape, now),
     }
     let quiet = if shape.profile == Profile::Blackout {

@@ -19,7 +19,7 @@ use slotmesh_proxy::{
         outbox::Order,
         sessions::NoOutlet,
     },
-    routing::{InstanceSettings, RoutingTable, ShardNo, ShardRoute},
+    routing::{InstanceSettings, Parameters, RoutingTable, ShardNo, ShardRoute},
 };
 
 use crate::{
@@ -33,11 +33,15 @@ use crate::{
 /// Between heartbeats, as the real watch has it.
 const HEARTBEAT: Micros = 500 * MS;
 /// A stream on which nothing comes for so long is given up.
-const SILENCE: Micros = 2 * SEC;
+const SILENCE: Micros = 3 * SEC;
+/// The same while clients wait for what a controller will say.
+const WAITING_SILENCE: Micros = 650 * MS;
+/// Between looks at that.
+const LOOK_EVERY: Micros = 100 * MS;
 
-/// Longest hold. A request that was held, sent to a node that then stood still, and is asked again
-/// counts from its first hold, so it is the longest wait of a client.
-const HELD_MAX: Micros = 5 * SEC + 5_500 * MS;
+/// Longest hold. A request that was held for the whole budget, sent to a node that is then silent
+/// until its connection is given up, and is asked again counts from its first hold.
+pub(crate) const HELD_MAX: Micros = 5 * SEC + 10 * SEC + 500 * MS;
 
 /// See the module.
 #[derive(Debug)]
@@ -95,6 +99,7 @@ impl Proxy {
         self.life = ctx.born(self.party());
         ctx.timer(self.party(), 1, Timer::Connect);
         ctx.timer(self.party(), HEARTBEAT, Timer::Tick);
+        ctx.timer(self.party(), LOOK_EVERY, Timer::Call(0));
     }
 
     /// Something happens to it.
@@ -122,19 +127,33 @@ impl Proxy {
                 self.heard = ctx.now();
             }
             Input::Timer(Timer::Connect) if self.stream.is_none() => self.connect(ctx),
-            Input::Timer(Timer::Tick) => {
+            Input::Timer(Timer::Call(_)) => {
+                let limit = if self.awaits_news() {
+                    WAITING_SILENCE
+                } else {
+                    SILENCE
+                };
                 if let Some(conn) = self.stream
-                    && self.heard + SILENCE < ctx.now()
+                    && self.heard + limit < ctx.now()
                 {
                     ctx.close(self.party(), conn);
                     self.closed(ctx, conn);
                 }
+                ctx.timer(self.party(), LOOK_EVERY, Timer::Call(0));
+            }
+            Input::Timer(Timer::Tick) => {
                 self.report(ctx, Vec::new());
                 ctx.timer(self.party(), HEARTBEAT, Timer::Tick);
             }
             Input::Timer(_) | Input::Stream(..) | Input::Rpc(..) => {}
         }
         self.settle(ctx);
+    }
+
+    fn awaits_news(&self) -> bool {
+        let shards = 0..ShardNo::try_from(self.shards.len()).unwrap_or(0);
+        let mut levels = shards.filter_map(|shard| self.core.level_of(shard));
+        !self.troubles.is_empty() || levels.any(|level| matches!(level, Level::Held { .. }))
     }
 
     fn connect(&mut self, ctx: &mut Ctx) {
@@ -230,6 +249,10 @@ impl Proxy {
         }
         let settings = InstanceSettings {
             durability: self.durability,
+            parameters: Parameters {
+                read_gate: is_gated(self.index),
+                ..Parameters::default()
+            },
             ..InstanceSettings::default()
         };
         self.core.apply(Arc::new(RoutingTable::new(
@@ -428,6 +451,11 @@ impl Proxy {
             }
         }
     }
+}
+
+/// Whether reads through this proxy wait for what they may have seen, where writes are durable.
+pub(crate) fn is_gated(index: usize) -> bool {
+    index.is_multiple_of(2)
 }
 
 fn core() -> Core {

@@ -1,11 +1,13 @@
 //! A model of the store: revisions, compare-and-swap, leases, watches that history is compacted
-//! under, and elections of its own, during which it answers nobody.
+//! under and that lag behind, and elections of its own, during which it answers nobody and after
+//! which it may still do what was asked meanwhile.
 //!
 //! Invariant: a transaction is applied whole, at one revision, or not at all; a lease never ends
 //! before its time, and a key that was put again belongs to the lease it was put with last.
 
 mod history;
 mod lease;
+mod watch;
 
 use std::collections::BTreeMap;
 
@@ -13,7 +15,7 @@ use rand::Rng;
 
 use slotmesh_proto::store::v1 as records;
 
-use self::{history::History, lease::Leases};
+use self::{history::History, lease::Leases, watch::Watches};
 use crate::{
     ctx::Ctx,
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
@@ -27,6 +29,11 @@ pub const LEADER_TTL: Micros = 2 * SEC;
 pub const HOST_TTL: Micros = 3 * SEC;
 /// How late the end of a lease is noticed at most.
 const EXPIRY_LOOK: Micros = 500 * MS;
+/// Of what comes in an election so many in 1,000 are done after it, whether or not somebody still
+/// waits for the answer.
+const DONE_LATE: u32 = 250;
+/// What waits for the end of an election; a member queues no more proposals than a few thousand.
+const LATE_MAX: usize = 256;
 
 /// A lease's number.
 pub type LeaseId = u64;
@@ -48,6 +55,8 @@ pub enum Key {
     Host(usize),
     /// Why a shard's epoch began.
     Audit(usize, u64),
+    /// That the instance is being removed.
+    Instance,
 }
 
 /// Values: the real records.
@@ -67,6 +76,8 @@ pub enum Value {
     Host,
     /// Cause and task.
     Audit(String),
+    /// That it is so.
+    Removal,
 }
 
 /// A value and its revisions.
@@ -166,10 +177,12 @@ pub struct Store {
     pub revision: u64,
     leases: Leases,
     leader: Option<LeaseId>,
-    watchers: Vec<ConnId>,
+    watches: Watches,
     history: History,
     /// It elects a leader of its own and answers nobody until then.
     away_until: Micros,
+    /// What came meanwhile and will be done all the same.
+    late: Vec<(Party, u64, StoreRequest)>,
 }
 
 impl Store {
@@ -208,10 +221,15 @@ impl Store {
     /// every lease has all its time again.
     pub fn elect(&mut self, ctx: &mut Ctx, away: Micros) {
         self.away_until = ctx.now() + away;
-        for conn in std::mem::take(&mut self.watchers) {
-            ctx.close(Party::Store, conn);
-        }
+        self.watches.close(ctx);
         self.leases.extend(self.away_until);
+        ctx.checks.elections += 1;
+    }
+
+    /// The member that a party watches is behind the others until then; requests are answered by the
+    /// others.
+    pub fn lag(&mut self, party: Party, until: Micros) {
+        self.watches.lag(party, until);
     }
 
     /// It forgets what was before now.
@@ -222,18 +240,24 @@ impl Store {
     /// Something happens to it.
     pub fn handle(&mut self, ctx: &mut Ctx, input: Input) {
         let away = ctx.now() < self.away_until;
+        if !away {
+            self.catch_up(ctx);
+        }
         match input {
-            Input::Rpc(..) if away => {}
-            Input::Stream(conn, Stream::Subscribe(_)) if away => ctx.close(Party::Store, conn),
-            Input::Rpc(from, Rpc::Store { call, request }) => {
-                let reply = self.serve(ctx, request);
-                ctx.rpc(Party::Store, from, Rpc::StoreReply { call, reply });
+            Input::Rpc(from, Rpc::Store { call, request })
+                if away && self.late.len() < LATE_MAX && ctx.chance(DONE_LATE) =>
+            {
+                self.late.push((from, call, request));
             }
+            Input::Rpc(_, Rpc::Store { .. }) if away => {}
+            Input::Stream(conn, Stream::Subscribe(_)) if away => ctx.close(Party::Store, conn),
+            Input::Rpc(from, Rpc::Store { call, request }) => self.answer(ctx, from, call, request),
             Input::Stream(conn, Stream::Subscribe(from)) => self.subscribe(ctx, conn, from),
-            Input::Closed(conn) => self.watchers.retain(|c| *c != conn),
+            Input::Closed(conn) => self.watches.remove(conn),
             Input::Timer(Timer::Tick) => {
                 if !away {
                     self.expire(ctx);
+                    self.watches.tell(ctx, &self.history);
                 }
                 ctx.timer(Party::Store, 50 * MS, Timer::Tick);
             }
@@ -241,24 +265,33 @@ impl Store {
         }
     }
 
+    fn answer(&mut self, ctx: &mut Ctx, from: Party, call: u64, request: StoreRequest) {
+        let reply = self.serve(ctx, request);
+        ctx.rpc(Party::Store, from, Rpc::StoreReply { call, reply });
+    }
+
+    /// After an election: what was proposed before its end.
+    fn catch_up(&mut self, ctx: &mut Ctx) {
+        for (from, call, request) in std::mem::take(&mut self.late) {
+            self.answer(ctx, from, call, request);
+        }
+    }
+
     /// A watch from a revision on, or a listing and a watch from there on.
     fn subscribe(&mut self, ctx: &mut Ctx, conn: ConnId, from: Option<u64>) {
-        match from.map(|from| self.history.since(from)) {
-            Some(None) => return ctx.send(Party::Store, conn, Stream::Compacted),
-            Some(Some(changes)) if changes.is_empty() => {}
-            Some(Some(changes)) => ctx.send(Party::Store, conn, Stream::Watched(changes)),
-            None => {
-                let all = (self.items.iter())
-                    .map(|(key, stored)| Watched {
-                        key: key.clone(),
-                        stored: Some(stored.clone()),
-                        revision: self.revision,
-                    })
-                    .collect();
-                ctx.send(Party::Store, conn, Stream::Listed(self.revision, all));
-            }
-        }
-        self.watchers.push(conn);
+        let Some(from) = from else {
+            let all = (self.items.iter())
+                .map(|(key, stored)| Watched {
+                    key: key.clone(),
+                    stored: Some(stored.clone()),
+                    revision: self.revision,
+                })
+                .collect();
+            ctx.send(Party::Store, conn, Stream::Listed(self.revision, all));
+            return self.watches.add(ctx, conn, self.revision + 1);
+        };
+        self.watches.add(ctx, conn, from);
+        self.watches.tell(ctx, &self.history);
     }
 
     fn expire(&mut self, ctx: &mut Ctx) {
@@ -356,9 +389,7 @@ impl Store {
             });
         }
         self.history.add(&changes);
-        for conn in &self.watchers {
-            ctx.send(Party::Store, *conn, Stream::Watched(changes.clone()));
-        }
+        self.watches.tell(ctx, &self.history);
         if txn.puts.iter().any(|(key, _)| matches!(key, Key::Host(_))) {
             ctx.point(Point::Leased);
         }

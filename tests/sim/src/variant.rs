@@ -45,9 +45,8 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// All that are broken, and that a test shows to be caught. For the others the accidents that
-    /// would show them are too rare yet.
-    pub const BROKEN: [Self; 13] = [
+    /// All that are broken.
+    pub const BROKEN: [Self; 17] = [
         Self::NoFence,
         Self::GrantBeforeCommit,
         Self::CommitWithoutToken,
@@ -57,9 +56,13 @@ impl Variant {
         Self::Forgetful,
         Self::PromoteBehind,
         Self::ProxyGoesBack,
+        Self::NoProof,
         Self::LeaseNotCompared,
         Self::NoSelfFence,
+        Self::LiftsEarly,
         Self::NotHighest,
         Self::AnyProcess,
+        Self::ForgetsReplicas,
+        Self::IgnoresPromise,
     ];
 }

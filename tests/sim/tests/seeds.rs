@@ -89,6 +89,15 @@ fn thousands_of_seeds_hold_every_invariant() {
         "only {failovers} primaries were replaced"
     );
     assert!(enough(sum(|o| o.acknowledged), 400_000));
+    let (elections, compacted) = (sum(|o| o.elections), sum(|o| o.compacted));
+    assert!(
+        enough(elections, 50),
+        "the store elected {elections} leaders"
+    );
+    assert!(
+        enough(compacted, 5),
+        "{compacted} watches missed what was compacted"
+    );
 }
 
 #[test]

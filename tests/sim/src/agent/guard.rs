@@ -36,6 +36,7 @@ const HARD_AFTER: Micros = 250 * MS;
 const TRY_WITHIN: Micros = 200 * MS;
 const TRIES: usize = 2;
 const UNANSWERED_MAX: usize = 1_024;
+const UNHEARD_MAX: Duration = Duration::from_millis(1_200);
 
 /// What the right to serve rests on; gone with the agent's life.
 #[derive(Debug)]
@@ -94,6 +95,12 @@ impl Rights {
             _ => until,
         };
         self.kept = Some((until, revision));
+    }
+
+    /// As the real lease: reports of this session are not answered, by controllers that know of leases.
+    pub(crate) fn is_unheard(&self, now: Micros) -> bool {
+        let oldest = self.sent.front().map(|(_, sent)| *sent);
+        self.kept.is_some() && oldest.is_some_and(|sent| sent.until(boot(now)) > UNHEARD_MAX)
     }
 
     fn sight(&self, spec: &NodeSpec, revision: u64, now: Micros, lifts_early: bool) -> Sight {
@@ -199,6 +206,10 @@ async fn pending_once() {
 
 fn look(host: &Rc<Host>, seats: &[Seat], work: &mut Vec<Fiber>) {
     let assigned = host.assigned.borrow().clone();
+    // As long as it knows nothing, what the fencer was told before stands.
+    if assigned.is_empty() {
+        return;
+    }
     let mut watched = Vec::new();
     let mut unproven = false;
     for seat in seats {

@@ -107,15 +107,15 @@ impl Worker {
             Action::SoftFence if variant == Variant::NoFence => Event::FenceDone,
             Action::SoftFence => {
                 match self.admin(Admin::SoftFence(order.proxy_user.clone())).await {
-                    Some(_) => Event::FenceDone,
-                    None => Event::FenceFailed,
+                    Some(Answer::Ok) => Event::FenceDone,
+                    _ => Event::FenceFailed,
                 }
             }
             Action::SetMasterUser => {
                 let (user, password) = (order.master_user.clone(), order.master_password.clone());
                 match self.admin(Admin::SetLogin { user, password }).await {
-                    Some(_) => Event::MasterUserSet,
-                    None => Event::MasterUserFailed,
+                    Some(Answer::Ok) => Event::MasterUserSet,
+                    _ => Event::MasterUserFailed,
                 }
             }
             Action::Failover => self.failover(request, order, deadline).await,
@@ -139,10 +139,13 @@ impl Worker {
                 Some(Answer::Ok) => Event::AbortDone,
                 _ => Event::AbortFailed,
             },
+            Action::RestoreGrant if !self.assigned().is_none_or(|a| self.host.may_serve(&a)) => {
+                Event::RestoreFailed
+            }
             Action::RestoreGrant => {
                 match self.admin(Admin::Restore(order.proxy_user.clone())).await {
-                    Some(_) => Event::GrantRestored,
-                    None => Event::RestoreFailed,
+                    Some(Answer::Ok) => Event::GrantRestored,
+                    _ => Event::RestoreFailed,
                 }
             }
             Action::Commit => match self.commit(request, order, deadline).await {

@@ -23,7 +23,7 @@ use slotmesh_proto::{
 use super::{settled, worker::Worker};
 use crate::{
     fiber::sleep,
-    redis::Admin,
+    redis::{Admin, Answer},
     sched::{MS, Micros, SEC},
     variant::Variant,
 };
@@ -175,16 +175,13 @@ impl Worker {
             }
             let sha = password_sha256(&user.password);
             let (user, replication) = (user.name.clone(), user.replication);
-            if self
-                .admin(Admin::Grant {
-                    user,
-                    sha,
-                    replication,
-                })
-                .await
-                .is_none()
-            {
-                return response(StepOutcome::NoEffect, "the node does not answer");
+            let granted = self.admin(Admin::Grant {
+                user,
+                sha,
+                replication,
+            });
+            if !matches!(granted.await, Some(Answer::Ok)) {
+                return response(StepOutcome::NoEffect, "the node does not take the user");
             }
         }
         response(StepOutcome::Done, "")
@@ -352,7 +349,7 @@ impl Worker {
                 replication: false,
             })
             .await;
-        if login.is_none() || grant.is_none() {
+        if ![login, grant].iter().all(|a| matches!(a, Some(Answer::Ok))) {
             return response(StepOutcome::Uncertain, "the node does not answer");
         }
         if let Some(begun) = self.resume.take() {

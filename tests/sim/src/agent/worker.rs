@@ -52,7 +52,8 @@ pub(crate) struct Worker {
     pub(crate) concluded: Vec<Fact>,
     started: Option<Micros>,
     /// What this process has beyond its successor was looked at.
-    captured: bool,
+    /// Until the epoch at which it stood then: it may be lost again.
+    captured: Option<u64>,
     /// Of the last process that was seen to end.
     exited_run_id: String,
     /// Since when the process does not answer.
@@ -78,7 +79,7 @@ pub(crate) async fn run(host: Rc<Host>, seat: Seat) {
         resume,
         concluded: Vec::new(),
         started: None,
-        captured: false,
+        captured: None,
         exited_run_id: String::new(),
         silent_since: None,
     };
@@ -125,6 +126,10 @@ impl Worker {
 
     async fn turn(&mut self) {
         let assigned = self.assigned();
+        let desired = assigned.as_ref().map(|a| a.spec.desired());
+        if desired == Some(Desired::Removed) || self.host.is_removed(self.seat.node) {
+            return self.remove();
+        }
         self.ensure_process(assigned.as_ref()).await;
         self.fence_by_force(assigned.as_ref());
         // A freeze that is not remembered would pass for one that never was: a target that stands
@@ -138,6 +143,18 @@ impl Worker {
                 self.converge(assigned).await;
             }
         }
+        self.publish();
+    }
+
+    /// Ends the process, and then removes its data: what is left after a crash is begun again.
+    fn remove(&mut self) {
+        if self.is_running() {
+            return self.host.kill(self.seat.node);
+        }
+        let party = Party::Node(self.seat.node);
+        self.host.world.borrow_mut().removed.insert(party);
+        self.forget();
+        self.set_state(ProcessState::Removed);
         self.publish();
     }
 
@@ -188,11 +205,19 @@ impl Worker {
         self.set_state(ProcessState::Starting);
     }
 
+    /// The last epoch at which this process was the primary, as its agent has journaled.
+    fn stood(&self) -> u64 {
+        let memory = self.host.memory.borrow();
+        let standing = memory.standing(&self.seat.name);
+        let standing = standing.filter(|s| s.run_id == self.run_id);
+        standing.map_or(0, |s| s.epoch)
+    }
+
     fn forget(&mut self) {
         self.run_id.clear();
         self.users.clear();
         self.login = None;
-        self.captured = false;
+        self.captured = None;
         self.silent_since = None;
     }
 
@@ -365,9 +390,8 @@ impl Worker {
             failover: info.failover(),
             following: &following,
             link: info.link(),
-            replid: info.text("master_replid"),
-            offset: info.offset(),
-            captured: self.captured,
+            history: info.history(),
+            captured: self.captured == Some(self.stood()),
             users: &self.users,
             login: self.login.as_ref(),
             fence: fence.as_ref(),
@@ -397,7 +421,7 @@ impl Worker {
             Action::SetLogin(login) => {
                 let (user, password) = (login.user.clone(), login.password.clone());
                 let answer = self.admin(Admin::SetLogin { user, password }).await;
-                if answer.is_some() {
+                if matches!(answer, Some(Answer::Ok)) {
                     self.login = Some(login);
                 }
                 answer
@@ -409,16 +433,19 @@ impl Worker {
                 }
                 let (user, password) = (String::new(), String::new());
                 let answer = self.admin(Admin::SetLogin { user, password }).await;
+                if !matches!(answer, Some(Answer::Ok)) {
+                    return false;
+                }
                 self.login = Some(Login::default());
                 answer
             }
-            Action::Capture { replid, from } => {
-                let from = i64::try_from(from).unwrap_or(i64::MAX);
+            Action::Capture { replid, tail } => {
+                let from = i64::try_from(tail.from).unwrap_or(i64::MAX);
                 let answer = self.admin(Admin::Capture { replid, from }).await;
-                if answer.is_none() {
+                if !matches!(answer, Some(Answer::Captured(_))) {
                     return false;
                 }
-                self.captured = true;
+                self.captured = Some(self.stood());
                 Some(Answer::Ok)
             }
             Action::Follow { host, port } => {

@@ -16,7 +16,7 @@ use slotmesh_task::{
     upkeep,
 };
 use slotmesh_topology::{
-    Handover, Instance, Shard,
+    Handover, Instance, InstanceState, Shard,
     credential::{self, Credential},
 };
 
@@ -142,11 +142,14 @@ impl Driver {
             return self.write.task(task, next).await;
         }
         match &task.value.spec {
-            Spec::Provision | Spec::Decommission => self.provision(task).await,
+            Spec::Provision => self.provision(task).await,
+            Spec::Decommission => self.decommission(task).await,
             Spec::Switchover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
             Spec::Failover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
             Spec::Failover(lost) => self.act_on_failover(task, lost).await,
+            // Nobody asks for one here.
+            Spec::Replace(_) => Ok(Next::At(u64::MAX)),
         }
     }
 
@@ -181,6 +184,36 @@ impl Driver {
         }
     }
 
+    async fn decommission(&mut self, task: &Versioned<Task>) -> Result<Next, Wrote> {
+        let shards: Vec<_> = self.desk.mirror.borrow().shards.values().cloned().collect();
+        let plain: Vec<Shard> = shards.iter().map(|s| s.value.clone()).collect();
+        let instance = Instance {
+            state: InstanceState::Deleting,
+            ..(*self.desk.instance).clone()
+        };
+        let decision = provision::decommission(
+            &instance,
+            &plain,
+            &self.desk.fleet.borrow(),
+            task.value.deadline_ms,
+            self.desk.now_ms(),
+        );
+        match decision {
+            provision::Decision::Forget => self.write.end_decommission(task, &shards).await,
+            provision::Decision::GiveUp(what) => {
+                let next = Task {
+                    state: TaskState::NeedsOperator,
+                    message: what,
+                    ..task.value.clone()
+                };
+                self.write.task(task, next).await
+            }
+            provision::Decision::Wait(_)
+            | provision::Decision::Begin(_)
+            | provision::Decision::Serve => Ok(Next::At(task.value.deadline_ms)),
+        }
+    }
+
     fn upkeep(&self, shard: &Shard) -> Option<(Shard, String)> {
         let fleet = self.desk.fleet.borrow();
         let forgets = self.desk.world.borrow().variant == Variant::ForgetsReplicas;
@@ -191,6 +224,9 @@ impl Driver {
     }
 
     async fn keep_records_true(&mut self) -> Result<(), Wrote> {
+        if self.desk.mirror.borrow().is_deleting {
+            return Ok(());
+        }
         let shards: Vec<_> = self.desk.mirror.borrow().shards.values().cloned().collect();
         for shard in shards {
             let change = self.upkeep(&shard.value);

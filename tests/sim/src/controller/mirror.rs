@@ -30,6 +30,8 @@ pub(crate) struct Mirror {
     pub(crate) term: u64,
     /// Hosts that have a right to serve, and since which revision.
     pub(crate) hosts: BTreeMap<usize, u64>,
+    /// The instance is being removed.
+    pub(crate) is_deleting: bool,
 }
 
 impl Mirror {
@@ -113,6 +115,8 @@ impl Mirror {
                     self.hosts.insert(host, stored.create_revision);
                 }
                 (Key::Host(host), None) => drop(self.hosts.remove(&host)),
+                (Key::Instance, stored) => self.is_deleting = stored.is_some(),
+                (Key::Shard(index), None) => drop(self.shards.remove(&index)),
                 _ => {}
             }
         }

@@ -18,6 +18,9 @@ use crate::{
     sched::MS,
 };
 
+/// Zones that hosts are spread over.
+const ZONES: usize = 2;
+
 /// A host with a session here.
 #[derive(Debug)]
 pub(super) struct Host {
@@ -52,8 +55,12 @@ impl Desk {
             return false;
         }
         agents.insert(host, (session, conn));
-        let name = format!("h{host}").into();
-        self.fleet.borrow_mut().hosts.insert(name);
+        let name: slotmesh_topology::HostId = format!("h{host}").into();
+        let mut fleet = self.fleet.borrow_mut();
+        fleet
+            .zones
+            .insert(name.clone(), format!("z{}", host % ZONES));
+        fleet.hosts.insert(name);
         true
     }
 
@@ -63,6 +70,13 @@ impl Desk {
         for node in &report.nodes {
             let view = slotmesh_task::wire::node_view(node, now_ms);
             fleet.nodes.insert(node.node_id.as_str().into(), view);
+        }
+        for proxy in &report.proxies {
+            let state = slotmesh_task::wire::process_state(proxy.state());
+            let id = proxy.proxy_id.as_str().into();
+            fleet
+                .proxy_processes
+                .insert(id, (state, proxy.error.clone()));
         }
     }
 

@@ -5,11 +5,15 @@
 use std::rc::Rc;
 
 use slotmesh_task::{
-    Choice, ShardSwitch, Spec, State as TaskState, Task, admit, failover::is_parked, wire,
+    Choice, ShardSwitch, Spec, State as TaskState, Task, admit, failover::is_parked,
+    provision::DECOMMISSION_MS_MAX, wire,
 };
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
 use super::{Ask, Desk, Versioned};
+/// An operator's patience with a switchover.
+const SWITCHOVER_MS_MAX: u64 = 60_000;
+
 use crate::{
     store::{Compare, Key, StoreReply, StoreRequest, Txn, Value},
     variant::Variant,
@@ -87,6 +91,23 @@ impl Writer {
     ) -> Result<Next, Wrote> {
         let mut txn = self.with_task(self.leader_txn(), task, next);
         self.unlock(&mut txn, shard.value.index as usize, task);
+        self.commit(txn).await
+    }
+
+    /// Ends a removal: no record is left but the task's.
+    pub(super) async fn end_decommission(
+        &self,
+        task: &Versioned<Task>,
+        shards: &[Versioned<Shard>],
+    ) -> Result<Next, Wrote> {
+        let next = Task {
+            state: TaskState::Done,
+            ..task.value.clone()
+        };
+        let mut txn = self.with_task(self.leader_txn(), task, next);
+        txn.deletes.push(Key::Instance);
+        let keys = shards.iter().map(|s| Key::Shard(s.value.index as usize));
+        txn.deletes.extend(keys);
         self.commit(txn).await
     }
 
@@ -192,6 +213,7 @@ pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
     };
     match ask {
         Ask::SwitchOver { choice, token } => switch_over(&writer, choice, token).await,
+        Ask::Decommission => decommission(&writer).await,
         Ask::Cancel => cancel(&writer).await,
         Ask::Choose(choice) => choose(&writer, choice).await,
     }
@@ -227,27 +249,57 @@ async fn switch_over(writer: &Writer, choice: u64, token: u64) {
         txn.compares.push(Compare::Absent(lock.clone()));
         txn.puts.push((lock, Value::Lock(id.clone())));
     }
-    let task = Task {
-        id: TaskId::from(id.as_str()),
+    let task = new_task(&id, Spec::Switchover(switches), desk, SWITCHOVER_MS_MAX);
+    writer.new_task(&mut txn, &task);
+    // Whoever asked asks again when there is no answer.
+    let _ = writer.commit(txn).await;
+}
+
+async fn decommission(writer: &Writer) {
+    let desk = &writer.desk;
+    let idem = Key::Idem("decommission".into());
+    let (busy, shards) = {
+        let mirror = desk.mirror.borrow();
+        let busy = mirror.tasks.values().any(|t| !t.value.state.is_ended());
+        let shards: Vec<_> = mirror.shards.values().cloned().collect();
+        (busy || mirror.is_deleting, shards)
+    };
+    if busy {
+        return;
+    }
+    let mut txn = writer.leader_txn();
+    txn.compares.push(Compare::Absent(idem.clone()));
+    txn.compares.push(Compare::Absent(Key::Instance));
+    for shard in &shards {
+        let index = shard.value.index as usize;
+        txn.compares.push(Compare::Absent(Key::Lock(index)));
+    }
+    let task = new_task("d0", Spec::Decommission, desk, DECOMMISSION_MS_MAX);
+    txn.puts.push((idem, Value::Idem(task.id.to_string())));
+    txn.puts.push((Key::Instance, Value::Removal));
+    writer.new_task(&mut txn, &task);
+    // Whoever asked asks again when there is no answer.
+    let _ = writer.commit(txn).await;
+}
+
+fn new_task(id: &str, spec: Spec, desk: &Desk, time_ms: u64) -> Task {
+    let now_ms = desk.now_ms();
+    Task {
+        id: TaskId::from(id),
         instance: desk.instance.id.clone(),
-        spec: Spec::Switchover(switches),
+        spec,
         state: TaskState::Pending,
         message: String::new(),
         created_ms: now_ms,
         updated_ms: now_ms,
-        deadline_ms: now_ms + 60_000,
+        deadline_ms: now_ms + time_ms,
         event_count: 1,
         cancel_requested: false,
         not_before_ms: 0,
         choice: None,
         trace_id: String::new(),
-    };
-    txn.puts.push((
-        Key::Task(id),
-        Value::Task(wire::task_to(&task, writer.term)),
-    ));
-    // Whoever asked asks again when there is no answer.
-    let _ = writer.commit(txn).await;
+        copied: slotmesh_task::Copied::default(),
+    }
 }
 
 /// A replica of each chosen shard.

@@ -198,7 +198,8 @@ impl Node {
     }
 
     fn write(&mut self, ctx: &mut Ctx, p: &mut Process, user: &str, op: Op) -> String {
-        let late = ctx.is_asleep(self.party());
+        let unwatched = ctx.checks.is_unwatched(self.host, ctx.now());
+        let late = ctx.is_asleep(self.party()) || unwatched;
         let process = (self.name.as_str(), p.run_id.as_str());
         ctx.checks.wrote(self.shard, process, user, op.id, late);
         p.led = true;

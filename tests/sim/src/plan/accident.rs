@@ -50,14 +50,16 @@ pub(super) fn schedule(ctx: &mut Ctx, shape: Shape, now: Micros) {
 fn accident(ctx: &mut Ctx, shape: Shape) -> Script {
     let rng = &mut ctx.rng;
     let down = rng.random_range(20 * MS..2_500 * MS);
-    let controller = Party::Controller(rng.random_range(0..shape.controllers));
+    let index = rng.random_range(0..shape.controllers);
+    let controller = Party::Controller(index);
     match shape.profile {
-        Profile::ControlPlane => match rng.random_range(0..6) {
+        Profile::ControlPlane => match rng.random_range(0..7) {
             0 => Script::Crash(controller, down),
             1 => Script::Stall(controller, down),
             2 => Script::Stall(Party::Store, down),
             3 => Script::Elect(down),
             4 => Script::Compact,
+            5 => Script::Lag(index, down),
             _ => Script::Cut(vec![(controller, Party::Store)], down),
         },
         Profile::Agents => {
@@ -84,7 +86,8 @@ fn accident(ctx: &mut Ctx, shape: Shape) -> Script {
 fn any(ctx: &mut Ctx, shape: Shape) -> Script {
     let rng = &mut ctx.rng;
     let down = rng.random_range(20 * MS..2_500 * MS);
-    let controller = Party::Controller(rng.random_range(0..shape.controllers));
+    let index = rng.random_range(0..shape.controllers);
+    let controller = Party::Controller(index);
     let agent = Party::Agent(rng.random_range(0..shape.hosts));
     let node = rng.random_range(0..shape.shards * shape.nodes);
     let proxy = Party::Proxy(rng.random_range(0..shape.proxies));
@@ -93,7 +96,7 @@ fn any(ctx: &mut Ctx, shape: Shape) -> Script {
         (Profile::Lossy, 1) => Kept::Nothing,
         _ => Kept::All,
     };
-    match rng.random_range(0..18) {
+    match rng.random_range(0..19) {
         0 | 1 => Script::Crash(controller, down),
         2..=4 => Script::Crash(agent, down),
         5..=7 => Script::CrashNode(node, kept),
@@ -107,6 +110,7 @@ fn any(ctx: &mut Ctx, shape: Shape) -> Script {
         }
         13 => Script::Elect(down),
         14 => Script::Compact,
+        15 => Script::Lag(index, down),
         _ => {
             let other = Party::Node(rng.random_range(0..shape.shards * shape.nodes));
             let pairs = [
@@ -127,7 +131,7 @@ fn any(ctx: &mut Ctx, shape: Shape) -> Script {
 }
 
 /// What loses a primary, or looks like it.
-fn lost(ctx: &mut Ctx, shape: Shape) -> Script {
+pub(super) fn lost(ctx: &mut Ctx, shape: Shape) -> Script {
     let rng = &mut ctx.rng;
     let host = rng.random_range(0..shape.hosts);
     let node = rng.random_range(0..shape.shards * shape.nodes);
@@ -165,7 +169,7 @@ fn mass(ctx: &mut Ctx, shape: Shape) -> Script {
     Script::Cut(cuts, long)
 }
 
-fn controllers(shape: Shape) -> Vec<Party> {
+pub(crate) fn controllers(shape: Shape) -> Vec<Party> {
     (0..shape.controllers).map(Party::Controller).collect()
 }
 
@@ -184,7 +188,7 @@ fn others(shape: Shape, host: usize, inside: Option<usize>) -> Vec<Party> {
     all
 }
 
-fn both_ways(these: &[Party], those: &[Party]) -> Vec<(Party, Party)> {
+pub(crate) fn both_ways(these: &[Party], those: &[Party]) -> Vec<(Party, Party)> {
     let pairs = these.iter().flat_map(|a| those.iter().map(|b| (*a, *b)));
     pairs.flat_map(|(a, b)| [(a, b), (b, a)]).collect()
 }

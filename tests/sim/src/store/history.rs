@@ -23,8 +23,8 @@ impl History {
 
     /// Everything at `from` and after it; `None`: some of it is forgotten.
     pub(super) fn since(&self, from: u64) -> Option<Vec<Watched>> {
-        let after = |c: &&Watched| c.revision >= from;
-        (from > self.compacted).then(|| self.changes.iter().filter(after).cloned().collect())
+        let first = self.changes.partition_point(|c| c.revision < from);
+        (from > self.compacted).then(|| self.changes[first..].to_vec())
     }
 }
 

@@ -38,8 +38,12 @@ impl World {
             .flat_map(|p| p.log.iter().map(|op| op.id))
             .collect();
         let fenced = self.shards().any(|s| s.mode != Mode::Serving);
+        if !fenced {
+            ctx.checks.look_for_captured(&present);
+        }
         for client in &self.clients {
-            let lost = client.acknowledged.iter().find(|id| {
+            let mut relied = client.acknowledged.iter().chain(&client.seen);
+            let lost = relied.find(|id| {
                 let known = [&present, &ctx.checks.lost, &ctx.checks.left_behind];
                 known.iter().all(|set| !set.contains(id))
             });
@@ -104,6 +108,8 @@ impl World {
             acknowledged: sum(|c| c.acknowledged.len()),
             ambiguous: sum(|c| c.ambiguous.len()),
             failovers: ctx.checks.failovers,
+            elections: ctx.checks.elections,
+            compacted: ctx.checks.compacted,
             left_behind: (self.clients.iter().flat_map(|c| &c.acknowledged))
                 .filter(|id| ctx.checks.left_behind.contains(id))
                 .count(),

@@ -70,6 +70,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
         accounts: Vec::new(),
         durability: shape.durability,
         maintenance_window: String::new(),
+        replace_after_s: slotmesh_topology::instance::REPLACE_AFTER_S,
     }
 }
 
@@ -88,6 +89,7 @@ pub(super) fn records(instance: &Instance, shards: &[Shard]) -> Vec<(Key, Value)
         not_before_ms: 0,
         choice: None,
         trace_id: String::new(),
+        copied: slotmesh_task::Copied::default(),
     };
     let record: records::TaskRecord = wire::task_to(&task, 0);
     let mut items = vec![(Key::Task("t0".into()), Value::Task(record))];
@@ -120,6 +122,8 @@ pub(super) fn shards(shape: Shape, instance: &Instance) -> (Vec<Node>, Vec<Shard
                 run_id: String::new(),
                 address: String::new(),
                 in_sync: false,
+                priority: slotmesh_topology::PRIORITY,
+                leaving: false,
             });
             nodes.push(Node::new(number, index, host, name));
         }
@@ -133,7 +137,8 @@ pub(super) fn shards(shape: Shape, instance: &Instance) -> (Vec<Node>, Vec<Shard
             members,
             mode: Mode::Provisioning,
             closed_epoch: Epoch(0),
-            lineage: None,
+            departures: Vec::new(),
+            roster: Default::default(),
         });
     }
     (nodes, shards)

@@ -2,20 +2,63 @@
 //!
 //! Invariant: what is judged is what really was, not what anybody had seen of it.
 
+use slotmesh_topology::Shard;
+
 use super::World;
 use crate::{
     msg::Party,
+    plan::Profile,
     redis::{Kind, Op},
-    sched::{Micros, SEC},
+    sched::{MS, Micros, SEC},
 };
 
 /// What was wrong so long ago may still be the reason.
 const REASON: Micros = 10 * SEC;
+/// A primary whose agent is away is ended by the fencer once its replicas have acknowledged nothing
+/// for more than 2 whole seconds, a second after the last time at most: docs/guarantees.md names it.
+const FENCER_SEES: Micros = 3 * SEC + 200 * MS;
 
 impl World {
+    /// What must hold at every instant.
+    pub(super) fn check_now(&mut self) {
+        self.check_failovers();
+        for shard in 0..self.shape.shards {
+            let mut ctx = self.ctx.borrow_mut();
+            let now = ctx.now();
+            let of_shard = self.nodes.iter().filter(|n| n.shard == shard);
+            // Nobody can take what a process has that stands still; it is taken when it wakes.
+            let awake = of_shard.filter(|n| !ctx.is_asleep(Party::Node(n.index)));
+            let mut writable: Vec<_> = awake
+                .filter_map(|n| Some((n, n.process.as_ref()?.writable_as()?)))
+                .collect();
+            let since = ctx.checks.several_since(shard, writable.len() > 1, now);
+            if since + FENCER_SEES > now {
+                writable.retain(|(n, _)| !ctx.checks.is_unwatched(n.host, now));
+            }
+            if let [(a, as_a), (b, as_b), ..] = writable[..] {
+                let how = format!("{} takes writes of {as_a}, {} of {as_b}", a.name, b.name);
+                let rule = "A2/I1: at most one process takes writes";
+                ctx.checks.fail(rule, || how);
+            }
+        }
+    }
+
+    /// The process that the record names is there for its proxies.
+    pub(super) fn takes_writes(&self, shard: &Shard) -> bool {
+        let Some(named) = shard.primary_member() else {
+            return false;
+        };
+        let node = self.nodes.iter().find(|n| n.name == named.node.as_str());
+        let process = node.and_then(|n| n.process.as_ref());
+        process.is_some_and(|p| p.run_id == named.run_id && p.writable_as().is_some())
+    }
+
     pub(super) fn check_failovers(&self) {
         let (declared, done) = {
-            let checks = &mut self.ctx.borrow_mut().checks;
+            let mut ctx = self.ctx.borrow_mut();
+            let now = ctx.now();
+            let checks = &mut ctx.checks;
+            checks.look_for_replaced(now);
             if checks.declared.is_empty() && checks.failed_over.is_empty() {
                 return;
             }
@@ -47,8 +90,14 @@ impl World {
             .map(|n| Party::Node(n.index));
         let weather = now < ctx.bad_weather_until + REASON;
         let excused = !lives || weather || around.into_iter().any(recently);
-        if !excused || !self.shape.loses_primaries() {
-            let profile = self.shape.profile;
+        let profile = self.shape.profile;
+        // With a tenth of all calls lost a host may keep no lease and get no promise. Its own agent
+        // has fenced it then, and somebody else may serve.
+        let process = node.process.as_ref();
+        let takes_writes = process.is_some_and(|p| p.writable_as().is_some());
+        let is_fenced = weather && !takes_writes && profile == Profile::ControlPlane;
+        let may_be_lost = excused && self.shape.loses_primaries();
+        if !may_be_lost && !is_fenced {
             ctx.checks.fail("D2: an agent that is merely silent is no reason", || {
                 format!("{primary} ({run_id}) of shard {shard} is well, and was replaced ({profile:?})")
             });

@@ -2,26 +2,33 @@
 //!
 //! Invariant: until then nothing goes wrong, and after it nothing more.
 
-use slotmesh_task::{Spec, State as TaskState};
+use slotmesh_task::{Spec, Task};
 
-use super::{CALM_DOWN_LIMIT, LIVENESS, PROVISION_LIMIT, World};
+use super::{CALM_DOWN_LIMIT, LIVENESS, PROGRESSES, PROVISION_LIMIT, World};
 use crate::{
     Trace,
-    ctx::{Ctx, Event, Tamper},
-    matrix::{self, Cell, End, Fault, GONE, Kind, LATE, Role, STALL},
+    ambush::{Deed, Leg, Message, Tamper},
+    controller::Ask,
+    ctx::Ctx,
+    matrix::{self, Cell, End, Fault, GONE, Kind, LATE, Moment, Role, STALL, What},
     msg::Party,
     plan::{Kept, Script},
-    sched::{MS, SEC},
+    sched::{MS, Micros, SEC},
+    store::Key,
 };
 
 /// Seed of every cell.
 const SEED: u64 = 4_711;
 /// Chooses the first replica of all shards.
 const FIRST_REPLICA: u64 = 0;
+/// For so long clients are served before anything happens.
+const QUIET: Micros = SEC / 2;
+/// Clients go on within this time after everything has ended.
+const GO_ON: Micros = 6 * SEC;
 
 impl World {
     /// The mesh of a cell, with nothing started.
-    pub(crate) fn staged(_: Cell, trace: Trace) -> Self {
+    pub(crate) fn staged(trace: Trace) -> Self {
         Self::of(matrix::shape(), Ctx::new(SEED, matrix::VARIANT, trace))
     }
 
@@ -31,61 +38,150 @@ impl World {
         if cell.kind == Kind::Provision {
             self.arm(cell);
         }
-        let provisioned = self.until(PROVISION_LIMIT, "provisioning: it serves", Self::serves);
-        if provisioned {
+        if self.until(PROVISION_LIMIT, "provisioning: it serves", Self::serves) {
             for client in &mut self.clients {
                 client.start(&mut self.ctx.borrow_mut());
             }
-            self.wait(SEC + SEC / 2);
+            self.wait(QUIET);
             if cell.kind != Kind::Provision {
                 self.arm(cell);
             }
-            let now = self.ctx.borrow().now();
-            let script = match cell.kind {
-                Kind::Provision => None,
-                Kind::Switchover => Some(Script::SwitchOver {
-                    choice: FIRST_REPLICA,
-                    token: 1,
-                }),
-                Kind::Failover => Some(Script::CrashNode(0, Kept::All)),
-            };
-            if let Some(script) = script {
-                self.ctx.borrow_mut().queue.at(now, Event::Script(script));
-            }
+            self.begin(cell.kind);
             self.wait(400 * MS);
-            // What is late or stands still is over by then.
-            if cell.fault.is_some() {
-                self.wait(STALL + SEC);
+            // What is late, gone or stands still is over by then.
+            self.wait(match cell.what {
+                What::Calm | What::Message(_, Tamper::Repeat | Tamper::Fail) => 0,
+                What::Fault(_, _, Fault::Stall) => STALL + SEC,
+                _ => LATE + SEC,
+            });
+            // Who asked and got no answer asks again, with the same token.
+            if self.tasks_of(cell.kind).is_empty() {
+                self.begin(cell.kind);
+                self.wait(400 * MS);
             }
             if self.until(CALM_DOWN_LIMIT, LIVENESS, Self::is_calm) {
-                self.wait(300 * MS);
-                self.check_end();
+                self.rest(cell.kind);
             }
         }
-        let states: Vec<TaskState> = (self.tasks())
-            .filter(|t| match cell.kind {
-                Kind::Provision => matches!(t.spec, Spec::Provision),
-                Kind::Switchover => matches!(t.spec, Spec::Switchover(_)),
-                Kind::Failover => matches!(t.spec, Spec::Failover(_)),
-            })
-            .map(|t| t.state)
-            .collect();
-        let ctx = self.ctx.borrow();
+        let now = self.ctx.borrow().now();
+        let mut longest: Vec<Micros> = vec![0; self.shape.proxies];
+        for client in &mut self.clients {
+            client.count_unanswered(now);
+            for (all, here) in longest.iter_mut().zip(&client.by_proxy) {
+                *all = (*all).max(*here);
+            }
+        }
+        let states = self.tasks_of(cell.kind).iter().map(|t| t.state).collect();
+        let mut ctx = self.ctx.borrow_mut();
         let end = End {
             violation: ctx.checks.violation.clone(),
-            reached: ctx.points.iter().all(|(_, left, _)| *left == 0),
+            reached: ctx.ambushes.are_met() && ctx.points.iter().all(|(_, left, _)| *left == 0),
             states,
-            longest: self.clients.iter().map(|c| c.longest).max().unwrap_or(0),
+            longest,
+            messages: std::mem::take(&mut ctx.ambushes.passed),
         };
         (end, ctx.trace.lines())
     }
 
-    fn arm(&mut self, cell: Cell) {
-        if let Some((role, fault)) = cell.fault {
-            let script = Script::Befall(role, fault);
-            let (point, passes) = cell.step;
-            self.ctx.borrow_mut().points.push((point, passes, script));
+    /// What an operator asks for, or what happens.
+    fn begin(&mut self, kind: Kind) {
+        match kind {
+            Kind::Provision => {}
+            Kind::Switchover => self.ask(&Ask::SwitchOver {
+                choice: FIRST_REPLICA,
+                token: 1,
+            }),
+            Kind::Failover => self.crash_node(0, Kept::All),
+            Kind::Decommission => self.ask(&Ask::Decommission),
         }
+    }
+
+    fn tasks_of(&self, kind: Kind) -> Vec<Task> {
+        let is_of = |t: &Task| match kind {
+            Kind::Provision => matches!(t.spec, Spec::Provision),
+            Kind::Switchover => matches!(t.spec, Spec::Switchover(_)),
+            Kind::Failover => matches!(t.spec, Spec::Failover(_)),
+            Kind::Decommission => matches!(t.spec, Spec::Decommission),
+        };
+        self.tasks().filter(is_of).collect()
+    }
+
+    /// What must hold once the task has ended.
+    fn rest(&mut self, kind: Kind) {
+        if kind == Kind::Decommission {
+            return self.check_nothing_left();
+        }
+        let since = self.ctx.borrow().now();
+        self.until(GO_ON, PROGRESSES, |w| w.progressed_since(since));
+        self.wait(300 * MS);
+        self.check_end();
+    }
+
+    fn check_nothing_left(&mut self) {
+        let is_record = |key: &&Key| matches!(key, Key::Shard(_) | Key::Instance | Key::Lock(_));
+        let record = self.store.items.keys().find(is_record).cloned();
+        let node = self.nodes.iter().find(|n| n.process.is_some());
+        let node = node.map(|n| n.name.clone());
+        let mut ctx = self.ctx.borrow_mut();
+        let proxy = (0..self.shape.proxies).find(|p| ctx.life(Party::Proxy(*p)).is_some());
+        if record.is_some() || node.is_some() || proxy.is_some() {
+            ctx.checks.fail("decommission: nothing is left", || {
+                format!("record {record:?}, node {node:?}, proxy {proxy:?}")
+            });
+        }
+    }
+
+    fn arm(&mut self, cell: Cell) {
+        let laid = match cell.what {
+            What::Calm | What::Twice => None,
+            What::Message(message, tamper) => Some((message, Deed::Tamper(tamper))),
+            What::Fault(step, role, fault) => {
+                let deed = match fault.tamper() {
+                    Some(tamper) => Deed::Tamper(tamper),
+                    None => Deed::Script(Script::Befall(role, fault)),
+                };
+                match (step.moment, deed) {
+                    (Moment::At(point, times), Deed::Script(script)) => {
+                        (self.ctx.borrow_mut().points).push((point, times, script));
+                        None
+                    }
+                    (Moment::At(..), Deed::Tamper(_)) => None,
+                    (moment, deed) => self.message(moment).map(|message| (message, deed)),
+                }
+            }
+        };
+        let mut ctx = self.ctx.borrow_mut();
+        ctx.ambushes.begin();
+        if let Some((message, deed)) = laid {
+            ctx.ambushes.lay(message, deed);
+        }
+        if cell.what == What::Twice {
+            ctx.ambushes.lay_for_all(Tamper::Repeat);
+        }
+    }
+
+    fn message(&self, moment: Moment) -> Option<Message> {
+        let Moment::Message {
+            call,
+            from,
+            to,
+            nth,
+            is_answer,
+        } = moment
+        else {
+            return None;
+        };
+        let (from, to) = (self.party(from), self.party(to));
+        let (from, to) = if is_answer { (to, from) } else { (from, to) };
+        Some(Message {
+            leg: Leg {
+                call,
+                from,
+                to,
+                nth,
+            },
+            is_answer,
+        })
     }
 
     fn wait(&mut self, time: u64) {
@@ -93,11 +189,11 @@ impl World {
         self.until(time + SEC, "time passes", |w| w.ctx.borrow().now() >= end);
     }
 
-    /// The fault of a cell.
-    pub(super) fn befall(&mut self, role: Role, fault: Fault) {
+    fn party(&self, role: Role) -> Party {
         let leader = self.controllers.iter().position(|c| c.believes().is_some());
+        // The first to come leads.
         let leader = leader.unwrap_or(0);
-        let party = match role {
+        match role {
             Role::Leader => Party::Controller(leader),
             Role::Follower => Party::Controller((leader + 1) % self.controllers.len()),
             Role::OldAgent => Party::Agent(0),
@@ -106,18 +202,17 @@ impl World {
             Role::Target => Party::Node(1),
             Role::Proxy => Party::Proxy(0),
             Role::Store => Party::Store,
-        };
-        let tamper = |tamper| self.ctx.borrow_mut().tampers.push((party, tamper));
-        match fault {
-            Fault::Lose => tamper(Tamper::Lose),
-            Fault::Repeat => tamper(Tamper::Repeat),
-            Fault::Delay => tamper(Tamper::Delay(LATE)),
-            Fault::Stall => self.stall(party, STALL),
-            Fault::Kill => match party {
-                Party::Node(node) => self.crash_node(node, Kept::All),
-                Party::Store => self.store.elect(&mut self.ctx.borrow_mut(), GONE),
-                party => self.crash(party, GONE),
-            },
+        }
+    }
+
+    /// kill -9 or SIGSTOP.
+    pub(super) fn befall(&mut self, role: Role, fault: Fault) {
+        let party = self.party(role);
+        match (fault, party) {
+            (Fault::Stall, party) => self.stall(party, STALL),
+            (_, Party::Node(node)) => self.crash_node(node, Kept::All),
+            (_, Party::Store) => self.store.elect(&mut self.ctx.borrow_mut(), GONE),
+            (_, party) => self.crash(party, GONE),
         }
     }
 }

@@ -43,6 +43,9 @@ impl Driver {
     /// Declares every primary lost that is; returns when to look again at the latest.
     pub(super) async fn detect(&mut self) -> Result<u64, Wrote> {
         let mut wake_ms = u64::MAX;
+        if self.desk.mirror.borrow().is_deleting {
+            return Ok(wake_ms);
+        }
         for shard in self.shards() {
             let verdict = {
                 let fleet = self.desk.fleet.borrow();
