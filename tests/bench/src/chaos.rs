@@ -5,12 +5,18 @@
 //! length, and it removes everything at its end, also after a failure.
 
 pub mod check;
-mod client;
+pub(crate) mod client;
 mod fault;
 pub mod history;
 pub mod linear;
-mod mesh;
-mod net;
+pub mod losses;
+pub(crate) mod mesh;
+pub mod monitor;
+pub(crate) mod net;
+mod observers;
+pub mod pubsub;
+pub mod timeline;
+pub mod topology;
 
 use std::{
     collections::BTreeMap,
@@ -26,18 +32,22 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    check::{Finals, Finding, Promise},
+    check::{Checked, Finals, Finding, Promise},
     client::Load,
     fault::{Fault, Kind},
     history::{History, Kind as Asked, Outcome, Record},
     mesh::{CONTROLLERS, HEAL_LIMIT, HOSTS, Mesh, OPS, STORE, Shape},
     net::Net,
+    observers::Observers,
+    timeline::Timeline,
 };
 
 /// Between two faults, when everything is well again.
 const CALM: Duration = Duration::from_secs(2);
 /// Reading one key at the end.
 const READ_LIMIT: Duration = Duration::from_secs(30);
+/// With all proxies in turn.
+const READ_ATTEMPTS: usize = 6;
 /// Clients in each host's place.
 const INSIDERS: u32 = 5;
 
@@ -89,7 +99,7 @@ pub struct InsiderArgs {
     out: PathBuf,
 }
 
-fn places() -> Vec<&'static str> {
+pub(crate) fn places() -> Vec<&'static str> {
     let all = [STORE, OPS].into_iter();
     all.chain(CONTROLLERS).chain(HOSTS).collect()
 }
@@ -103,6 +113,14 @@ pub async fn main(args: Args) -> anyhow::Result<bool> {
         return Box::pin(within(&args, run)).await;
     }
     kinds(&args.faults)?;
+    in_a_network()
+}
+
+/// Makes a network, runs this program once more in it, and removes it.
+///
+/// # Errors
+/// When the kernel refuses, or the run itself failed.
+pub(crate) fn in_a_network() -> anyhow::Result<bool> {
     let run = std::process::id();
     let net = Net::of(run, &places())?;
     let made = net.make();
@@ -150,6 +168,9 @@ async fn within(args: &Args, run: u32) -> anyhow::Result<bool> {
         replicas: args.replicas,
         durability: args.durability,
         read_gate: args.durability > 0,
+        disks: true,
+        clocks: true,
+        ..Shape::default()
     };
     let history = Arc::new(History::default());
     let judged = match Mesh::start(net, dir.path(), &shape).await {
@@ -188,6 +209,7 @@ async fn run_and_judge(
     history: &Arc<History>,
     dir: &Path,
 ) -> anyhow::Result<bool> {
+    let observers = Observers::start(mesh).await?;
     let stop = CancellationToken::new();
     let load = Load {
         proxies: mesh.proxies.clone(),
@@ -199,8 +221,9 @@ async fn run_and_judge(
         let (load, history, stop) = (load.clone(), history.clone(), stop.clone());
         tokio::spawn(async move { client::run(&load, &history, &stop).await })
     };
-    let insiders = insiders(args, mesh, dir)?;
-    let unwell = Box::pin(torment(args, mesh)).await;
+    let insiders = insiders(args.pace_ms, mesh, dir)?;
+    let mut timeline = Timeline::default();
+    let unwell = Box::pin(torment(args, mesh, &mut timeline)).await;
     stop.cancel();
     outsiders.await??;
     for (mut child, out) in insiders {
@@ -210,18 +233,29 @@ async fn run_and_judge(
         history.load(&out)?;
     }
     let unwell = unwell?;
-    let records = history.all();
-    let finals = read_all(mesh, &records).await?;
+    let observed = observers.end(mesh).await?;
+    observed.save(dir)?;
+    let finals = read_all(mesh, &history.with(keys_of)).await?;
     let promise = Promise {
         durable: args.durability > 0,
         linear: args.durability > 0,
     };
-    let findings = check::judge(&records, &finals, promise);
-    Ok(report(args, &records, &findings, &unwell))
+    Ok(history.with(|records| {
+        let mut findings = check::judge(records, &finals, promise);
+        let mut checked = check::checked(records, &finals, promise);
+        let (found, of) = observed.judge(records, &finals, &timeline, promise.durable);
+        findings.extend(found);
+        checked.extend(of);
+        report(args, records, &findings, &checked, &unwell)
+    }))
 }
 
 /// Clients in each host's place, at the proxy there.
-fn insiders(args: &Args, mesh: &Mesh, dir: &Path) -> anyhow::Result<Vec<(Child, PathBuf)>> {
+pub(crate) fn insiders(
+    pace_ms: u64,
+    mesh: &Mesh,
+    dir: &Path,
+) -> anyhow::Result<Vec<(Child, PathBuf)>> {
     let own = std::env::current_exe()?;
     let mut insiders = Vec::new();
     for (index, (host, proxy)) in HOSTS.iter().zip(&mesh.proxies).enumerate() {
@@ -233,7 +267,7 @@ fn insiders(args: &Args, mesh: &Mesh, dir: &Path) -> anyhow::Result<Vec<(Child, 
             .command(&own)
             .arg("chaos-insider")
             .args([format!("--proxy={proxy}"), format!("--first={first}")])
-            .arg(format!("--pace-ms={}", args.pace_ms))
+            .arg(format!("--pace-ms={pace_ms}"))
             .arg("--out")
             .arg(&out)
             .stdin(Stdio::piped())
@@ -270,7 +304,11 @@ pub async fn insider(args: InsiderArgs) -> anyhow::Result<bool> {
 }
 
 /// One fault after the other until the time is over. Returns what did not become well again.
-async fn torment(args: &Args, mesh: &mut Mesh) -> anyhow::Result<Vec<String>> {
+async fn torment(
+    args: &Args,
+    mesh: &mut Mesh,
+    timeline: &mut Timeline,
+) -> anyhow::Result<Vec<String>> {
     let kinds = kinds(&args.faults)?;
     let mut random = SmallRng::seed_from_u64(args.seed);
     let end = Instant::now() + Duration::from_secs(60 * u64::from(args.minutes));
@@ -283,16 +321,20 @@ async fn torment(args: &Args, mesh: &mut Mesh) -> anyhow::Result<Vec<String>> {
             fault.kind,
             fault.lasts.as_millis()
         ));
+        timeline.begin(format!("{:?}", fault.kind), fault.kind.is_planned());
         if let Err(error) = fault::happen(mesh, fault).await {
             say(&format!("  could not be done: {error:#}"));
         }
         *happened.entry(fault.kind).or_default() += 1;
         let healing = Instant::now();
         match mesh.wait_healthy(HEAL_LIMIT).await {
-            Ok(()) => say(&format!(
-                "  well after {} ms",
-                healing.elapsed().as_millis()
-            )),
+            Ok(()) => {
+                timeline.well();
+                say(&format!(
+                    "  well after {} ms",
+                    healing.elapsed().as_millis()
+                ));
+            }
             Err(error) => {
                 say(&format!("  NOT WELL: {error:#}"));
                 unwell.push(format!("after {:?}: {error:#}", fault.kind));
@@ -303,42 +345,74 @@ async fn torment(args: &Args, mesh: &mut Mesh) -> anyhow::Result<Vec<String>> {
         sleep(CALM).await;
     }
     say(&format!("faults: {happened:?}"));
+    unwell.extend(mesh.complaints());
     Ok(unwell)
 }
 
-/// Reads every key that the clients wrote.
-async fn read_all(mesh: &Mesh, records: &[Record]) -> anyhow::Result<Finals> {
-    let mut connection = client::connect(&mesh.proxies[0]).await?;
-    let mut finals = Finals::default();
-    let mut keys: BTreeMap<&str, Asked> = BTreeMap::new();
+/// Every key that clients wrote, and how.
+fn keys_of(records: &[Record]) -> BTreeMap<String, Asked> {
+    let mut keys = BTreeMap::new();
     for record in records {
-        keys.entry(&record.key).or_insert(record.kind);
+        if !keys.contains_key(&record.key) {
+            keys.insert(record.key.clone(), record.kind);
+        }
     }
+    keys
+}
+
+/// Reads every key that the clients wrote.
+async fn read_all(mesh: &Mesh, keys: &BTreeMap<String, Asked>) -> anyhow::Result<Finals> {
+    let mut finals = Finals::default();
     for (key, kind) in keys {
         let mut lists = vec![];
         match kind {
-            Asked::Add | Asked::Once => lists.push(key.to_owned()),
-            Asked::Block => lists.extend([key.to_owned(), check::twin(key)]),
+            Asked::Add => lists.push(key.clone()),
+            Asked::Once => {
+                lists.push(key.clone());
+                let tally = redis::cmd("HGETALL").arg(check::tally(key)).to_owned();
+                let tally = read(mesh, &tally).await?;
+                finals.executed.insert(key.clone(), tally);
+            }
+            Asked::Block => lists.extend([key.clone(), check::twin(key)]),
             Asked::Count => {
-                let read = redis::cmd("GET").arg(key).to_owned();
-                let value = tokio::time::timeout(READ_LIMIT, read.query_async(&mut connection));
-                let value: Option<u64> = value.await.context("read a counter")??;
-                finals.counters.insert(key.to_owned(), value.unwrap_or(0));
+                let value: Option<u64> = read(mesh, redis::cmd("GET").arg(key)).await?;
+                finals.counters.insert(key.clone(), value.unwrap_or(0));
             }
             Asked::Set | Asked::Get => {}
         }
         for list in lists {
-            let read = redis::cmd("LRANGE").arg(&list).arg(0).arg(-1).to_owned();
-            let values = tokio::time::timeout(READ_LIMIT, read.query_async(&mut connection));
-            let values: Vec<u64> = values.await.context("read a list")??;
+            let all = redis::cmd("LRANGE").arg(&list).arg(0).arg(-1).to_owned();
+            let values = read(mesh, &all).await?;
             finals.lists.insert(list, values);
         }
     }
     Ok(finals)
 }
 
+/// A run of an hour is not given up for one connection: each proxy is asked in turn.
+async fn read<T: redis::FromRedisValue>(mesh: &Mesh, ask: &redis::Cmd) -> anyhow::Result<T> {
+    let mut last = None;
+    for proxy in mesh.proxies.iter().cycle().take(READ_ATTEMPTS) {
+        let answer = tokio::time::timeout(READ_LIMIT, async {
+            ask.query_async(&mut client::connect(proxy).await?).await
+        });
+        match answer.await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(error)) => last = Some(error.to_string()),
+            Err(_) => last = Some("no answer in time".to_owned()),
+        }
+    }
+    bail!("the data can't be read at the end: {last:?}")
+}
+
 /// Prints the verdict; returns whether every promise was kept.
-fn report(args: &Args, records: &[Record], findings: &[Finding], unwell: &[String]) -> bool {
+fn report(
+    args: &Args,
+    records: &[Record],
+    findings: &[Finding],
+    checked: &[Checked],
+    unwell: &[String],
+) -> bool {
     let told = |outcome| records.iter().filter(|r| r.outcome == outcome).count();
     say(&format!(
         "seed {}, {} min, durability {}: {} requests: {} acknowledged, {} refused, {} of unknown \
@@ -371,7 +445,11 @@ fn report(args: &Args, records: &[Record], findings: &[Finding], unwell: &[Strin
     for what in unwell {
         say(&format!("BROKEN: not well again: {what}"));
     }
-    let kept = unwell.is_empty() && findings.iter().all(|f| !f.broken);
+    let verdicts = check::verdicts(findings, checked);
+    verdicts.iter().for_each(|(line, _)| say(line));
+    let kept = unwell.is_empty()
+        && findings.iter().all(|f| !f.broken)
+        && verdicts.iter().all(|(_, kept)| *kept);
     say(if kept {
         "every promise was kept"
     } else {

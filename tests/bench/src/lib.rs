@@ -2,6 +2,10 @@
 //!
 //! A library, so that the end-to-end tests run the same load and the same audit, only shorter.
 
+pub mod calm;
 pub mod chaos;
+pub mod durable;
+pub mod failover;
 pub mod proxy;
+pub mod split;
 pub mod switchover;

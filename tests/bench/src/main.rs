@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use slotmesh_bench::{chaos, proxy, switchover};
+use slotmesh_bench::{calm, chaos, durable, failover, proxy, split, switchover};
 
 /// Measures a mesh with foreign clients.
 #[derive(Debug, Parser)]
@@ -21,6 +21,14 @@ enum Command {
     Proxy(proxy::ProxyArgs),
     /// Faults against a mesh in network namespaces of its own: what clients were told must be so.
     Chaos(chaos::Args),
+    /// A busy machine, a bad network and slow engines, for long: nothing may fail over.
+    Calm(calm::Args),
+    /// Primaries killed, frozen, cut off: how long writers wait, what other shards notice.
+    Failover(failover::Args),
+    /// Primaries cut off with clients: by the engines' own word, no two accept writes.
+    Split(split::Args),
+    /// What it costs that replicas must have a write before it is acknowledged.
+    Durable(durable::Args),
     #[command(hide = true)]
     ChaosInsider(chaos::InsiderArgs),
 }
@@ -31,6 +39,10 @@ async fn main() -> anyhow::Result<ExitCode> {
         Command::Switchover(args) => Box::pin(switchover::main(args)).await,
         Command::Proxy(args) => Box::pin(proxy::run(args)).await,
         Command::Chaos(args) => Box::pin(chaos::main(args)).await,
+        Command::Calm(args) => Box::pin(calm::main(args)).await,
+        Command::Failover(args) => Box::pin(failover::main(args)).await,
+        Command::Split(args) => Box::pin(split::main(args)).await,
+        Command::Durable(args) => Box::pin(durable::main(args)).await,
         Command::ChaosInsider(args) => Box::pin(chaos::insider(args)).await,
     };
     Ok(if kept? {

@@ -4,10 +4,10 @@
 //! Invariant: machines drift by a factor of two from hour to hour, so targets take turns inside each
 //! round, ratios are formed inside a round, and what is reported is their median.
 
-mod cpu;
-mod load;
-mod report;
-mod targets;
+pub(crate) mod cpu;
+pub(crate) mod load;
+pub(crate) mod report;
+pub(crate) mod targets;
 
 use std::io::Write as _;
 

@@ -17,6 +17,19 @@ pub struct Finals {
     pub lists: BTreeMap<String, Vec<u64>>,
     /// Counters.
     pub counters: BTreeMap<String, u64>,
+    /// By list: how often a script was executed for each of its ids.
+    pub executed: BTreeMap<String, BTreeMap<u64, u64>>,
+}
+
+/// How much a check had to look at: a check that examined nothing has shown nothing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Checked {
+    /// Which; findings of it begin with the same word.
+    pub check: &'static str,
+    /// How much.
+    pub examined: u64,
+    /// Of what, and what is worth knowing.
+    pub of: String,
 }
 
 /// What is promised for the run.
@@ -106,7 +119,9 @@ fn elements(
         .collect();
     note(findings, "C1 nobody wrote it", true, key, &strange);
     let mut seen = BTreeSet::new();
-    let twice: Vec<_> = list.iter().filter(|v| !seen.insert(**v)).copied().collect();
+    let mut twice: Vec<_> = list.iter().filter(|v| !seen.insert(**v)).copied().collect();
+    let scripts = finals.executed.get(key).into_iter().flatten();
+    twice.extend(scripts.filter(|(_, times)| **times > 1).map(|(id, _)| *id));
     note(findings, "C6 executed twice", true, key, &twice);
 }
 
@@ -186,6 +201,84 @@ fn blocks(records: &[Record], finals: &Finals, findings: &mut Vec<Finding>) {
         let torn: Vec<_> = one.symmetric_difference(&other).copied().collect();
         note(findings, "C4 transaction torn", true, key, &torn);
     }
+}
+
+/// How much each of these checks had to look at.
+#[must_use]
+pub fn checked(records: &[Record], finals: &Finals, promise: Promise) -> Vec<Checked> {
+    let told = |kinds: &[Kind], outcome: Option<Outcome>| {
+        let of = records.iter().filter(|r| kinds.contains(&r.kind));
+        of.filter(|r| outcome.is_none_or(|o| o == r.outcome))
+            .count() as u64
+    };
+    let line = |check, examined, of: &str| Checked {
+        check,
+        examined,
+        of: of.to_owned(),
+    };
+    let lists = [Kind::Add, Kind::Once, Kind::Block];
+    let elements = finals.lists.values().map(Vec::len).sum::<usize>() as u64;
+    let scripts = finals.executed.values().map(BTreeMap::len).sum::<usize>();
+    let registers = [Kind::Set, Kind::Get];
+    let mut all = vec![
+        line(
+            "C1 elements",
+            told(&lists, Some(Outcome::Acked)),
+            "acknowledged elements",
+        ),
+        line(
+            "C2 counters",
+            told(&[Kind::Count], Some(Outcome::Acked)),
+            "acknowledged counts",
+        ),
+        line(
+            "C4 transactions",
+            told(&[Kind::Block], None),
+            "transactions",
+        ),
+        line(
+            "C6 once",
+            elements,
+            &format!("elements of lists, and {scripts} ids of scripts"),
+        ),
+    ];
+    if promise.linear {
+        let of = "operations on registers";
+        all.insert(2, line("C3 registers", told(&registers, None), of));
+    }
+    all
+}
+
+/// A line for each check, and whether its promise was kept. A check that examined nothing has shown
+/// nothing, so it fails.
+#[must_use]
+pub fn verdicts(findings: &[Finding], checked: &[Checked]) -> Vec<(String, bool)> {
+    let line = |checked: &Checked| {
+        let number = |check: &'static str| check.split(' ').next();
+        let of = findings
+            .iter()
+            .filter(|f| number(f.check) == number(checked.check));
+        let broken = of.filter(|f| f.broken).count();
+        let word = match (broken, checked.examined) {
+            (0, 0) => "BROKEN, it had nothing to examine",
+            (0, _) => "kept",
+            _ => "BROKEN",
+        };
+        let (check, examined, of) = (checked.check, checked.examined, &checked.of);
+        (format!("{check}: {word}: {examined} {of}"), word == "kept")
+    };
+    let mut lines: Vec<_> = checked.iter().map(line).collect();
+    lines.sort_by_key(|(line, _)| {
+        let digits = line.trim_start_matches('C').split(' ').next();
+        digits.and_then(|d| d.parse::<u32>().ok())
+    });
+    lines
+}
+
+/// Where the scripts that write to `key` count how often they were executed for an id.
+#[must_use]
+pub fn tally(key: &str) -> String {
+    format!("{key}:tally")
 }
 
 /// The second list of a transaction that writes `key` and this one.
@@ -277,6 +370,59 @@ mod tests {
         };
         let found = checks(&records, &finals(&[], 0), asynchronous);
         assert_eq!(found, [("C1 acknowledged is lost", false)]);
+    }
+
+    #[test]
+    fn a_script_that_was_executed_twice_is_found_by_its_tally() {
+        let records = [record(Kind::Once, 1, Outcome::Acked)];
+        let mut data = finals(&[1], 0);
+        data.executed.insert("k".into(), [(1, 1)].into());
+        assert!(checks(&records, &data, DURABLE).is_empty());
+        data.executed.insert("k".into(), [(1, 2)].into());
+        assert_eq!(
+            checks(&records, &data, DURABLE),
+            [("C6 executed twice", true)]
+        );
+    }
+
+    #[test]
+    fn what_was_looked_at_is_counted_and_an_empty_history_counts_nothing() {
+        let records = [
+            record(Kind::Block, 1, Outcome::Acked),
+            record(Kind::Add, 2, Outcome::Unknown),
+            record(Kind::Set, 3, Outcome::Acked),
+        ];
+        let counts = |records: &[Record], finals: &Finals, promise| -> Vec<u64> {
+            let all = checked(records, finals, promise);
+            all.iter().map(|c| c.examined).collect()
+        };
+        assert_eq!(counts(&records, &finals(&[1], 0), DURABLE), [1, 0, 1, 1, 2]);
+        let nothing = counts(&[], &Finals::default(), DURABLE);
+        assert_eq!(nothing, [0; 5]);
+    }
+
+    #[test]
+    fn a_check_that_examined_nothing_fails_and_so_does_one_that_found_something() {
+        let checked = |check, examined| Checked {
+            check,
+            examined,
+            of: "things".into(),
+        };
+        let finding = |check, broken| Finding {
+            check,
+            broken,
+            what: String::new(),
+            count: 1,
+        };
+        let findings = [finding("C10 lost", true), finding("C1 lost", false)];
+        let all = [checked("C10 x", 5), checked("C1 x", 5), checked("C2 x", 0)];
+        let lines = verdicts(&findings, &all);
+        let short: Vec<_> = lines
+            .iter()
+            .map(|(line, kept)| (&line[..3], *kept))
+            .collect();
+        assert_eq!(short, [("C1 ", true), ("C2 ", false), ("C10", false)]);
+        assert!(lines[1].0.contains("nothing to examine"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    check::twin,
+    check::{tally, twin},
     history::{History, Kind, Outcome, Record, now_us},
 };
 
@@ -27,7 +27,13 @@ const REGISTER_SECONDS: u64 = 3;
 /// Clients that share a register.
 const REGISTER_CLIENTS: u32 = 4;
 
-const SCRIPT: &str = "redis.call('RPUSH', KEYS[1], ARGV[1]) return ARGV[1]";
+/// Does its work at the first execution for an id, and counts all of them. It swallows the refusals of
+/// a node that is no primary, on purpose: such a node would answer as if it had done the work.
+const SCRIPT: &str = "\
+    local times = redis.pcall('HINCRBY', KEYS[2], ARGV[1], 1) \
+    if type(times) == 'table' and not string.find(times.err, 'READONLY') then return times end \
+    if times == 1 then redis.pcall('RPUSH', KEYS[1], ARGV[1]) end \
+    return ARGV[1]";
 
 /// Who asks, where, and how often.
 #[derive(Clone, Debug)]
@@ -73,7 +79,7 @@ pub(super) async fn run(
 ///
 /// # Errors
 /// As the library says.
-pub(super) async fn connect(address: &str) -> RedisResult<MultiplexedConnection> {
+pub(crate) async fn connect(address: &str) -> RedisResult<MultiplexedConnection> {
     let client = redis::Client::open(format!("redis://{address}/"))?;
     let config = AsyncConnectionConfig::new()
         .set_response_timeout(Some(RESPONSE_TIMEOUT))
@@ -123,7 +129,7 @@ impl Client {
         let (kind, key) = match number % 5 {
             0 => (Kind::Add, format!("add-{number}-{part}")),
             1 => (Kind::Count, format!("count-{number}-{part}")),
-            2 => (Kind::Once, format!("once-{number}-{part}")),
+            2 => (Kind::Once, format!("{{once-{number}-{part}}}")),
             3 => (Kind::Block, format!("{{block-{number}-{part}}}")),
             _ => {
                 let (group, turn) = (
@@ -185,7 +191,10 @@ async fn send(
         }
     };
     match kind {
-        Kind::Once => command.arg(SCRIPT).arg(1).arg(key).arg(value),
+        Kind::Once => {
+            let script = command.arg(SCRIPT).arg(2);
+            script.arg(key).arg(tally(key)).arg(value)
+        }
         Kind::Count | Kind::Get => command.arg(key),
         _ => command.arg(key).arg(value),
     };

@@ -3,18 +3,30 @@
 //! Invariant: each fault ends, and what it killed or cut is put back before the next begins; so
 //! whatever is broken afterwards was broken by the mesh.
 
-use std::{path::Path, process::Child, time::Duration};
+pub(crate) mod clock;
+mod delay;
+pub(crate) mod disk;
+mod engine;
+mod mass;
+mod race;
+
+use std::{process::Child, time::Duration};
 
 use anyhow::Context as _;
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
 use slotmesh_harness::signals;
-use slotmesh_proto::{instance::v1::SwitchOverRequest, store::v1::NodeRole};
 use tokio::time::sleep;
 
-use super::mesh::{CONTROLLERS, HOSTS, Mesh, OPS, STORE};
+use self::{clock::Bend, delay::Detour};
+use super::{
+    mesh::{CONTROLLERS, HOSTS, Mesh, OPS, STORE, dir_of_node},
+    net::run,
+};
 
 /// Loops that starve the processors for the length of a fault.
 const BUSY_LOOPS: usize = 8;
+/// Within one fault.
+const COMPACTIONS: u32 = 3;
 
 /// Kinds of fault.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -55,11 +67,55 @@ pub(super) enum Kind {
     Switchover,
     /// A planned switchover whose primary dies meanwhile.
     SwitchoverAndKill,
+    /// A primary dies, and a switchover is asked for before the failover, in it, or after it.
+    KillAndSwitchover,
+    /// Two switchovers of one shard at once.
+    RaceSwitchovers,
+    /// One switchover asked for many times with one token.
+    ReplayTokens,
+    /// SIGSTOP of a replica.
+    FreezeReplica,
+    /// SIGKILL of a replica, and its files are gone when it starts again.
+    EmptyReplica,
+    /// SIGKILL of a replica, and its files are damaged when it starts again; an operator removes them.
+    CorruptReplica,
+    /// A primary's main thread sleeps.
+    SleepPrimary,
+    /// A primary's main thread computes.
+    LongScript,
+    /// A primary can't save, while a replica needs all of its data.
+    BreakSaves,
+    /// SIGTERM of any process of a host, of a controller, or of the store.
+    Terminate,
+    /// SIGKILL of every process of a primary's host.
+    KillHost,
+    /// SIGSTOP of every process of a primary's host.
+    FreezeHost,
+    /// Two of three hosts are cut off.
+    CutMost,
+    /// What others send to a primary's host is lost; what it sends arrives.
+    OneWayIn,
+    /// What a primary's host sends to controllers and store is lost; what they send arrives.
+    OneWayControl,
+    /// Whatever a primary's host sends and receives takes long.
+    Delay,
+    /// The clock of a host or controller is wrong by an hour.
+    ClockJump,
+    /// The clock of a host or controller goes at half its speed.
+    ClockSlow,
+    /// The disk of a primary's host is full.
+    DiskFull,
+    /// The disk of a primary's host stands still.
+    DiskStalls,
+    /// The store's disk stands still.
+    StoreDiskStalls,
+    /// The store forgets old revisions, and tidies its file.
+    CompactStore,
 }
 
 impl Kind {
     /// All of them.
-    pub(super) const ALL: [Self; 18] = [
+    pub(super) const ALL: [Self; 40] = [
         Self::KillPrimary,
         Self::KillReplica,
         Self::FreezePrimary,
@@ -78,7 +134,38 @@ impl Kind {
         Self::Starve,
         Self::Switchover,
         Self::SwitchoverAndKill,
+        Self::KillAndSwitchover,
+        Self::RaceSwitchovers,
+        Self::ReplayTokens,
+        Self::FreezeReplica,
+        Self::EmptyReplica,
+        Self::CorruptReplica,
+        Self::SleepPrimary,
+        Self::LongScript,
+        Self::BreakSaves,
+        Self::Terminate,
+        Self::KillHost,
+        Self::FreezeHost,
+        Self::CutMost,
+        Self::OneWayIn,
+        Self::OneWayControl,
+        Self::Delay,
+        Self::ClockJump,
+        Self::ClockSlow,
+        Self::DiskFull,
+        Self::DiskStalls,
+        Self::StoreDiskStalls,
+        Self::CompactStore,
     ];
+
+    /// Whether it is nothing but planned moves, which no client may notice.
+    #[must_use]
+    pub(super) fn is_planned(self) -> bool {
+        matches!(
+            self,
+            Self::Switchover | Self::RaceSwitchovers | Self::ReplayTokens | Self::CompactStore
+        )
+    }
 }
 
 /// A fault and how long it lasts.
@@ -112,51 +199,155 @@ impl Fault {
 pub(super) async fn happen(mesh: &mut Mesh, fault: Fault) -> anyhow::Result<()> {
     let Fault { kind, lasts, which } = fault;
     match kind {
-        Kind::KillPrimary | Kind::KillReplica => {
-            let (pid, _) = mesh.node(which, kind == Kind::KillPrimary).await?;
-            signals::kill(pid)?;
-            sleep(lasts).await;
-        }
-        Kind::EmptyPrimary => empty(mesh, which, lasts).await?,
-        Kind::FreezePrimary => {
-            let (pid, _) = mesh.node(which, true).await?;
-            freeze(pid, lasts).await;
-        }
-        Kind::FreezeAgent | Kind::FreezeController | Kind::FreezeStore => {
-            let name = target(kind, which);
-            freeze(mesh.pid(name).context("it does not run")?, lasts).await;
-        }
         Kind::KillAgent | Kind::KillController | Kind::KillStore => {
             let name = target(kind, which);
             mesh.kill(name)?;
             sleep(lasts).await;
-            mesh.launch(name)?;
+            mesh.launch(name).map(drop)
         }
-        Kind::KillProxy => {
-            let mut api = mesh.api().await?;
-            let found = api.describe_instances(&[]).await?;
-            let proxies = found.iter().flat_map(|i| &i.proxies);
-            let pids: Vec<u32> = proxies.map(|p| p.pid).filter(|p| *p > 0).collect();
-            signals::kill(
-                *pids
-                    .get(which % pids.len().max(1))
-                    .context("no proxy runs")?,
-            )?;
+        Kind::FreezeAgent | Kind::FreezeController | Kind::FreezeStore => {
+            let name = target(kind, which);
+            freeze(mesh.pid(name).context("it does not run")?, lasts).await;
+            Ok(())
+        }
+        Kind::KillProxy => kill_proxy(mesh, which, lasts).await,
+        Kind::Starve => starve(lasts).await,
+        Kind::Terminate => {
+            let others = CONTROLLERS.iter().chain([&STORE]);
+            let others: Vec<u32> = others.filter_map(|name| mesh.pid(name)).collect();
+            mass::terminate(mesh, &others, which, lasts).await
+        }
+        Kind::KillHost => mass::kill(mesh, which, lasts).await,
+        Kind::FreezeHost => mass::freeze(mesh, which, lasts).await,
+        Kind::CutMost => mass::cut_most(mesh, which, lasts).await,
+        Kind::CutHost
+        | Kind::CutControl
+        | Kind::OneWay
+        | Kind::OneWayIn
+        | Kind::OneWayControl
+        | Kind::Loss => network(mesh, fault).await,
+        Kind::Delay
+        | Kind::ClockJump
+        | Kind::ClockSlow
+        | Kind::DiskFull
+        | Kind::DiskStalls
+        | Kind::StoreDiskStalls
+        | Kind::CompactStore => machine(mesh, fault).await,
+        Kind::Switchover
+        | Kind::SwitchoverAndKill
+        | Kind::KillAndSwitchover
+        | Kind::RaceSwitchovers
+        | Kind::ReplayTokens => operator(mesh, fault).await,
+        _ => node(mesh, fault).await,
+    }
+}
+
+/// Faults of one node.
+async fn node(mesh: &Mesh, fault: Fault) -> anyhow::Result<()> {
+    let Fault { kind, lasts, which } = fault;
+    let of_replica = matches!(
+        kind,
+        Kind::KillReplica | Kind::FreezeReplica | Kind::EmptyReplica | Kind::CorruptReplica
+    );
+    let (pid, _) = mesh.node(which, !of_replica).await?;
+    match kind {
+        Kind::FreezePrimary | Kind::FreezeReplica => {
+            freeze(pid, lasts).await;
+            return Ok(());
+        }
+        Kind::SleepPrimary => return engine::sleep_within(pid, lasts).await,
+        Kind::LongScript => return engine::compute(pid, lasts).await,
+        Kind::BreakSaves => {
+            let (replica, _) = mesh.node(which, false).await?;
+            return engine::break_saves(pid, replica, lasts).await;
+        }
+        Kind::EmptyPrimary | Kind::EmptyReplica => engine::replace_data(pid, disk::wipe)?,
+        Kind::CorruptReplica => {
+            let dir = dir_of_node(pid)?;
+            engine::replace_data(pid, disk::spoil)?;
             sleep(lasts).await;
+            // No engine starts on that, and no agent removes data: an operator does.
+            return disk::wipe(&dir);
         }
-        Kind::CutHost | Kind::CutControl | Kind::OneWay | Kind::Loss => {
-            network(mesh, fault).await?;
+        _ => signals::kill(pid)?,
+    }
+    sleep(lasts).await;
+    Ok(())
+}
+
+/// Faults of what the mesh runs on.
+async fn machine(mesh: &Mesh, fault: Fault) -> anyhow::Result<()> {
+    let Fault { kind, lasts, which } = fault;
+    let (_, host) = mesh.node(which, true).await?;
+    match kind {
+        Kind::Delay => {
+            let delay = Duration::from_millis(50 + (which as u64 * 37) % 450);
+            let detour = Detour::begin(mesh.net(), &host, &mesh.dir_of(OPS), delay).await?;
+            sleep(lasts).await;
+            drop(detour);
+            Ok(())
         }
-        Kind::Starve => starve(lasts).await?,
-        Kind::Switchover => switch(mesh, which).await?,
+        Kind::ClockJump | Kind::ClockSlow => {
+            let places: Vec<&str> = HOSTS.into_iter().chain(CONTROLLERS).collect();
+            let dir = mesh.dir_of(places[which % places.len()]);
+            let bend = match (kind, which % 2) {
+                (Kind::ClockSlow, _) => Bend::Slow,
+                (_, 0) => Bend::Ahead,
+                _ => Bend::Behind,
+            };
+            clock::bend(&dir, bend, lasts).await
+        }
+        Kind::DiskFull => disk::fill(&mesh.data_of(&host), lasts).await,
+        Kind::DiskStalls => disk::stall(&mesh.data_of(&host), lasts).await,
+        Kind::StoreDiskStalls => disk::stall(&mesh.data_of(STORE), lasts).await,
+        _ => compact(mesh, lasts).await,
+    }
+}
+
+/// Faults of what operators ask.
+async fn operator(mesh: &mut Mesh, fault: Fault) -> anyhow::Result<()> {
+    let Fault { kind, lasts, which } = fault;
+    let micros = u64::try_from(lasts.as_micros())?;
+    match kind {
+        // Somewhere in the middle of it.
         Kind::SwitchoverAndKill => {
-            let (pid, _) = mesh.node(which, true).await?;
-            switch(mesh, which).await?;
-            // Somewhere in the middle of it.
-            sleep(Duration::from_micros(lasts.as_micros() as u64 % 40_000)).await;
-            signals::kill(pid)?;
-            sleep(lasts).await;
+            race::switch_and_kill(mesh, which, Duration::from_micros(micros % 40_000)).await?;
         }
+        Kind::KillAndSwitchover => {
+            race::kill_and_switch(mesh, which, Duration::from_micros(micros % 300_000)).await?;
+        }
+        Kind::RaceSwitchovers => return race::two_at_once(mesh, which).await,
+        Kind::ReplayTokens => return race::replay(mesh, which).await,
+        _ => return race::switch(mesh, which).await,
+    }
+    sleep(lasts).await;
+    Ok(())
+}
+
+async fn kill_proxy(mesh: &Mesh, which: usize, lasts: Duration) -> anyhow::Result<()> {
+    let found = mesh.api().await?.describe_instances(&[]).await?;
+    let proxies = found.iter().flat_map(|i| &i.proxies);
+    let pids: Vec<u32> = proxies.map(|p| p.pid).filter(|p| *p > 0).collect();
+    let pid = pids.get(which % pids.len().max(1));
+    signals::kill(*pid.context("no proxy runs")?)?;
+    sleep(lasts).await;
+    Ok(())
+}
+
+/// What a store does in time, all at once and again.
+async fn compact(mesh: &Mesh, lasts: Duration) -> anyhow::Result<()> {
+    let store = mesh.store()?;
+    // It may have no revision that is newer than the last time.
+    let script = "export ETCDCTL_API=3; \
+         now=$(etcdctl --endpoints \"$1\" endpoint status -w json \
+             | sed 's/.*\"revision\":\\([0-9]*\\).*/\\1/'); \
+         etcdctl --endpoints \"$1\" compaction --physical \"$now\" || :; \
+         etcdctl --endpoints \"$1\" defrag";
+    for _ in 0..COMPACTIONS {
+        let mut etcdctl = std::process::Command::new("timeout");
+        etcdctl.args(["10", "sh", "-c", script, "sh", &store]);
+        tokio::task::spawn_blocking(move || run(&mut etcdctl)).await??;
+        sleep(lasts / COMPACTIONS).await;
     }
     Ok(())
 }
@@ -185,6 +376,8 @@ async fn network(mesh: &Mesh, fault: Fault) -> anyhow::Result<()> {
         Kind::CutHost => net.cut(&host),
         Kind::CutControl => net.part(&host, &control),
         Kind::OneWay => net.deafen(&host, &others),
+        Kind::OneWayIn => others.iter().try_for_each(|o| net.deafen(o, &[&host])),
+        Kind::OneWayControl => net.deafen(&host, &control),
         _ => {
             let of = 100 / (1 + u32::try_from(fault.which % 20).unwrap_or(0));
             HOSTS.iter().try_for_each(|h| net.lose(h, of.max(5)))
@@ -198,33 +391,6 @@ async fn network(mesh: &Mesh, fault: Fault) -> anyhow::Result<()> {
         healed = healed.and(net.heal(name));
     }
     done.and(healed)
-}
-
-/// Kills a primary and removes its files before its agent can start it again.
-async fn empty(mesh: &Mesh, which: usize, lasts: Duration) -> anyhow::Result<()> {
-    let (pid, _) = mesh.node(which, true).await?;
-    let dir = std::fs::read_link(format!("/proc/{pid}/cwd")).context("find the node's files")?;
-    signals::kill(pid)?;
-    for entry in std::fs::read_dir(&dir)?.flatten() {
-        let path = entry.path();
-        if is_data(&path) {
-            let gone = match path.is_dir() {
-                true => std::fs::remove_dir_all(&path),
-                false => std::fs::remove_file(&path),
-            };
-            gone.with_context(|| format!("remove {}", path.display()))?;
-        }
-    }
-    sleep(lasts).await;
-    Ok(())
-}
-
-fn is_data(path: &Path) -> bool {
-    let name = path
-        .file_name()
-        .and_then(|n| n.to_str())
-        .unwrap_or_default();
-    name.ends_with(".rdb") || name.ends_with(".aof") || name == "appendonlydir"
 }
 
 async fn starve(lasts: Duration) -> anyhow::Result<()> {
@@ -242,22 +408,5 @@ async fn starve(lasts: Duration) -> anyhow::Result<()> {
         signals::kill_blocking(child.id(), Duration::from_secs(1));
         child.wait()?;
     }
-    Ok(())
-}
-
-async fn switch(mesh: &Mesh, which: usize) -> anyhow::Result<()> {
-    let shards = mesh.shards().await?;
-    let shard = &shards[which % shards.len()];
-    let replica = shard
-        .nodes
-        .iter()
-        .find(|n| n.current_role() == NodeRole::Replica && n.in_sync)
-        .context("no replica is in sync")?;
-    let request = SwitchOverRequest {
-        instance_id: mesh.instance.clone(),
-        target_primary_node_id: replica.node_id.clone(),
-        ..SwitchOverRequest::default()
-    };
-    mesh.api().await?.switch_over(request).await?;
     Ok(())
 }

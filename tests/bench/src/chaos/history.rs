@@ -99,12 +99,9 @@ impl History {
         self.len() == 0
     }
 
-    /// A copy of everything.
-    pub fn all(&self) -> Vec<Record> {
-        self.records
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// Looks at everything. There may be millions, so nothing is copied.
+    pub fn with<T>(&self, look: impl FnOnce(&[Record]) -> T) -> T {
+        look(&self.records.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Adds what another process wrote with [`History::save`].
@@ -126,10 +123,13 @@ impl History {
     pub fn save(&self, path: &Path) -> anyhow::Result<()> {
         let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
         let mut out = BufWriter::new(file);
-        for record in self.all() {
-            serde_json::to_writer(&mut out, &record)?;
-            out.write_all(b"\n")?;
-        }
+        self.with(|records| {
+            for record in records {
+                serde_json::to_writer(&mut out, record)?;
+                out.write_all(b"\n")?;
+            }
+            anyhow::Ok(())
+        })?;
         out.flush()
             .with_context(|| format!("write {}", path.display()))
     }

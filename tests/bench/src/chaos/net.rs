@@ -19,19 +19,19 @@ const PLACES_MAX: usize = 200;
 
 /// A namespace with one address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Its short name, such as `h1`.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// The namespace's name.
-    pub(super) namespace: String,
+    pub(crate) namespace: String,
     /// Its address.
-    pub(super) ip: String,
+    pub(crate) ip: String,
 }
 
 impl Place {
     /// A command that runs there.
     #[must_use]
-    pub(super) fn command(&self, program: &Path) -> Command {
+    pub(crate) fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("ip");
         command
             .args(["netns", "exec", &self.namespace])
@@ -42,10 +42,10 @@ impl Place {
 
 /// All places of a run.
 #[derive(Clone, Debug)]
-pub(super) struct Net {
+pub(crate) struct Net {
     prefix: String,
     /// In the order in which they were named.
-    pub(super) places: Vec<Place>,
+    pub(crate) places: Vec<Place>,
 }
 
 impl Net {
@@ -53,7 +53,7 @@ impl Net {
     ///
     /// # Errors
     /// When there are more than a subnet has.
-    pub(super) fn of(run: u32, names: &[&str]) -> anyhow::Result<Self> {
+    pub(crate) fn of(run: u32, names: &[&str]) -> anyhow::Result<Self> {
         if names.len() > PLACES_MAX {
             bail!("at most {PLACES_MAX} places");
         }
@@ -73,12 +73,13 @@ impl Net {
     ///
     /// # Errors
     /// When there is none.
-    pub(super) fn place(&self, name: &str) -> anyhow::Result<&Place> {
+    pub(crate) fn place(&self, name: &str) -> anyhow::Result<&Place> {
         let found = self.places.iter().find(|p| p.name == name);
         found.with_context(|| format!("no place {name}"))
     }
 
-    fn switch(&self) -> String {
+    /// The namespace of what joins all places.
+    pub(crate) fn switch(&self) -> String {
         format!("{}-net", self.prefix)
     }
 
@@ -86,7 +87,7 @@ impl Net {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn make(&self) -> anyhow::Result<()> {
+    pub(crate) fn make(&self) -> anyhow::Result<()> {
         let switch = self.switch();
         ip(&["netns", "add", &switch])?;
         ip(&["-n", &switch, "link", "add", "br0", "type", "bridge"])?;
@@ -107,19 +108,27 @@ impl Net {
         Ok(())
     }
 
+    /// Processes of a place.
+    ///
+    /// # Errors
+    /// When there is no such namespace.
+    pub(crate) fn pids(&self, namespace: &str) -> anyhow::Result<Vec<u32>> {
+        let listed = ip(&["netns", "pids", namespace])?;
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        let pids = listed.split_whitespace().filter_map(|p| p.parse().ok());
+        Ok(pids.collect())
+    }
+
     /// Kills whatever runs in a place.
-    pub(super) fn empty(&self, namespace: &str) {
-        if let Ok(pids) = ip(&["netns", "pids", namespace]) {
-            let pids = String::from_utf8_lossy(&pids.stdout).into_owned();
-            for pid in pids.split_whitespace().filter_map(|p| p.parse().ok()) {
-                // It may have ended meanwhile.
-                let _ = slotmesh_harness::signals::kill(pid);
-            }
+    pub(crate) fn empty(&self, namespace: &str) {
+        for pid in self.pids(namespace).unwrap_or_default() {
+            // It may have ended meanwhile.
+            let _ = slotmesh_harness::signals::kill(pid);
         }
     }
 
     /// Kills what still runs in the namespaces, and removes them.
-    pub(super) fn remove(&self) {
+    pub(crate) fn remove(&self) {
         let names = self.places.iter().map(|p| p.namespace.clone());
         for namespace in names.chain([self.switch()]) {
             self.empty(&namespace);
@@ -132,7 +141,7 @@ impl Net {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn cut(&self, name: &str) -> anyhow::Result<()> {
+    pub(crate) fn cut(&self, name: &str) -> anyhow::Result<()> {
         self.link(name, "down")
     }
 
@@ -140,22 +149,40 @@ impl Net {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn heal(&self, name: &str) -> anyhow::Result<()> {
+    pub(crate) fn heal(&self, name: &str) -> anyhow::Result<()> {
         self.link(name, "up")?;
         nft(self.place(name)?, &["flush", "ruleset"])
     }
 
     fn link(&self, name: &str, state: &str) -> anyhow::Result<()> {
+        self.within(&["link", "set", &self.port(name)?, state])
+    }
+
+    /// The end of a place's link that is in the switch.
+    ///
+    /// # Errors
+    /// When there is no such place.
+    pub(crate) fn port(&self, name: &str) -> anyhow::Result<String> {
         let index = self.places.iter().position(|p| p.name == name);
-        let port = format!("p{}", index.with_context(|| format!("no place {name}"))?);
-        ip(&["-n", &self.switch(), "link", "set", &port, state]).map(drop)
+        let index = index.with_context(|| format!("no place {name}"))?;
+        Ok(format!("p{index}"))
+    }
+
+    /// `ip` in the switch.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub(crate) fn within(&self, arguments: &[&str]) -> anyhow::Result<()> {
+        let switch = self.switch();
+        let whole = ["-n", &switch].into_iter().chain(arguments.iter().copied());
+        ip(&whole.collect::<Vec<_>>()).map(drop)
     }
 
     /// Lets nothing out of `from` to `to`; what `to` sends still arrives.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn deafen(&self, from: &str, to: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn deafen(&self, from: &str, to: &[&str]) -> anyhow::Result<()> {
         let from = self.place(from)?;
         for name in to {
             let rule = format!("ip daddr {}", self.place(name)?.ip);
@@ -168,7 +195,7 @@ impl Net {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn part(&self, from: &str, to: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn part(&self, from: &str, to: &[&str]) -> anyhow::Result<()> {
         self.deafen(from, to)?;
         to.iter().try_for_each(|name| self.deafen(name, &[from]))
     }
@@ -177,7 +204,7 @@ impl Net {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub(super) fn lose(&self, name: &str, of: u32) -> anyhow::Result<()> {
+    pub(crate) fn lose(&self, name: &str, of: u32) -> anyhow::Result<()> {
         let rule = format!("oif eth0 numgen random mod {of} 0");
         drop_output(self.place(name)?, &[&rule])
     }
@@ -205,7 +232,11 @@ fn ip(arguments: &[&str]) -> anyhow::Result<Output> {
     run(Command::new("ip").args(arguments))
 }
 
-fn run(command: &mut Command) -> anyhow::Result<Output> {
+/// Runs a program to its end.
+///
+/// # Errors
+/// With its own words, when it fails.
+pub(crate) fn run(command: &mut Command) -> anyhow::Result<Output> {
     let output = command
         .output()
         .with_context(|| format!("run {command:?}: are iproute2 and nftables installed?"))?;

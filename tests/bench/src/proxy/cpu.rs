@@ -9,7 +9,7 @@ use anyhow::Context;
 const TICK: Duration = Duration::from_millis(10);
 
 /// CPU time of all threads of a process that run now, to the nanosecond.
-pub(super) fn of_process(pid: u32) -> anyhow::Result<Duration> {
+pub(crate) fn of_process(pid: u32) -> anyhow::Result<Duration> {
     let tasks = format!("/proc/{pid}/task");
     let mut spent = Duration::ZERO;
     for task in fs::read_dir(&tasks).with_context(|| format!("read {tasks}"))? {
@@ -24,7 +24,7 @@ pub(super) fn of_process(pid: u32) -> anyhow::Result<Duration> {
 }
 
 /// CPU time of the whole machine that was not idle, the kernel's network work included.
-pub(super) fn of_host() -> anyhow::Result<Duration> {
+pub(crate) fn of_host() -> anyhow::Result<Duration> {
     let text = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
     let ticks = busy_ticks(&text).context("read the first line of /proc/stat")?;
     Ok(TICK * ticks)

@@ -20,15 +20,15 @@ const RUN_LIMIT: Duration = Duration::from_secs(300);
 
 /// One kind of load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Cell {
+pub(crate) struct Cell {
     /// As redis-benchmark's `-t`.
-    pub(super) test: &'static str,
-    pub(super) pipeline: u32,
-    pub(super) clients: u32,
+    pub(crate) test: &'static str,
+    pub(crate) pipeline: u32,
+    pub(crate) clients: u32,
 }
 
 impl Cell {
-    pub(super) fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         format!(
             "{} P{} c{}",
             self.test.to_uppercase(),
@@ -40,14 +40,14 @@ impl Cell {
 
 /// What redis-benchmark says of one run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Load {
-    pub(super) requests_per_second: f64,
-    pub(super) p50_ms: f64,
-    pub(super) p99_ms: f64,
+pub(crate) struct Load {
+    pub(crate) requests_per_second: f64,
+    pub(crate) p50_ms: f64,
+    pub(crate) p99_ms: f64,
 }
 
 /// Writes every key once or more, so that all reads find something, whatever a target's hashing.
-pub(super) async fn fill(target: &Target) -> anyhow::Result<()> {
+pub(crate) async fn fill(target: &Target) -> anyhow::Result<()> {
     let cell = Cell {
         test: "set",
         pipeline: 32,
@@ -56,7 +56,7 @@ pub(super) async fn fill(target: &Target) -> anyhow::Result<()> {
     run(target, cell, KEYS * FILL_FACTOR).await.map(|_| ())
 }
 
-pub(super) async fn run(target: &Target, cell: Cell, requests: u64) -> anyhow::Result<Load> {
+pub(crate) async fn run(target: &Target, cell: Cell, requests: u64) -> anyhow::Result<Load> {
     let mut command = Command::new("redis-benchmark");
     command.args(["-h", &target.host, "-p", &target.port.to_string(), "--csv"]);
     command.args([

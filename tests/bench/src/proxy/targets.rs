@@ -13,9 +13,9 @@ use slotmesh_ctl::up::contract::Contract;
 use slotmesh_harness::{RedisServer, engines, ports, wait_until};
 use tempfile::TempDir;
 
-pub(super) const SLOTMESH: &str = "slotmesh";
-pub(super) const DIRECT: &str = "direct";
-pub(super) const TWEMPROXY: &str = "twemproxy";
+pub(crate) const SLOTMESH: &str = "slotmesh";
+pub(crate) const DIRECT: &str = "direct";
+pub(crate) const TWEMPROXY: &str = "twemproxy";
 
 const START_LIMIT: Duration = Duration::from_secs(15);
 /// Another process may take a free port first.
@@ -23,15 +23,15 @@ const TRIES: u32 = 3;
 
 /// One thing to measure, and the process whose time counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Target {
-    pub(super) name: String,
-    pub(super) host: String,
-    pub(super) port: u16,
-    pub(super) pid: u32,
+pub(crate) struct Target {
+    pub(crate) name: String,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) pid: u32,
 }
 
 impl Target {
-    fn new(name: &str, address: &str, pid: u32) -> anyhow::Result<Self> {
+    pub(crate) fn new(name: &str, address: &str, pid: u32) -> anyhow::Result<Self> {
         let parts = address.rsplit_once(':');
         let (host, port) = parts.with_context(|| format!("{address:?} is not HOST:PORT"))?;
         let port = port
@@ -47,7 +47,7 @@ impl Target {
 }
 
 /// The one proxy of a mesh.
-pub(super) fn of_mesh(contract: &Contract) -> anyhow::Result<Target> {
+pub(crate) fn of_mesh(contract: &Contract) -> anyhow::Result<Target> {
     let (address, pid) = contract
         .proxies
         .first()
@@ -58,10 +58,10 @@ pub(super) fn of_mesh(contract: &Contract) -> anyhow::Result<Target> {
 
 /// `--peer NAME=HOST:PORT:PID`.
 #[derive(Debug, Clone)]
-pub(super) struct PeerSpec(Target);
+pub(crate) struct PeerSpec(Target);
 
 impl PeerSpec {
-    pub(super) fn target(&self) -> Target {
+    pub(crate) fn target(&self) -> Target {
         self.0.clone()
     }
 }
@@ -88,13 +88,13 @@ impl FromStr for PeerSpec {
 
 /// Plain servers: one to be measured directly, the others behind twemproxy.
 #[derive(Debug)]
-pub(super) struct Servers {
+pub(crate) struct Servers {
     direct: RedisServer,
     twemproxy: Twemproxy,
 }
 
 impl Servers {
-    pub(super) async fn start(engine: &str, shards: u32) -> anyhow::Result<Self> {
+    pub(crate) async fn start(engine: &str, shards: u32) -> anyhow::Result<Self> {
         let engine = engines::find(engine)?;
         let direct = RedisServer::start(&engine, &[]).await?;
         let mut behind = Vec::new();
@@ -107,11 +107,11 @@ impl Servers {
         })
     }
 
-    pub(super) fn direct(&self) -> anyhow::Result<Target> {
+    pub(crate) fn direct(&self) -> anyhow::Result<Target> {
         Target::new(DIRECT, &self.direct.address, self.direct.pid())
     }
 
-    pub(super) fn twemproxy(&self) -> anyhow::Result<Target> {
+    pub(crate) fn twemproxy(&self) -> anyhow::Result<Target> {
         Target::new(
             TWEMPROXY,
             &self.twemproxy.address,
