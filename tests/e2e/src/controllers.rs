@@ -11,12 +11,35 @@ use slotmesh_proto::{
     fleet::v1::{GetLeaderRequest, GetLeaderResponse},
     store::v1::NodeRole,
 };
-use tokio::process::{Child, Command};
+use tokio::{
+    process::{Child, Command},
+    time::sleep,
+};
 
-use crate::{finish, json_file};
+use crate::{Witnesses, finish, json_file};
 
 /// The leader's lease is 5 s; then everybody has to find the new one.
 pub const LIMIT: Duration = Duration::from_secs(45);
+
+/// Long enough for a new client to meet what is missing.
+const NEWCOMERS: Duration = Duration::from_millis(500);
+
+/// Kills the controller of `up` and keeps it dead for so long: `up` is frozen, which would start
+/// another one. Clients that come at the end of it are served as well.
+///
+/// # Errors
+/// When a client noticed, or a process could not be told.
+pub async fn without_controller(mesh: &Mesh, lasts: Duration) -> anyhow::Result<()> {
+    let up = mesh.up_pid()?;
+    signals::freeze(up)?;
+    signals::kill(mesh.contract.pids.controller)?;
+    sleep(lasts).await;
+    let late = Witnesses::start(&mesh.contract.proxies, 1).await?;
+    sleep(NEWCOMERS).await;
+    late.testify().await?;
+    signals::thaw(up)?;
+    Ok(())
+}
 
 /// One controller, started by a test.
 #[derive(Debug)]

@@ -9,8 +9,13 @@ use std::{
     time::Duration,
 };
 
-use slotmesh_e2e::controllers::{Controller, LIMIT, leader_after};
-use slotmesh_harness::{EtcdCluster, etcd_cluster::TlsFiles, wait_until};
+use slotmesh_e2e::{
+    controllers::{Controller, LIMIT, leader_after},
+    finish,
+};
+use slotmesh_harness::{
+    EtcdCluster, Mesh, MeshOptions, etcd_cluster::TlsFiles, programs, signals, wait_until,
+};
 use tokio::time::timeout;
 
 const PASSWORD: &str = "a-password-that-is-in-no-log";
@@ -185,4 +190,56 @@ async fn what_is_missing_or_wrong_is_named() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn up_runs_three_controllers_on_an_etcd_with_certificates_and_a_password() {
+    let access = Access::new();
+    let etcd = EtcdCluster::start_with(1, Some(access.tls.clone()))
+        .await
+        .unwrap();
+    ask_for_passwords(&etcd);
+    let more = ["--controllers".to_owned(), "3".to_owned()];
+    let options = MeshOptions {
+        architecture: Some("standard".into()),
+        proxies: Some(1),
+        store: Some(etcd.store()),
+        flags: [access.flags(PASSWORD), more.to_vec()].concat(),
+        ..MeshOptions::default()
+    };
+    let mesh = Mesh::start(&options).await.unwrap();
+    let (controllers, pids) = (&mesh.contract.controllers, &mesh.contract.pids.controllers);
+    assert_eq!((controllers.len(), pids.len()), (3, 3));
+    let first = leader_after(&controllers[0], 0).await.unwrap();
+    for controller in controllers {
+        let known = leader_after(controller, 0).await.unwrap();
+        assert_eq!(known.address, first.address, "{controller}");
+    }
+    // A command that is given all of them outlives the leader; `up` starts that one again.
+    let leads = controllers.iter().position(|c| *c == first.address);
+    signals::kill(pids[leads.unwrap()]).unwrap();
+    let mut command = tokio::process::Command::new(programs::path("slotmesh").unwrap());
+    let window = [
+        "instance",
+        "maintain",
+        mesh.instance(),
+        "--window",
+        "02:00-03:00",
+    ];
+    command
+        .args(["--controller", &controllers.join(",")])
+        .args(window);
+    let output = finish(command).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+
+    // What is kept is the names of files; a second start needs no flag again.
+    let (_, home) = mesh.stop().await.unwrap();
+    let kept = std::fs::read_to_string(home.data().join("mesh.json")).unwrap();
+    assert!(
+        kept.contains("etcd_password_file") && !kept.contains(PASSWORD),
+        "{kept}"
+    );
+    let again = Mesh::start_in(home, &MeshOptions::default()).await.unwrap();
+    assert_eq!(again.contract.controllers.len(), 3);
+    again.stop().await.unwrap();
 }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use slotmesh_ctl::api::Api;
-use slotmesh_e2e::{Witnesses, client, connect, ctl, roles};
+use slotmesh_e2e::{Witnesses, client, connect, controllers::without_controller, ctl, roles};
 use slotmesh_harness::{Mesh, MeshOptions, signals, wait_until};
 use slotmesh_proto::{
     fleet::v1::{ListHostsRequest, ListProxiesRequest},
@@ -59,15 +59,7 @@ async fn clients_go_on_while_the_controller_is_dead_and_it_finds_everything_agai
     let mesh = Mesh::start(&MeshOptions::default()).await.unwrap();
     let before = mesh.nodes().await.unwrap();
     let witnesses = Witnesses::start(&mesh.contract.proxies, 2).await.unwrap();
-    // `up` is frozen, so that the controller stays dead for a while.
-    let up = mesh.up_pid().unwrap();
-    signals::freeze(up).unwrap();
-    signals::kill(mesh.contract.pids.controller).unwrap();
-    sleep(WHILE).await;
-    let late = Witnesses::start(&mesh.contract.proxies, 1).await.unwrap();
-    sleep(Duration::from_millis(500)).await;
-    late.testify().await.unwrap();
-    signals::thaw(up).unwrap();
+    without_controller(&mesh, WHILE).await.unwrap();
     let back = wait_until(LIMIT, "the controller to show the same nodes", async || {
         let nodes = mesh.nodes().await?;
         anyhow::ensure!(nodes == before, "{nodes:?}");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use slotmesh_e2e::Witnesses;
+use slotmesh_e2e::{Witnesses, controllers::without_controller};
 use slotmesh_harness::{Mesh, MeshOptions, signals, wait_until};
 use tokio::time::sleep;
 
@@ -19,15 +19,7 @@ async fn agents_promises_keep_every_shard_serving_while_there_is_no_controller()
     let mesh = Mesh::start(&MeshOptions::default()).await.unwrap();
     let before = mesh.nodes().await.unwrap();
     let witnesses = Witnesses::start(&mesh.contract.proxies, 2).await.unwrap();
-    // `up` is frozen, so that the controller stays dead for a while.
-    let up = mesh.up_pid().unwrap();
-    signals::freeze(up).unwrap();
-    signals::kill(mesh.contract.pids.controller).unwrap();
-    sleep(NO_CONTROLLER).await;
-    let late = Witnesses::start(&mesh.contract.proxies, 1).await.unwrap();
-    sleep(Duration::from_millis(500)).await;
-    late.testify().await.unwrap();
-    signals::thaw(up).unwrap();
+    without_controller(&mesh, NO_CONTROLLER).await.unwrap();
     same_nodes(&mesh, &before).await;
     let seen = witnesses.testify().await.unwrap();
     let longest = seen.iter().map(|s| s.longest).max().unwrap();

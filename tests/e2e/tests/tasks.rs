@@ -35,13 +35,8 @@ async fn replica(mesh: &Mesh) -> String {
 
 /// A time so far from now, as the API reads it.
 fn from_now(seconds: u64) -> String {
-    let at = SystemTime::now() + Duration::from_secs(seconds);
-    let at = at.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-    let output = std::process::Command::new("date")
-        .args(["-u", "-d", &format!("@{at}"), "+%Y-%m-%dT%H:%M:%SZ"])
-        .output()
-        .unwrap();
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    let at = jiff::Timestamp::now() + Duration::from_secs(seconds);
+    format!("{at:.0}")
 }
 
 async fn state_of(mesh: &Mesh, task: &str) -> String {
@@ -121,6 +116,37 @@ async fn a_scheduled_switchover_waits_has_no_shard_and_can_be_moved_and_cancelle
         .collect();
     assert_eq!(causes, ["SwitchOver", "Begin"], "{epochs}");
     assert_eq!(epochs[0]["task_id"], other.as_str());
+    // Each epoch has the trace of the task that began it, and the ctl made one for each command.
+    let shown = json(&mesh, &["task", "show", &other, "--steps"]).await;
+    assert_eq!(shown["trace_id"].as_str().unwrap().len(), 32, "{shown}");
+    assert_eq!(epochs[0]["trace_id"], shown["trace_id"]);
+    assert_ne!(epochs[0]["trace_id"], epochs[1]["trace_id"]);
+    let hold = &shown["steps"][2];
+    assert_eq!(
+        (&hold["name"], &hold["cancellable"]),
+        (&"Hold".into(), &false.into())
+    );
+    let mesh_data = mesh.data();
+    let trace = shown["trace_id"].as_str().unwrap();
+    let logs = std::fs::read_dir(mesh_data.join("logs")).unwrap();
+    let has_trace = |path: &std::path::Path| {
+        let log = std::fs::read_to_string(path).unwrap();
+        log.contains(trace)
+    };
+    let logs: Vec<_> = logs.map(|entry| entry.unwrap().path()).collect();
+    let of = |name: &str| {
+        let mut found = logs.iter().filter(|path| has_trace(path));
+        found.any(|path| {
+            path.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with(name)
+        })
+    };
+    assert!(
+        of("controller") && of("agent"),
+        "{trace} is not in all logs"
+    );
     mesh.stop().await.unwrap();
 }
 

@@ -42,6 +42,8 @@ pub struct MeshOptions {
     pub store: Option<String>,
     /// Engine parameters, NAME=VALUE.
     pub parameters: Vec<String>,
+    /// More flags, as they are.
+    pub flags: Vec<String>,
 }
 
 impl MeshOptions {
@@ -61,7 +63,8 @@ impl MeshOptions {
             .filter_map(|(flag, value)| Some([flag.to_owned(), value?]));
         let parameters = self.parameters.iter();
         let parameters = parameters.map(|p| ["--parameter".to_owned(), p.clone()]);
-        given.chain(parameters).flatten().collect()
+        let more = self.flags.iter().cloned();
+        given.chain(parameters).flatten().chain(more).collect()
     }
 }
 
