@@ -1,3 +1,5 @@
+//! The table of steps: every phase of every kind is in it, and what it says is what is done.
+
 use slotmesh_proto::store::v1 as store;
 use slotmesh_topology::Epoch;
 
