@@ -295,6 +295,9 @@ async fn watches_count_as_touched_and_trackers_forget_after_a_failover() {
     world.nodes[0].freeze();
     world.lose(Some(&world.nodes[1]));
     world.promoted();
+    // What was sent to the frozen one before would have an unknown outcome.
+    let applied = pb::HoldLevel::Applied;
+    world.controller.wait_level("s0", applied, 2).await;
     watcher
         .send(format!("EXEC\r\nGET {KEY_0}\r\n").as_bytes())
         .await;
