@@ -71,6 +71,8 @@ pub struct Checks {
     expected: Vec<failover::Expected>,
     /// Writes that nodes had and lost when they followed another, before anybody had kept them.
     replaced: BTreeMap<u64, String>,
+    /// What primaries had whose processes ended.
+    ended: BTreeSet<u64>,
     /// Until when agents are gone or stand still.
     away: BTreeMap<usize, Micros>,
     several: BTreeMap<usize, Micros>,
@@ -225,6 +227,15 @@ impl Checks {
     /// What a lost primary has beyond its successor was kept.
     pub fn captured(&mut self, ops: &[Op]) {
         self.captured.extend(ops.iter().map(|op| op.id));
+    }
+
+    /// A process ended. What a primary had that ends is on its disk, if that: nobody can read it from
+    /// its backlog any more.
+    pub fn ended(&mut self, shard: usize, run_id: &str, ops: &[Op]) {
+        let mut primaries = (self.shards.entry(shard).or_default().primaries).values();
+        if primaries.any(|(_, named)| named == run_id) {
+            self.ended.extend(ops.iter().map(|op| op.id));
+        }
     }
 
     /// A process's data died with it.

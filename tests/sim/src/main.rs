@@ -81,7 +81,13 @@ fn main() -> ExitCode {
     };
     let sum = thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let sums = workers.into_iter().filter_map(|w| w.join().ok());
+        let sums = workers.into_iter().map(|worker| {
+            // A run that panicked is a failure, and the seeds after it were not run.
+            worker.join().unwrap_or_else(|_| {
+                failed.fetch_add(1, Ordering::Relaxed);
+                Sum::default()
+            })
+        });
         sums.fold(Sum::default(), Sum::plus)
     });
     let failed = failed.into_inner();

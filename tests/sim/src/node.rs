@@ -105,6 +105,7 @@ impl Node {
                 kept.min(all)
             )
         });
+        ctx.checks.ended(self.shard, &process.run_id, &process.log);
         self.users = process.users;
         self.disk = process.log;
         let lost = self.disk.split_off(kept.min(self.disk.len()));

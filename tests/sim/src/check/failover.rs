@@ -42,9 +42,10 @@ impl Checks {
             .is_some_and(|until| now < until + SETTLES)
     }
 
-    /// At the end: what was replaced is kept in a file, or the primaries have it.
+    /// At the end: what was replaced is kept in a file, or the primaries have it, or the primary that
+    /// took it has ended.
     pub fn look_for_captured(&mut self, present: &BTreeSet<u64>) {
-        let known = [&self.captured, &self.lost, present];
+        let known = [&self.captured, &self.lost, &self.ended, present];
         let gone = (self.replaced.iter()).find(|(id, _)| known.iter().all(|set| !set.contains(id)));
         if let Some((id, node)) = gone.map(|(id, node)| (*id, node.clone())) {
             self.fail("I8: what a living old primary loses is captured", || {

@@ -18,8 +18,8 @@ use crate::{
     sched::MS,
 };
 
-/// Zones that hosts are spread over.
-const ZONES: usize = 2;
+/// So that the first two hosts are of one zone and the third is of another.
+const HOSTS_OF_A_ZONE: usize = 2;
 
 /// A host with a session here.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl Desk {
         let mut fleet = self.fleet.borrow_mut();
         fleet
             .zones
-            .insert(name.clone(), format!("z{}", host % ZONES));
+            .insert(name.clone(), format!("z{}", host / HOSTS_OF_A_ZONE));
         fleet.hosts.insert(name);
         true
     }

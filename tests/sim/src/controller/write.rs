@@ -305,7 +305,7 @@ fn new_task(id: &str, spec: Spec, desk: &Desk, time_ms: u64) -> Task {
 /// A replica of each chosen shard.
 fn targets(shards: &[Shard], choice: u64) -> Vec<String> {
     let all = choice.is_multiple_of(3);
-    let one = usize::try_from(choice / 3).unwrap_or(0) % shards.len();
+    let one = usize::try_from(choice / 3).unwrap_or(0) % shards.len().max(1);
     let chosen = shards.iter().enumerate().filter(|(i, _)| all || *i == one);
     chosen
         .filter_map(|(_, shard)| {

@@ -95,7 +95,8 @@ impl World {
         // has fenced it then, and somebody else may serve.
         let process = node.process.as_ref();
         let takes_writes = process.is_some_and(|p| p.writable_as().is_some());
-        let is_fenced = weather && !takes_writes && profile == Profile::ControlPlane;
+        let is_fenced =
+            weather && !takes_writes && matches!(profile, Profile::ControlPlane | Profile::Double);
         let may_be_lost = excused && self.shape.loses_primaries();
         if !may_be_lost && !is_fenced {
             ctx.checks.fail("D2: an agent that is merely silent is no reason", || {
