@@ -42,7 +42,11 @@ pub(super) enum FetchError {
 }
 
 /// Writes the file that `source` names to `to`, executable. Blocks.
-pub(super) fn fetch(source: &str, wanted: &[u8; SHA256_LENGTH], to: &Path) -> Result<(), FetchError> {
+pub(super) fn fetch(
+    source: &str,
+    wanted: &[u8; SHA256_LENGTH],
+    to: &Path,
+) -> Result<(), FetchError> {
     let fetched = copy(source, wanted, to);
     if fetched.is_err() {
         let _ = fs::remove_file(to);

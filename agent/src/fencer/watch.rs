@@ -5,7 +5,7 @@
 //! look, so that no single look decides; one that does not answer serves nobody, and is killed when
 //! that lasts.
 //!
-//! The time that this takes is a promise to those who choose another primary: [`FRESH`], and two
+//! The time that this takes is a promise to those who choose another primary: `FRESH`, and two
 //! looks after it, from the last acknowledgment on. They wait longer than that.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
