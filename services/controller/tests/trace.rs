@@ -6,6 +6,7 @@
 mod support;
 
 use slotmesh_proto::{
+    fleet::v1::{ListHostsRequest, fleet_service_client::FleetServiceClient},
     instance::v1::{self as api, instance_service_client::InstanceServiceClient},
     store::v1::{NodeRole, TaskState},
     task::v1::{self as tasks, task_service_client::TaskServiceClient},
@@ -36,6 +37,13 @@ async fn done(tasks: &mut TaskServiceClient<Channel>, id: &str) -> tasks::Task {
 
 /// An instance that serves through one fake proxy, created with [`TRACE`].
 async fn serving(mesh: &mut Mesh) -> (String, String) {
+    let mut fleet = FleetServiceClient::new(mesh.channel().await);
+    // Else both nodes may be placed on the one that came first.
+    wait_for("both hosts to be there", async || {
+        let listed = fleet.list_hosts(ListHostsRequest {}).await.ok()?;
+        (listed.into_inner().hosts.len() == 2).then_some(())
+    })
+    .await;
     let mut instances = InstanceServiceClient::new(mesh.channel().await);
     let request = api::CreateInstanceRequest {
         proxy_count: Some(1),
