@@ -83,7 +83,9 @@ impl Catalogue {
         };
         let mut failures = self.failures.lock().await;
         let sum = hex::encode(artifact.sha256);
-        if let Some((when, why)) = failures.get(&sum)
+        // The same sum under another name fails for another reason.
+        let tried = format!("{name}/{sum}");
+        if let Some((when, why)) = failures.get(&tried)
             && when.elapsed() < FAILURE_MEMORY
         {
             return Err(ArtifactError::Refused {
@@ -94,14 +96,14 @@ impl Catalogue {
         let provided = self.stage(&artifact, &sum).await;
         match provided {
             Ok(path) => {
-                failures.remove(&sum);
+                failures.remove(&tried);
                 Ok(path)
             }
             Err(why) => {
                 if failures.len() >= FAILURES_MAX {
                     failures.clear();
                 }
-                failures.insert(sum, (Instant::now(), why.clone()));
+                failures.insert(tried, (Instant::now(), why.clone()));
                 tracing::warn!(artifact = name, why, "artifact refused");
                 Err(ArtifactError::Refused {
                     name: name.into(),

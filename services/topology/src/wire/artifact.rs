@@ -59,9 +59,8 @@ pub fn from_message(message: api::Artifact) -> Result<Artifact, String> {
         version: Version::parse(&message.version)
             .ok_or_else(|| format!("version {:?} is not like 7.0.15", message.version))?,
         level: level_from(message.level()).unwrap_or(Level::Low),
-        sha256: bytes(&message.sha256)
-            .as_deref()
-            .and_then(sha256)
+        sha256: (hex::decode(&message.sha256).ok())
+            .and_then(|bytes| sha256(&bytes))
             .ok_or("sha256 must be 64 hexadecimal digits")?,
         release_note: message.release_note,
         source: message.source,
@@ -80,7 +79,7 @@ pub fn to_message(artifact: &Artifact) -> api::Artifact {
         version: artifact.version.to_string(),
         level: level_to(artifact.level).into(),
         release_note: artifact.release_note.clone(),
-        sha256: hexadecimal(&artifact.sha256),
+        sha256: hex::encode(artifact.sha256),
         source: artifact.source.clone(),
         created_at: String::new(),
     }
@@ -88,22 +87,6 @@ pub fn to_message(artifact: &Artifact) -> api::Artifact {
 
 fn sha256(bytes: &[u8]) -> Option<[u8; SHA256_LENGTH]> {
     bytes.try_into().ok()
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn bytes(text: &str) -> Option<Vec<u8>> {
-    if !text.is_ascii() || text.len() != 2 * SHA256_LENGTH {
-        return None;
-    }
-    let pair = |at: usize| u8::from_str_radix(&text[2 * at..2 * at + 2], 16).ok();
-    (0..SHA256_LENGTH).map(pair).collect()
 }
 
 fn product_from(product: store::Product) -> Option<Product> {
