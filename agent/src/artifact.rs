@@ -77,8 +77,13 @@ pub fn parse_version(text: &str) -> Option<(Product, Version)> {
         "slotmesh-proxy" => return Some((Product::Proxy, number(words.next()?)?)),
         _ => return None,
     };
-    let version = words.find_map(|w| w.strip_prefix("v="))?;
-    Some((product, number(version)?))
+    Some((product, engine_version(text)?))
+}
+
+/// From what an engine prints, whosever it is.
+fn engine_version(text: &str) -> Option<Version> {
+    let mut words = text.split_ascii_whitespace();
+    number(words.find_map(|w| w.strip_prefix("v="))?)
 }
 
 /// From `7.0.15`, `7.0` or `8.0.0-rc1`, as engines say of themselves.
@@ -131,7 +136,7 @@ impl Engines {
             (Some(catalogue), Some(listed)) => catalogue.provide(listed).await?,
             _ => self.locate(name)?,
         };
-        let (_, version) = said_version(&path).await?;
+        let version = said(&path, engine_version).await?;
         Ok(Engine { path, version })
     }
 
@@ -173,8 +178,8 @@ fn is_executable(path: &Path) -> bool {
         .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-/// Whose program this is and which version, in its own words.
-pub async fn said_version(path: &Path) -> Result<(Product, Version), ArtifactError> {
+/// What `read` finds in the program's own words.
+async fn said<T>(path: &Path, read: fn(&str) -> Option<T>) -> Result<T, ArtifactError> {
     let failed = |why: String| ArtifactError::DoesNotRun {
         path: path.to_owned(),
         why,
@@ -189,7 +194,7 @@ pub async fn said_version(path: &Path) -> Result<(Product, Version), ArtifactErr
         .map_err(|_| failed("no answer to --version".to_owned()))?
         .map_err(|error| failed(error.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    parse_version(&text).ok_or_else(|| {
+    read(&text).ok_or_else(|| {
         let error = String::from_utf8_lossy(&output.stderr);
         let last = error
             .lines()
@@ -216,6 +221,8 @@ mod tests {
             Some((Product::Proxy, "0.1.0".into()))
         );
         assert_eq!(of("cat (GNU coreutils) 9.1"), None);
+        let other = "KeyDB server v=6.3.4 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64";
+        assert_eq!((of(other), engine_version(other)), (None, number("6.3.4")));
     }
 
     #[tokio::test]

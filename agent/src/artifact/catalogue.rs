@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{ArtifactError, fetch, said_version};
+use super::{ArtifactError, fetch, parse_version, said};
 use crate::{controllers::Controllers, handover::driver::chain, node::files::make_private_dir};
 
 /// Of one controller; there are others, and the host's own copy.
@@ -151,7 +151,7 @@ impl Catalogue {
             Ok(Err(error)) => return Err(chain(&error)),
             Err(error) => return Err(error.to_string()),
         }
-        let (product, version) = said_version(&to).await.map_err(|e| chain(&e))?;
+        let (product, version) = said(&to, parse_version).await.map_err(|e| chain(&e))?;
         if (product, version) == (artifact.product, artifact.version) {
             return Ok(());
         }
