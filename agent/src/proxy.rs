@@ -27,6 +27,8 @@ use crate::{
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A proxy lets requests that are under way finish when it is told to stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+/// A process that was relieved serves again milliseconds after the one that relieved it has ended.
+const SPARE_LIMIT: Duration = Duration::from_secs(3);
 const LOG: &str = "proxy.log";
 
 /// What the proxy writes once its sockets are bound.
@@ -101,6 +103,9 @@ struct Worker {
     spec: watch::Receiver<Option<ProxySpec>>,
     dir: PathBuf,
     process: Option<Process>,
+    /// The one that was relieved by it, and will end by itself; and since when it alone is left.
+    spare: Option<Process>,
+    spare_alone: Option<Instant>,
     restarts: Restarts,
     report: ProxyReport,
 }
@@ -120,6 +125,8 @@ impl Worker {
             spec,
             dir,
             process: None,
+            spare: None,
+            spare_alone: None,
             restarts: Restarts::default(),
             report,
         }
@@ -175,12 +182,47 @@ impl Worker {
                 self.host.metrics.proxy_adoptions.add(1);
             }
         }
-        if self.process.is_none() {
+        self.spare = self.spare.filter(Process::is_alive);
+        if self.process.is_none() && !self.spare_serves_soon() {
             self.restart(spec);
         }
         if let Some(process) = self.process {
             self.look(process);
         }
+    }
+
+    /// A proxy that was relieved has the port still, and accepts clients again.
+    fn spare_serves_soon(&mut self) -> bool {
+        let Some(spare) = self.spare else {
+            self.spare_alone = None;
+            return false;
+        };
+        let since = *self.spare_alone.get_or_insert_with(Instant::now);
+        let soon = since.elapsed() < SPARE_LIMIT;
+        if !soon {
+            tracing::warn!(proxy = %self.proxy_id, pid = spare.pid, "a spare proxy did not serve");
+            spare.signal(Signal::KILL);
+            self.spare = None;
+            self.spare_alone = None;
+        }
+        soon
+    }
+
+    /// Another process has taken over from the one that is known: it says so in proxy.json.
+    fn relieved(&mut self, process: Process) -> Process {
+        let bound = self.bound().filter(|bound| bound.pid != process.pid);
+        let other = bound.and_then(|bound| Process::find(bound.pid));
+        let Some(other) = other.filter(|other| other.is_alive() && other.runs_in(&self.dir)) else {
+            return process;
+        };
+        if let Err(error) = other.save(&self.dir.join("process")) {
+            tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
+        }
+        tracing::info!(proxy = %self.proxy_id, pid = other.pid, was = process.pid, "proxy relieved");
+        self.spare = Some(process);
+        self.spare_alone = None;
+        self.process = Some(other);
+        other
     }
 
     fn restart(&mut self, spec: Option<ProxySpec>) {
@@ -276,6 +318,7 @@ impl Worker {
 
     /// Reads where it listens.
     fn look(&mut self, process: Process) {
+        let process = self.relieved(process);
         self.report.pid = process.pid;
         let Some(bound) = self.bound().filter(|bound| bound.pid == process.pid) else {
             self.report.state = ProcessState::Starting.into();
@@ -318,6 +361,9 @@ impl Worker {
     }
 
     async fn shut_down(&mut self) {
+        if let Some(spare) = self.spare.take() {
+            spare.stop(Some(Signal::TERM), STOP_GRACE).await;
+        }
         let process = self
             .process
             .take()

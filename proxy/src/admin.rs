@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::core::Counters;
+use crate::handover::Counts;
 use crate::metrics::Published;
 use crate::routing::Routing;
 use crate::watch::Freshness;
@@ -24,6 +25,7 @@ pub struct Observed {
     pub freshness: Arc<Freshness>,
     pub rejected: Arc<AtomicU64>,
     pub held_bytes: Arc<AtomicU64>,
+    pub handovers: Arc<Counts>,
 }
 
 #[derive(Clone)]
@@ -182,5 +184,45 @@ fn register(metrics: &Metrics, observed: &Observed) {
         .f64_observable_gauge("slotmesh.proxy.topology_staleness_seconds")
         .with_description("Time since a controller was last heard")
         .with_callback(move |seen| seen.observe(freshness.staleness().as_secs_f64(), &[]))
+        .build();
+    register_handovers(metrics, &observed.handovers);
+}
+
+fn register_handovers(metrics: &Metrics, counts: &Arc<Counts>) {
+    let meter = metrics.meter("slotmesh-proxy");
+    type Read = fn(&Counts) -> &AtomicU64;
+    let counters: [(&str, &str, Read); 4] = [
+        (
+            "handed_over_clients",
+            "Clients that another process took",
+            |c| &c.given,
+        ),
+        (
+            "taken_over_clients",
+            "Clients taken from another process",
+            |c| &c.taken,
+        ),
+        (
+            "handover_returned_clients",
+            "Clients that another process did not take when asked to",
+            |c| &c.returned,
+        ),
+        ("handover_failures", "Hand-overs that ended early", |c| {
+            &c.failed
+        }),
+    ];
+    for (name, help, read) in counters {
+        let counts = Arc::clone(counts);
+        meter
+            .u64_observable_counter(format!("slotmesh.proxy.{name}"))
+            .with_description(help)
+            .with_callback(move |seen| seen.observe(read(&counts).load(Ordering::Relaxed), &[]))
+            .build();
+    }
+    let counts = Arc::clone(counts);
+    meter
+        .u64_observable_gauge("slotmesh.proxy.handover_left_clients")
+        .with_description("Clients that could not be handed over yet")
+        .with_callback(move |seen| seen.observe(counts.left.load(Ordering::Relaxed), &[]))
         .build();
 }

@@ -5,8 +5,9 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -18,10 +19,11 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Observed};
 use crate::controllers::Controllers;
 use crate::core::Identity;
+use crate::handover::{self, Door, Office, Role, Stance, TakeError};
 use crate::listener::Listener;
 use crate::progress::Progress;
 use crate::routing::Routing;
-use crate::saved::{self, SavedError};
+use crate::saved::SavedError;
 use crate::settings::Settings;
 use crate::switchboard::Switchboard;
 use crate::topology::Topology;
@@ -48,6 +50,10 @@ pub enum StartError {
     Saved(#[from] SavedError),
     #[error(transparent)]
     Worker(#[from] worker::StartError),
+    #[error("take over from another process")]
+    TakeOver(#[from] TakeError),
+    #[error("the other process listens at {0:?}, which is no address")]
+    Address(String),
 }
 
 /// Everything, bound.
@@ -57,6 +63,9 @@ pub struct App {
     admin_address: SocketAddr,
     admin_socket: TcpListener,
     listener: Listener,
+    door: Door,
+    office: Arc<Office>,
+    take_over: Option<PathBuf>,
     watch: Watch,
     observed: Observed,
     progress: Arc<Progress>,
@@ -78,8 +87,10 @@ impl App {
             source,
         };
         std::fs::create_dir_all(&settings.data).map_err(data_error)?;
-        let (socket, address) = listen(settings.listen).await?;
-        let (admin_socket, admin_address) = listen(settings.admin_listen).await?;
+        let door = Door::open(&settings.data).map_err(data_error)?;
+        let entrance = enter(&settings, &door).await?;
+        let address = entrance.address;
+        let (admin_socket, admin_address) = entrance.admin;
         let (notices_in, notices) = Shared::notices();
         let (questions_in, questions) = Shared::questions();
         let shared = Shared {
@@ -120,12 +131,39 @@ impl App {
             routing: Arc::clone(&routing),
             workers: Arc::clone(&workers),
         };
+        let stance = tokio::sync::watch::Sender::new(Stance {
+            role: entrance.role,
+            socket: entrance.socket.map(Arc::new),
+        });
+        let office = Arc::new(Office {
+            proxy_id: settings.proxy_id.clone(),
+            instance: settings.instance.clone(),
+            address: settings
+                .advertise
+                .clone()
+                .unwrap_or_else(|| address.to_string()),
+            admin_address: admin_address.to_string(),
+            data: settings.data.clone(),
+            workers: Arc::clone(&workers),
+            clients: Arc::clone(&shared.clients),
+            routing: Arc::clone(&routing),
+            next_id: Arc::new(AtomicU64::new(1)),
+            stance,
+            counts: Arc::default(),
+            stop: CancellationToken::new(),
+            door: door.path().to_owned(),
+            successor: Mutex::default(),
+            wants_back: AtomicBool::new(false),
+            talks: AtomicU64::new(0),
+            turn: Mutex::default(),
+            runtime: tokio::runtime::Handle::current(),
+        });
         let mut watch = Watch {
             who: Who {
                 proxy_id: settings.proxy_id,
                 instance: settings.instance,
                 host_id: settings.host_id,
-                address: settings.advertise.unwrap_or_else(|| address.to_string()),
+                address: office.address.clone(),
                 admin_address: admin_address.to_string(),
             },
             controllers,
@@ -135,28 +173,28 @@ impl App {
             progress: Arc::clone(&progress),
             freshness: Arc::clone(&freshness),
             topology: Topology::default(),
+            stance: office.stance.subscribe(),
             to_save: tokio::sync::watch::Sender::new(None),
         };
         watch.start_from_disk().await?;
-        let addresses = serde_json::json!({
-            "pid": std::process::id(),
-            "address": watch.who.address,
-            "admin_address": watch.who.admin_address,
-        });
-        let text = format!("{addresses}\n");
-        saved::write_private(&settings.data.join("proxy.json"), text.as_bytes())?;
+        if entrance.role == Role::Serving {
+            office.announce()?;
+        }
         Ok(Self {
             address,
             admin_address,
             admin_socket,
             listener: Listener {
-                socket,
+                stance: office.stance.subscribe(),
                 workers: Arc::clone(&workers),
                 clients: Arc::clone(&shared.clients),
                 max_clients: settings.max_clients,
                 routing: Arc::clone(&shared.routing),
                 rejected: Arc::clone(&rejected),
+                next_id: Arc::clone(&office.next_id),
             },
+            door,
+            take_over: settings.take_over,
             watch,
             observed: Observed {
                 workers: published,
@@ -164,7 +202,9 @@ impl App {
                 freshness,
                 rejected,
                 held_bytes: Arc::clone(&shared.held_sum),
+                handovers: Arc::clone(&office.counts),
             },
+            office,
             progress,
             notices,
             switchboard,
@@ -186,18 +226,46 @@ impl App {
         self.admin_address
     }
 
-    /// Serves until `stop`: then nothing is accepted, what clients have asked is answered, within a
-    /// bound, and all threads end.
-    pub async fn run(self, stop: CancellationToken) {
-        tracing::info!(address = %self.address, admin = %self.admin_address, "serving");
+    /// Serves until `stop`, or until another process has taken over and needs this one no more: then
+    /// nothing is accepted, what clients have asked is answered, within a bound, and all threads end.
+    ///
+    /// # Errors
+    /// It was to take over from another process, and could not.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), TakeError> {
+        let role = self.office.stance.borrow().role;
+        tracing::info!(address = %self.address, admin = %self.admin_address, ?role, "started");
         let Self {
             mut notices,
             progress,
             stop_workers,
             workers,
+            office,
             ..
         } = self;
         let mut tasks = JoinSet::new();
+        let told = stop;
+        let stop = office.stop.clone();
+        // What runs on threads of its own ends with this, however this ends.
+        let _ends = stop.clone().drop_guard();
+        let both = stop.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = told.cancelled() => both.cancel(),
+                () = both.cancelled() => {}
+            }
+        });
+        let (failed, failure) = tokio::sync::oneshot::channel();
+        if let Some(path) = self.take_over {
+            let office = Arc::clone(&office);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = handover::relieve(&office, &path) {
+                    let _ = failed.send(error); // heard once everything has ended
+                    office.stop.cancel();
+                }
+            });
+        }
+        tasks.spawn(self.door.run(Arc::clone(&office), stop.child_token()));
+        drop(office);
         tasks.spawn(self.listener.run(stop.child_token()));
         let calls = self.switchboard.run(self.questions, stop.child_token());
         tasks.spawn(calls);
@@ -245,7 +313,50 @@ impl App {
             let _ = joined.await;
         }
         tracing::info!("stopped");
+        let mut failure = failure;
+        failure.try_recv().map_or(Ok(()), Err)
     }
+}
+
+/// How clients and scrapes come in.
+struct Entrance {
+    role: Role,
+    /// None yet, of a process that takes over.
+    socket: Option<TcpListener>,
+    address: SocketAddr,
+    admin: (TcpListener, SocketAddr),
+}
+
+/// Binds the sockets, or asks the process from which it takes over where its one is.
+async fn enter(settings: &Settings, door: &Door) -> Result<Entrance, StartError> {
+    let Some(path) = settings.take_over.clone() else {
+        let (socket, address) = listen(settings.listen).await?;
+        return Ok(Entrance {
+            role: Role::Serving,
+            socket: Some(socket),
+            address,
+            admin: listen(settings.admin_listen).await?,
+        });
+    };
+    let ask = handover::ask(&settings.proxy_id, &settings.instance, door.path(), 0);
+    let asked = tokio::task::spawn_blocking(move || handover::inquire(&path, ask)).await;
+    let offer = asked.map_err(|_| StartError::Address(String::new()))??;
+    let address = offer.address.parse();
+    let address = address.map_err(|_| StartError::Address(offer.address))?;
+    // The port may be the one of the process that serves still.
+    let any_port = SocketAddr::new(settings.admin_listen.ip(), 0);
+    let admin = match listen(settings.admin_listen).await {
+        Err(StartError::Listen { source, .. }) if source.kind() == io::ErrorKind::AddrInUse => {
+            listen(any_port).await?
+        }
+        bound => bound?,
+    };
+    Ok(Entrance {
+        role: Role::Candidate,
+        socket: None,
+        address,
+        admin,
+    })
 }
 
 async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

@@ -41,6 +41,9 @@ mod monitor;
 mod monitor_line;
 mod multi;
 pub mod outbox;
+pub mod passing;
+pub mod passing_lines;
+pub mod passing_topics;
 mod pause;
 mod pool;
 mod private;
@@ -106,6 +109,7 @@ use self::weave::Weaves;
 use crate::routing::{RoutingTable, ShardNo};
 
 pub use self::answer::NodeFault;
+pub(crate) use self::pubsub_frame::HIDDEN;
 
 /// What a worker counts. Plain integers; the worker copies them out once per turn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -296,13 +300,11 @@ impl Core {
         let known = state.authenticated;
         let user = self.users().get(state.user().as_bytes()).cloned();
         let slot = self.sessions.open(state);
-        if let Some(client) = self.sessions.get_mut(slot) {
-            client.heard_us = self.now_us;
-        }
         match user {
             Some(user) if known || self.is_open() => self.log_in(slot, &user),
             _ => {}
         }
+        self.restore(slot);
         self.restore_topics(slot);
         slot
     }

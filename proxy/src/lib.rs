@@ -8,6 +8,7 @@ pub mod admin;
 pub mod app;
 pub mod controllers;
 pub mod core;
+pub mod handover;
 pub mod listener;
 pub mod metrics;
 pub mod progress;

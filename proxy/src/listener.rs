@@ -1,23 +1,28 @@
 //! Accepts clients and gives each to the worker with the fewest.
 //!
-//! One acceptor spreads better than one listening socket per worker, whose share is left to chance.
+//! One acceptor spreads better than one listening socket per worker, whose share is left to chance. It
+//! accepts only while this process is the one that serves: another may have the same socket.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::core::client::ClientState;
+use crate::core::passing_lines::Pins;
+use crate::handover::{Role, Stance};
 use crate::routing::Routing;
 use crate::worker::{Accepted, WorkerHandle};
 
 /// Out of descriptors, or no worker takes a client: accepting again at once would only spin.
-const PAUSE: Duration = Duration::from_millis(10);
+pub(crate) const PAUSE: Duration = Duration::from_millis(10);
 /// For the farewell to a client that is one too many.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(100);
 /// Redis's default: without it, clients whose host is gone would stay for ever.
@@ -27,7 +32,7 @@ const TOO_MANY: &[u8] = b"-ERR max number of clients reached\r\n";
 /// See the module.
 #[derive(Debug)]
 pub struct Listener {
-    pub socket: TcpListener,
+    pub(crate) stance: watch::Receiver<Stance>,
     pub workers: Arc<Vec<WorkerHandle>>,
     /// Clients of the process.
     pub clients: Arc<AtomicUsize>,
@@ -35,24 +40,32 @@ pub struct Listener {
     pub max_clients: usize,
     pub routing: Arc<Routing>,
     pub rejected: Arc<AtomicU64>,
+    /// Id of the next client.
+    pub next_id: Arc<AtomicU64>,
 }
 
 impl Listener {
     /// Accepts until told to stop; then the socket is closed.
     pub async fn run(self, stop: CancellationToken) {
-        let mut next_id = 1;
+        let mut stance = self.stance.clone();
         loop {
+            let now = stance.borrow_and_update().clone();
+            let socket = now.socket.filter(|_| now.role == Role::Serving);
             let accepted = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                accepted = self.socket.accept() => accepted,
+                changed = stance.changed() => match changed {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                },
+                accepted = accept(socket.as_deref()) => accepted,
             };
             match accepted {
                 Ok((socket, _)) => {
-                    if let Err(error) = self.place(socket, next_id).await {
+                    let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                    if let Err(error) = self.place(socket, id).await {
                         tracing::debug!(%error, "a client left before it was placed");
                     }
-                    next_id += 1;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept failed");
@@ -81,6 +94,9 @@ impl Listener {
         let mut client = Accepted {
             socket: socket.into_std()?,
             state,
+            pins: Pins::default(),
+            lines: Vec::new(),
+            reserved: None,
         };
         self.clients.fetch_add(1, Ordering::Relaxed);
         loop {
@@ -97,5 +113,13 @@ impl Listener {
 
     fn least_loaded(&self) -> Option<&WorkerHandle> {
         self.workers.iter().min_by_key(|worker| worker.load())
+    }
+}
+
+/// The next client; none ever, without a socket.
+async fn accept(socket: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match socket {
+        Some(socket) => socket.accept().await,
+        None => std::future::pending().await,
     }
 }

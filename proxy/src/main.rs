@@ -45,14 +45,15 @@ async fn run() -> ExitCode {
         signalled.cancel();
     });
     match App::bind(settings).await {
-        Ok(app) => {
-            app.run(stop).await;
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            let error = anyhow::Error::from(error);
-            eprintln!("slotmesh-proxy: {error:#}");
-            ExitCode::FAILURE
-        }
+        Ok(app) => match app.run(stop).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(error.into()),
+        },
+        Err(error) => fail(error.into()),
     }
+}
+
+fn fail(error: anyhow::Error) -> ExitCode {
+    eprintln!("slotmesh-proxy: {error:#}");
+    ExitCode::FAILURE
 }

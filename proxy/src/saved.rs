@@ -47,7 +47,8 @@ pub fn save(dir: &Path, snapshot: &Snapshot) -> Result<(), SavedError> {
 /// # Errors
 /// The system refuses.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), SavedError> {
-    let beside = path.with_extension("new");
+    // Another process may use the same directory, for as long as a hand-over takes.
+    let beside = path.with_extension(format!("{}.new", std::process::id()));
     let write = || -> io::Result<()> {
         let mut options = fs::OpenOptions::new();
         let mut file = options

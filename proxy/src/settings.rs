@@ -55,6 +55,9 @@ pub struct Given {
     /// Most clients at a time.
     #[arg(long, env = "SLOTMESH_PROXY_MAX_CLIENTS")]
     max_clients: Option<usize>,
+    /// Socket of the process whose listener and clients it takes over ("handover" in its proxy.json).
+    #[arg(long, env = "SLOTMESH_PROXY_TAKE_OVER")]
+    take_over: Option<PathBuf>,
 }
 
 /// What is in force.
@@ -70,6 +73,7 @@ pub struct Settings {
     pub controllers: Vec<String>,
     pub data: PathBuf,
     pub max_clients: usize,
+    pub take_over: Option<PathBuf>,
 }
 
 /// Why the settings cannot be used.
@@ -123,6 +127,7 @@ impl Settings {
                 .max_clients
                 .or(under.max_clients)
                 .unwrap_or(MAX_CLIENTS),
+            take_over: over.take_over.or(under.take_over),
         })
     }
 }

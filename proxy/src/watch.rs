@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
 use crate::controllers::Controllers;
+use crate::handover::{Role, Stance};
 use crate::progress::Progress;
 use crate::routing::Routing;
 use crate::saved;
@@ -72,6 +73,8 @@ pub struct Watch {
     pub progress: Arc<Progress>,
     pub freshness: Arc<Freshness>,
     pub topology: Topology,
+    /// Whether this process serves, or is about to, or did.
+    pub(crate) stance: watch::Receiver<Stance>,
     /// The newest topology, for [`keep_saved`].
     pub to_save: watch::Sender<Option<pb::Snapshot>>,
 }
@@ -119,6 +122,8 @@ enum StreamEnd {
     Closed,
     #[error("the topology has a gap")]
     Gap,
+    #[error("this process has another part now")]
+    Role,
 }
 
 impl Watch {
@@ -158,6 +163,10 @@ impl Watch {
                 end = self.stream(&controller) => end,
             };
             tracing::info!(controller, error = %end, "topology stream ended");
+            if matches!(end, StreamEnd::Role) {
+                turn -= 1; // the same controller at once: nothing is wrong with it
+                continue;
+            }
             if began.elapsed() > SILENCE_LIMIT {
                 backoff.reset();
             }
@@ -186,8 +195,10 @@ impl Watch {
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true);
         let mut client = TopologyServiceClient::new(endpoint.connect().await?);
+        let role = self.stance.borrow_and_update().role;
+        let mut stance = self.stance.clone();
         let (say, outgoing) = mpsc::channel(OUTGOING);
-        send(&say, Said::Hello(self.hello())).await?;
+        send(&say, Said::Hello(self.hello(role))).await?;
         let started = client.watch(ReceiverStream::new(outgoing));
         let started = timeout(silence_limit(self.progress.awaits_news()), started)
             .await
@@ -213,6 +224,11 @@ impl Watch {
                         }
                     }
                 }
+                changed = stance.changed() => {
+                    if changed.is_ok() && stance.borrow_and_update().role != role {
+                        return Err(StreamEnd::Role);
+                    }
+                }
                 () = progress.changed.notified() => {
                     send(&say, Said::Report(progress.report())).await?;
                 }
@@ -228,9 +244,17 @@ impl Watch {
         }
     }
 
-    fn hello(&self) -> pb::Hello {
+    /// A process that does not serve goes by a name of its own, so that shards are held in it too and
+    /// the one that serves stays known.
+    fn hello(&self, role: Role) -> pb::Hello {
+        let proxy_id = match role {
+            Role::Serving => self.who.proxy_id.clone(),
+            Role::Candidate | Role::Relieved => {
+                format!("{}.{}", self.who.proxy_id, std::process::id())
+            }
+        };
         pb::Hello {
-            proxy_id: self.who.proxy_id.clone(),
+            proxy_id,
             instance_id: self.who.instance.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             address: self.who.address.clone(),
@@ -290,7 +314,11 @@ impl Watch {
         Ok(())
     }
 
+    /// Another process may use the same directory.
     fn save(&self) {
+        if self.stance.borrow().role != Role::Serving {
+            return;
+        }
         self.to_save.send_replace(Some(self.topology.to_snapshot()));
     }
 }

@@ -9,7 +9,10 @@
 //! next owner loses its events.
 
 mod clients;
+mod handle;
 mod nodes;
+mod passing;
+mod passing_topics;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -25,6 +28,7 @@ use crate::core::call::{Call, PeerRequest, Ticket};
 use crate::core::client::ClientState;
 use crate::core::hold::Level;
 use crate::core::outbox::{HoldSample, Trouble};
+use crate::core::passing_lines::Pins;
 use crate::core::pubsub_count::Audience;
 use crate::core::scripts::ScriptCache;
 use crate::core::{Core, Counters, Identity};
@@ -33,6 +37,10 @@ use crate::routing::{Routing, ShardNo};
 
 use self::clients::Clients;
 use self::nodes::Nodes;
+use self::passing::Passing;
+
+pub(crate) use self::passing::{Collect, Collected, Parcel, Pass};
+pub(crate) use self::passing_topics::{Cutting, Reserve};
 
 /// Read buffer of a worker. Larger ones gain nothing (measured); it bounds the work of one read.
 const READ_BYTES: usize = 256 * 1024;
@@ -57,16 +65,24 @@ const LANES: usize = 1 << 40;
 pub struct Accepted {
     pub socket: std::net::TcpStream,
     pub state: ClientState,
+    /// What it has at nodes, if another process had it before.
+    pub pins: Pins,
+    /// The sockets of that.
+    pub lines: Vec<std::net::TcpStream>,
+    /// The slot and generation at which it was listened for it before it came.
+    pub reserved: Option<(u32, u32)>,
 }
 
 /// What others want of a worker.
 #[derive(Debug)]
 enum Errand {
-    Client(Accepted),
+    Client(Box<Accepted>),
     /// A question of any worker; answered with one RESP2 frame.
     Peer(PeerRequest, oneshot::Sender<Vec<u8>>),
     /// The answer to a call of this worker.
     Answer(Ticket, Vec<u8>),
+    /// A part of a hand-over.
+    Pass(Pass),
 }
 
 /// A call of a worker, on its way to the switchboard.
@@ -183,6 +199,7 @@ pub fn start(index: usize, shared: Shared) -> Result<WorkerHandle, StartError> {
         unsent_notices: Vec::new(),
         published: Arc::clone(&published),
         waiting: Arc::clone(&waiting),
+        passing: None,
         shared,
     };
     let thread = std::thread::Builder::new()
@@ -199,72 +216,6 @@ pub fn start(index: usize, shared: Shared) -> Result<WorkerHandle, StartError> {
         published,
         thread: Some(thread),
     })
-}
-
-impl WorkerHandle {
-    /// Gives a client to the worker. It comes back if the worker takes none at the moment.
-    #[must_use]
-    pub fn give(&self, client: Accepted) -> Option<Accepted> {
-        use std::sync::mpsc::TrySendError;
-        // Before the send: the worker takes off what it takes out.
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        if self.waiting.load(Ordering::Relaxed) > INBOX as u64 {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
-            return Some(client);
-        }
-        match self.inbox.try_send(Errand::Client(client)) {
-            Ok(()) => {
-                self.wake();
-                None
-            }
-            Err(TrySendError::Full(errand) | TrySendError::Disconnected(errand)) => {
-                self.waiting.fetch_sub(1, Ordering::Relaxed);
-                match errand {
-                    Errand::Client(client) => Some(client),
-                    _ => None,
-                }
-            }
-        }
-    }
-
-    /// Asks the worker about its clients. `None` if it cannot take the question now.
-    #[must_use]
-    pub fn ask(&self, request: PeerRequest) -> Option<oneshot::Receiver<Vec<u8>>> {
-        let (answer, answered) = oneshot::channel();
-        self.inbox.try_send(Errand::Peer(request, answer)).ok()?;
-        self.wake();
-        Some(answered)
-    }
-
-    /// Gives the worker the answer to one of its calls. False if its inbox is full at the moment.
-    #[must_use]
-    pub fn answer(&self, ticket: Ticket, reply: Vec<u8>) -> bool {
-        let sent = self.inbox.try_send(Errand::Answer(ticket, reply));
-        self.wake();
-        sent.is_ok()
-    }
-
-    /// Its clients, with those that wait in its inbox.
-    #[must_use]
-    pub fn load(&self) -> u64 {
-        self.published.clients() + self.waiting.load(Ordering::Relaxed)
-    }
-
-    /// Makes it look at its inbox, the routing table and the stop flag.
-    pub fn wake(&self) {
-        if let Err(error) = self.waker.wake() {
-            tracing::error!(%error, "a worker cannot be woken");
-        }
-    }
-
-    /// Waits for its end, once it was told to stop.
-    pub fn join(&mut self) {
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a worker ended by a panic");
-        }
-    }
 }
 
 struct Worker {
@@ -284,6 +235,8 @@ struct Worker {
     unsent_notices: Vec<Notice>,
     published: Arc<Published>,
     waiting: Arc<AtomicU64>,
+    /// While clients are handed to another process.
+    passing: Option<Box<Passing>>,
     shared: Shared,
 }
 
@@ -347,6 +300,9 @@ impl Worker {
         self.nodes.obey(&mut self.core, self.poll.registry());
         self.nodes.send(&mut self.core);
         self.clients.send(&mut self.core);
+        if self.passing.is_some() {
+            self.pass_on();
+        }
         let closed = self
             .clients
             .close_doomed(&mut self.core, self.poll.registry());
@@ -365,7 +321,11 @@ impl Worker {
             .map(|at| Duration::from_micros(at.saturating_sub(self.now_us())));
         let stop = stop_at.map(|at| at.saturating_duration_since(Instant::now()));
         let notices = (!self.unsent_notices.is_empty()).then_some(RETRY);
-        [due, stop, notices].into_iter().flatten().min()
+        let passing = self
+            .passing
+            .as_ref()
+            .and_then(|passing| passing.wait_time());
+        [due, stop, notices, passing].into_iter().flatten().min()
     }
 
     fn now_us(&self) -> u64 {
@@ -389,7 +349,7 @@ impl Worker {
         }
         while let Ok(errand) = self.errands.try_recv() {
             match errand {
-                Errand::Client(accepted) => self.take_in(accepted),
+                Errand::Client(accepted) => self.take_in(*accepted),
                 Errand::Peer(request, answer) => {
                     // Whoever asked may have stopped waiting.
                     let _ = answer.send(self.core.peer_request(&request));
@@ -398,15 +358,26 @@ impl Worker {
                     self.calls_open -= 1;
                     self.core.call_answered(ticket, &reply);
                 }
+                Errand::Pass(pass) => self.take_pass(pass),
             }
         }
     }
 
-    fn take_in(&mut self, accepted: Accepted) {
+    fn take_in(&mut self, mut accepted: Accepted) {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
+        let pins = std::mem::take(&mut accepted.pins);
+        let lines = std::mem::take(&mut accepted.lines);
+        let reserved = accepted.reserved; // it counts since then
         let registry = self.poll.registry();
-        if !self.clients.open(accepted, &mut self.core, registry) {
-            self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+        let Some(slot) = self.clients.open(accepted, &mut self.core, registry) else {
+            if reserved.is_none() {
+                self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+            }
+            return;
+        };
+        if !pins.is_empty() {
+            let lines = lines.into_iter().map(mio::net::TcpStream::from_std);
+            self.take_pins(slot, pins, lines.collect());
         }
     }
 

@@ -153,7 +153,7 @@ async fn a_restarted_proxy_gets_its_port_back_and_serves_without_a_controller() 
         _data: data,
     } = fixture;
     proxy.stop();
-    (&mut proxy.task).await.unwrap();
+    (&mut proxy.task).await.unwrap().unwrap();
     assert_eq!(raw.rest().await, "");
     let again = Proxy::start(data.path(), &["--listen", &address]).await;
     let mut raw = Raw::connect(again.address).await;

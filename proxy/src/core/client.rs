@@ -13,8 +13,9 @@ use slotmesh_resp::{Protocol, RequestParser};
 use super::extra::Extra;
 use super::stash::Stash;
 
-/// Schema of the written form. A reader refuses a higher one.
-const SCHEMA: u32 = 1;
+/// Highest schema of the written form that is understood. A state says the lowest that has room for
+/// it, so that a process of an earlier release takes what it can keep.
+pub const SCHEMA: u32 = 4;
 /// The account of clients that name none.
 pub const DEFAULT_USER: &str = "default";
 
@@ -67,6 +68,12 @@ pub struct ClientState {
     pub no_touch: bool,
     /// It wants no replies.
     pub muted: bool,
+    /// It wants no reply to the next command, of a client that is between two processes.
+    pub skips_reply: bool,
+    /// Since its last byte, of a client that is between two processes.
+    pub idle_ms: u64,
+    /// Name of its last command, of a client that is between two processes.
+    pub last_command: Option<Box<str>>,
 }
 
 /// Bytes that are not a client's state.
@@ -100,7 +107,16 @@ impl ClientState {
             no_evict: false,
             no_touch: false,
             muted: false,
+            skips_reply: false,
+            idle_ms: 0,
+            last_command: None,
         }
+    }
+
+    /// The schema that its written form needs.
+    #[must_use]
+    pub fn schema(&self) -> u32 {
+        if self.skips_reply { 2 } else { 1 }
     }
 
     /// The account that it logged in with.
@@ -122,9 +138,15 @@ impl ClientState {
     /// The written form, a contract between proxy processes of any two releases.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
+        self.to_message().encode_to_vec()
+    }
+
+    /// The written form, as a part of a message.
+    #[must_use]
+    pub fn to_message(&self) -> pb::ClientState {
         let names = self.names.as_deref().cloned().unwrap_or_default();
         pb::ClientState {
-            schema: SCHEMA,
+            schema: self.schema(),
             id: self.id,
             peer: self.peer.map(|p| p.to_string()).unwrap_or_default(),
             database: u32::from(self.db),
@@ -152,8 +174,10 @@ impl ClientState {
             channels: self.subscribed(0),
             patterns: self.subscribed(1),
             shard_channels: self.subscribed(2),
+            skips_reply: self.skips_reply,
+            idle_ms: self.idle_ms,
+            last_command: self.last_command.as_deref().unwrap_or_default().to_owned(),
         }
-        .encode_to_vec()
     }
 
     /// Reads the written form.
@@ -161,7 +185,14 @@ impl ClientState {
     /// # Errors
     /// When it is damaged, or of a newer schema.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
-        let state = pb::ClientState::decode(bytes)?;
+        Self::from_message(pb::ClientState::decode(bytes)?)
+    }
+
+    /// Reads the written form.
+    ///
+    /// # Errors
+    /// When it is damaged, or of a newer schema.
+    pub fn from_message(state: pb::ClientState) -> Result<Self, StateError> {
         if state.schema == 0 || state.schema > SCHEMA {
             return Err(StateError::Schema(state.schema));
         }
@@ -206,6 +237,11 @@ impl ClientState {
             no_evict: state.no_evict,
             no_touch: state.no_touch,
             muted: state.muted,
+            skips_reply: state.skips_reply,
+            idle_ms: state.idle_ms,
+            last_command: Some(state.last_command.as_str())
+                .filter(|name| !name.is_empty())
+                .map(Box::from),
             subscriptions: Some(Box::new([
                 state.channels,
                 state.patterns,
@@ -232,6 +268,8 @@ pub enum Pause {
     Blocked,
     /// It leaves once its replies are sent.
     Leaving,
+    /// It is on its way to another process.
+    Frozen,
 }
 
 /// A client of this worker.
@@ -361,6 +399,8 @@ mod tests {
         state.names_mut().name = b"worker".to_vec();
         state.user = Some("ann".into());
         state.no_evict = true;
+        state.skips_reply = true;
+        (state.idle_ms, state.last_command) = (7, Some("get".into()));
         state.input = b"*2\r\n$3\r\nGE".to_vec();
         state.output = vec![0xff, 0, b'\r'];
         state.subscriptions = Some(Box::new([vec![b"a".to_vec()], vec![], vec![vec![0xff]]]));
@@ -383,7 +423,10 @@ mod tests {
             ..Default::default()
         };
         let error = ClientState::decode(&newer.encode_to_vec()).unwrap_err();
-        assert!(matches!(error, StateError::Schema(2)), "{error}");
+        assert!(
+            matches!(error, StateError::Schema(n) if n == SCHEMA + 1),
+            "{error}"
+        );
         assert!(ClientState::decode(b"\xff\xff\xff").is_err());
     }
 }

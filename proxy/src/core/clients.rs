@@ -255,6 +255,11 @@ impl Core {
                 let done = id.is_some_and(|id| self.unblock(id, how));
                 write::write_int(&mut reply, i64::from(done));
             }
+            [b"pause-left"] => {
+                let (ms, writes_only) = self.pause_left();
+                let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+                write::write_int(&mut reply, if writes_only { -ms } else { ms });
+            }
             [b"pause", ms, mode] => {
                 let ms = parse_i64(ms).unwrap_or(0);
                 self.pause(ms.unsigned_abs(), mode.eq_ignore_ascii_case(b"write"));

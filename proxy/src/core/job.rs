@@ -213,6 +213,12 @@ pub(super) struct Jobs {
 }
 
 impl Jobs {
+    /// True if a job of the client runs.
+    pub(super) fn has_one_of(&self, slot: u32) -> bool {
+        let mut running = self.running.iter().flatten();
+        running.any(|running| running.client == slot)
+    }
+
     /// Takes the answer to a request.
     pub(super) fn answer(&mut self, number: u32, index: u32, reply: &[u8]) {
         let bytes_max = self.bytes_max;

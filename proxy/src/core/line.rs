@@ -7,6 +7,8 @@
 //!
 //! Numbers of lines have [`LINE_BIT`] set, so that worker and outbox treat them like lanes.
 
+mod loose;
+
 use std::net::SocketAddr;
 
 use slotmesh_resp::{Protocol, ReplyScanner, Scan, parse_i64, write};
@@ -18,6 +20,8 @@ use super::lane::LaneNo;
 use super::monitor::Source;
 use super::outbox::Order;
 use crate::routing::{Login, ShardNo};
+
+pub use self::loose::LooseLine;
 
 /// Set in the number of a line, never in that of a lane.
 pub const LINE_BIT: LaneNo = 1 << 31;

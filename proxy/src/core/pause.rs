@@ -66,6 +66,15 @@ impl Core {
         self.out.unsteady = true;
     }
 
+    /// How long a pause goes on, in milliseconds, and whether it is of writes only.
+    pub(super) fn pause_left(&self) -> (u64, bool) {
+        let paused = self.paused.as_ref();
+        paused.map_or((0, false), |paused| {
+            let left_us = paused.until_us.saturating_sub(self.now_us);
+            (left_us.div_ceil(1000), paused.writes_only)
+        })
+    }
+
     /// What a pause makes of a command; `None`: it goes on.
     pub(super) fn held_by_pause(
         &mut self,

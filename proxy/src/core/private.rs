@@ -46,6 +46,11 @@ impl Privates {
         &mut self.in_use[at]
     }
 
+    /// A line in use came from another process.
+    pub(super) fn note(&mut self, shard: ShardNo) {
+        *self.in_use(shard) += 1;
+    }
+
     /// A line in use is gone.
     pub(super) fn forget(&mut self, shard: ShardNo) {
         let count = self.in_use(shard);

@@ -5,7 +5,7 @@
 use super::pubsub_topics::TopicKind;
 
 /// Channels and keys of this kind are the mesh's own: clients neither see nor hear of them.
-pub(super) const HIDDEN: &[u8] = b"__slotmesh";
+pub(crate) const HIDDEN: &[u8] = b"__slotmesh";
 
 /// One frame of a subscribed connection (RESP2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -327,7 +327,7 @@ impl Sessions {
         let resume = match client.pause {
             Pause::Full => small,
             Pause::Quiet => client.in_flight() == 0,
-            Pause::None | Pause::Stalled | Pause::Blocked | Pause::Leaving => false,
+            Pause::None | Pause::Stalled | Pause::Blocked | Pause::Leaving | Pause::Frozen => false,
         };
         if resume {
             client.pause = Pause::None;

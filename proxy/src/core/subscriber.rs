@@ -13,6 +13,7 @@ use slotmesh_resp::{Protocol, write};
 
 use super::Core;
 use super::line::{LineEvent, LineNo, Opening, Use};
+use super::passing_topics::{Cut, divert};
 use super::pubsub_count::Audience;
 use super::pubsub_frame::Heard;
 use super::pubsub_topics::{Name, Spread, Topic, TopicKind, Topics, Waiters};
@@ -74,6 +75,8 @@ pub(super) struct PubSub {
     everywhere: usize,
     pub(super) audience: Arc<Audience>,
     pub(super) slow: SlowReaders,
+    /// While clients go to another process, or come from one.
+    pub(super) cuts: Vec<Cut>,
 }
 
 impl PubSub {
@@ -391,7 +394,7 @@ impl Core {
                 channel,
             } => {
                 if !self.moves(shard, is_next, kind, channel, frame) {
-                    self.deliver_message(kind, topic, frame);
+                    self.deliver_message(shard, kind, topic, frame);
                 }
             }
             Heard::Confirmed => self.feed_confirmed(no, shard, None),
@@ -419,7 +422,13 @@ impl Core {
     }
 
     /// A message for all clients that listen to a topic: written once for each protocol.
-    pub(super) fn deliver_message(&mut self, kind: TopicKind, topic: &[u8], frame: &[u8]) {
+    pub(super) fn deliver_message(
+        &mut self,
+        shard: ShardNo,
+        kind: TopicKind,
+        topic: &[u8],
+        frame: &[u8],
+    ) {
         let Some(topic) = self.pubsub.topics.get(kind, topic) else {
             return;
         };
@@ -436,6 +445,11 @@ impl Core {
                 Protocol::Resp2 => frame,
                 Protocol::Resp3 => &self.scratch,
             };
+            if !self.pubsub.cuts.is_empty()
+                && divert(&mut self.pubsub.cuts, shard, (slot, generation), bytes)
+            {
+                continue;
+            }
             let slow = &mut self.pubsub.slow;
             if slow.push(
                 &mut self.sessions,

@@ -214,6 +214,9 @@ impl Core {
     }
 
     fn marker_heard(&mut self, shard: ShardNo, is_next: bool, channel: &[u8]) {
+        if !is_next {
+            self.cut_heard(shard, channel);
+        }
         let now_us = self.now_us;
         let feed = self.feed(shard);
         if let Some(next) = (feed.next.as_mut()).filter(|next| *next.marker == *channel) {
@@ -250,7 +253,7 @@ impl Core {
         self.counters.subscriber_moves_forced += u64::from(forced);
         for frame in next.frames.iter().skip(delivered) {
             if let Heard::Message { kind, topic, .. } = Heard::read(frame) {
-                self.deliver_message(kind, topic, frame);
+                self.deliver_message(shard, kind, topic, frame);
             }
         }
         self.ask_side(

@@ -59,6 +59,11 @@ impl Tails {
         }
     }
 
+    /// True if nothing has to be asked any more.
+    pub(super) fn are_known(&self) -> bool {
+        self.missing == 0 && self.all.iter().all(|tail| tail.id.is_some())
+    }
+
     /// True if the next reply is the answer to a question.
     pub(super) fn is_asking(&self) -> bool {
         self.missing > 0

@@ -48,6 +48,25 @@ impl Timeout {
         Some(Self { at, unit, until_us })
     }
 
+    /// In a form that another process reads: the argument, whether it counts milliseconds, and how
+    /// many of them are left.
+    pub(super) fn parts(&self, now_us: u64) -> (u32, bool, u64) {
+        let left_ms = self.until_us.saturating_sub(now_us).div_ceil(1000).max(1);
+        (self.at as u32, self.unit == Unit::Milliseconds, left_ms)
+    }
+
+    pub(super) fn of_parts((at, in_ms, left_ms): (u32, bool, u64), now_us: u64) -> Self {
+        Self {
+            at: at as usize,
+            unit: if in_ms {
+                Unit::Milliseconds
+            } else {
+                Unit::Seconds
+            },
+            until_us: now_us.saturating_add(left_ms.saturating_mul(1000)),
+        }
+    }
+
     /// The command with the time that is left.
     pub(super) fn rewrite(&self, frame: &[u8], now_us: u64) -> Option<Vec<u8>> {
         /// Less could be rounded to 0 by a node, which is for ever.

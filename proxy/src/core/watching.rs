@@ -21,7 +21,7 @@ use slotmesh_resp::Protocol;
 pub(super) struct Watching {
     pub(super) shard: ShardNo,
     /// `None`: it counts as touched, or is lent to another WATCH.
-    line: Option<LineNo>,
+    pub(super) line: Option<LineNo>,
 }
 
 impl Client {

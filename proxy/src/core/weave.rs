@@ -148,6 +148,11 @@ pub(super) struct Weaves {
 }
 
 impl Weaves {
+    /// True if an EXEC of the client runs.
+    pub(super) fn has_one_of(&self, slot: u32) -> bool {
+        self.all.iter().flatten().any(|weave| weave.client == slot)
+    }
+
     fn get(&mut self, number: u32) -> Option<&mut Weave> {
         self.all.get_mut(number as usize)?.as_mut()
     }

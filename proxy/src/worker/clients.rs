@@ -40,10 +40,19 @@ impl Clients {
         self.sockets.get_mut(slot as usize)?.as_mut()
     }
 
-    /// Takes a client in. False if it cannot be watched and was let go.
-    pub(super) fn open(&mut self, new: Accepted, core: &mut Core, registry: &Registry) -> bool {
+    /// Takes a client in. `None` if it cannot be watched and was let go.
+    pub(super) fn open(
+        &mut self,
+        new: Accepted,
+        core: &mut Core,
+        registry: &Registry,
+    ) -> Option<u32> {
         let mut socket = TcpStream::from_std(new.socket);
-        let slot = core.open_client(new.state);
+        let slot = match new.reserved {
+            None => core.open_client(new.state),
+            Some((slot, generation)) if core.arrive(slot, generation, new.state) => slot,
+            Some(_) => return None, // it heard more than it may leave unread
+        };
         if let Some(session) = core.sessions.get_mut(slot) {
             session.local = socket.local_addr().ok();
         }
@@ -51,8 +60,13 @@ impl Clients {
         if let Err(error) = registry.register(&mut socket, Token(slot as usize), interest) {
             tracing::warn!(%error, "a client cannot be watched");
             core.close_client(slot);
-            return false;
+            return None;
         }
+        self.keep_socket(slot, socket);
+        Some(slot)
+    }
+
+    fn keep_socket(&mut self, slot: u32, socket: TcpStream) {
         let at = slot as usize;
         if self.sockets.len() <= at {
             self.sockets.resize_with(at + 1, || None);
@@ -64,7 +78,36 @@ impl Clients {
             blocked: false,
             listed: false,
         });
-        true
+    }
+
+    /// True if the client's socket is here.
+    pub(super) fn has(&self, slot: u32) -> bool {
+        self.sockets.get(slot as usize).is_some_and(Option::is_some)
+    }
+
+    /// Takes the socket of a client away: it is neither read nor written until it comes back.
+    pub(super) fn take_out(&mut self, slot: u32, registry: &Registry) -> Option<TcpStream> {
+        let mut client = self.sockets.get_mut(slot as usize)?.take()?;
+        // The registration would live on with the other process's copy.
+        deregister(registry, &mut client.socket);
+        Some(client.socket)
+    }
+
+    /// A socket that was taken out comes back. What happened meanwhile is told by its registration.
+    pub(super) fn put_back(
+        &mut self,
+        slot: u32,
+        mut socket: TcpStream,
+        core: &mut Core,
+        registry: &Registry,
+    ) {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = registry.register(&mut socket, Token(slot as usize), interest) {
+            tracing::warn!(%error, "a client cannot be watched");
+            return core.sessions.doom(slot, CloseReason::Done);
+        }
+        self.keep_socket(slot, socket);
+        core.sessions.touch(slot);
     }
 
     pub(super) fn note(&mut self, slot: u32, event: &Event, core: &mut Core) {
@@ -127,7 +170,7 @@ impl Clients {
                 return;
             }
             // Stays readable; resumed when there is room.
-            Pause::Full | Pause::Stalled | Pause::Quiet => return,
+            Pause::Full | Pause::Stalled | Pause::Quiet | Pause::Frozen => return,
         }
         let mut input = std::mem::take(&mut session.state.input);
         let carried = if input.len() <= CARRY_BYTES_MAX {

@@ -109,6 +109,46 @@ impl Nodes {
         }
     }
 
+    /// Takes the socket of a line away, for another process.
+    pub(super) fn take_out(&mut self, no: LaneNo, registry: &Registry) -> Option<TcpStream> {
+        let mut node = self.sockets.get_mut(place(no))?.take()?;
+        // The registration would live on with the other process's copy.
+        deregister(registry, &mut node.socket);
+        Some(node.socket)
+    }
+
+    /// Takes in the socket of a line that stands.
+    ///
+    /// # Errors
+    /// It cannot be watched, or is broken.
+    pub(super) fn put_in(
+        &mut self,
+        no: LaneNo,
+        mut socket: TcpStream,
+        registry: &Registry,
+    ) -> io::Result<()> {
+        let address = socket.peer_addr()?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry.register(&mut socket, Token(LANES + place(no)), interest)?;
+        self.keep_socket(no, socket, address, true);
+        Ok(())
+    }
+
+    fn keep_socket(&mut self, no: LaneNo, socket: TcpStream, address: SocketAddr, connected: bool) {
+        let at = place(no);
+        if self.sockets.len() <= at {
+            self.sockets.resize_with(at + 1, || None);
+        }
+        self.sockets[at] = Some(NodeSocket {
+            socket,
+            address,
+            connected,
+            blocked: false,
+            listed: false,
+            read_closed: false,
+        });
+    }
+
     /// Carries out the lanes' orders.
     pub(super) fn obey(&mut self, core: &mut Core, registry: &Registry) {
         while !core.out.orders.is_empty() {
@@ -170,18 +210,7 @@ impl Nodes {
         let _ = options.set_tcp_nodelay(true);
         let _ = options.set_tcp_user_timeout(Some(USER_TIMEOUT));
         let _ = options.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(KEEPALIVE));
-        let at = place(lane);
-        if self.sockets.len() <= at {
-            self.sockets.resize_with(at + 1, || None);
-        }
-        self.sockets[at] = Some(NodeSocket {
-            socket,
-            address,
-            connected: false,
-            blocked: false,
-            listed: false,
-            read_closed: false,
-        });
+        self.keep_socket(lane, socket, address, false);
         // A prepared connection stands already, and its registration tells so too; sooner is better.
         self.decided(lane, core);
     }

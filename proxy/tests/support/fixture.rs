@@ -7,7 +7,7 @@ use super::talk::Talk;
 pub(crate) struct Fixture {
     pub(crate) nodes: Vec<Node>,
     pub(crate) proxy: Proxy,
-    _data: tempfile::TempDir,
+    pub(crate) data: tempfile::TempDir,
 }
 
 /// So many shards of one node each, behind a proxy with so many workers.
@@ -19,11 +19,7 @@ pub(crate) async fn fixture(shards: u32, workers: u32) -> Fixture {
         .collect();
     slotmesh_proxy::saved::save(data.path(), &snapshot(1, routes)).unwrap();
     let proxy = Proxy::start(data.path(), &["--workers", &workers.to_string()]).await;
-    Fixture {
-        nodes,
-        proxy,
-        _data: data,
-    }
+    Fixture { nodes, proxy, data }
 }
 
 impl Fixture {

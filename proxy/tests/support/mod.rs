@@ -4,6 +4,7 @@
 
 pub(crate) mod controller;
 pub(crate) mod fixture;
+pub(crate) mod handover;
 pub(crate) mod node;
 pub(crate) mod raw;
 pub(crate) mod talk;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use slotmesh_proxy::app::App;
+use slotmesh_proxy::handover::TakeError;
 use slotmesh_proxy::settings::{Flags, Settings};
 use tokio_util::sync::CancellationToken;
 
@@ -25,7 +27,7 @@ pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
     stop: CancellationToken,
-    pub(crate) task: tokio::task::JoinHandle<()>,
+    pub(crate) task: tokio::task::JoinHandle<Result<(), TakeError>>,
 }
 
 impl Drop for Proxy {

@@ -1,0 +1,156 @@
+//! A worker's part in handing over clients that listen to channels: the marker on both sides.
+//!
+//! Invariant: a client is stopped no longer than others are ([`QUIET_LIMIT_US`]); if its marker has not
+//! come by then, it goes on here, and gets what was kept for it when the marker is ended.
+
+use std::sync::mpsc::SyncSender;
+
+use super::passing::{Collected, Key, Passing};
+use super::{Ordering, Worker};
+use crate::core::passing::{Frozen, QUIET_LIMIT_US, Settled};
+use crate::core::passing_topics::Listening;
+
+/// For nodes to confirm what other clients listened to. They answer in milliseconds; clients are
+/// served meanwhile.
+const RESERVE_LIMIT_US: u64 = 2_000_000;
+
+/// Stop these clients and collect them once the marker has come. Always answered, if the worker lives.
+#[derive(Debug)]
+pub(crate) struct Cutting {
+    pub(crate) marker: Vec<u8>,
+    pub(crate) keys: Vec<Key>,
+    pub(crate) schema_max: u32,
+    pub(crate) answer: SyncSender<Collected>,
+}
+
+/// Listen for these clients, that will come. Answered with slots and generations once everything is
+/// confirmed, or with nothing.
+#[derive(Debug)]
+pub(crate) struct Reserve {
+    pub(crate) marker: Vec<u8>,
+    pub(crate) clients: Vec<Listening>,
+    pub(crate) answer: SyncSender<Option<Vec<Key>>>,
+}
+
+/// What is under way.
+#[derive(Debug, Default)]
+pub(super) struct Topics {
+    cutting: Option<(Cutting, Vec<Frozen>, u64)>,
+    reserving: Option<(Reserve, Vec<Key>, u64)>,
+}
+
+impl Topics {
+    pub(super) fn are_under_way(&self) -> bool {
+        self.cutting.is_some() || self.reserving.is_some()
+    }
+}
+
+impl Worker {
+    pub(super) fn begin_cutting(&mut self, passing: &mut Passing, cutting: Cutting, now_us: u64) {
+        let same = |key: &&(u32, u32)| {
+            let client = self.core.sessions.get(key.0);
+            client.is_some_and(|client| client.generation == key.1)
+        };
+        let slots: Vec<u32> = cutting.keys.iter().filter(same).map(|key| key.0).collect();
+        let mut frozen = Vec::new();
+        for slot in slots {
+            let with_socket = self.clients.has(slot);
+            if with_socket && let Ok(one) = self.core.freeze(slot, cutting.schema_max, true) {
+                frozen.push(one);
+            }
+        }
+        let keys: Vec<_> = frozen.iter().map(|f| (f.slot, f.generation)).collect();
+        if !keys.is_empty() && self.core.begin_cut(&cutting.marker, &keys, true) {
+            passing.topics.cutting = Some((cutting, frozen, now_us));
+            return;
+        }
+        for one in &frozen {
+            self.core.thaw(one);
+            passing.put_off(one, now_us);
+        }
+        self.send_parcels(passing, Vec::new(), &cutting.answer);
+    }
+
+    pub(super) fn begin_reserving(
+        &mut self,
+        passing: &mut Passing,
+        mut wanted: Reserve,
+        now_us: u64,
+    ) {
+        let mut keys = Vec::new();
+        for client in std::mem::take(&mut wanted.clients) {
+            let slot = self.core.reserve(client);
+            if let Some(client) = self.core.sessions.get(slot) {
+                keys.push((slot, client.generation));
+            }
+        }
+        self.shared.clients.fetch_add(keys.len(), Ordering::Relaxed);
+        self.core.begin_cut(&wanted.marker, &keys, false);
+        passing.topics.reserving = Some((wanted, keys, now_us));
+    }
+
+    /// Once per turn.
+    pub(super) fn go_on_with_topics(&mut self, passing: &mut Passing, now_us: u64) {
+        if let Some((cutting, frozen, since_us)) = passing.topics.cutting.take() {
+            if self.core.is_cut_ready(&cutting.marker) {
+                self.core.publish_cut(&cutting.marker);
+            }
+            let late = since_us + QUIET_LIMIT_US <= now_us;
+            if late || self.is_cut(&cutting, &frozen) {
+                self.answer_cut(passing, &cutting, frozen, now_us);
+            } else {
+                passing.topics.cutting = Some((cutting, frozen, since_us));
+            }
+        }
+        if let Some((wanted, keys, since_us)) = passing.topics.reserving.take() {
+            let late = since_us + RESERVE_LIMIT_US <= now_us;
+            let ready = self.core.is_cut_ready(&wanted.marker);
+            if !late && !ready {
+                passing.topics.reserving = Some((wanted, keys, since_us));
+                return;
+            }
+            if ready && wanted.answer.try_send(Some(keys.clone())).is_ok() {
+                return;
+            }
+            self.core.end_cut(&wanted.marker);
+            for (slot, generation) in keys {
+                if self.core.sessions.get_same(slot, generation).is_some() {
+                    self.core.close_client(slot);
+                    self.shared.clients.fetch_sub(1, Ordering::Relaxed);
+                }
+            }
+            let _ = wanted.answer.try_send(None); // whoever asked may have stopped waiting
+        }
+    }
+
+    /// True if nothing has to be waited for.
+    fn is_cut(&self, cutting: &Cutting, frozen: &[Frozen]) -> bool {
+        let under_way = self.core.under_way();
+        let waits = |one: &Frozen| {
+            self.core.settled(one, cutting.schema_max, &under_way) == Settled::NotYet
+        };
+        self.core.is_cut_heard(&cutting.marker) && !frozen.iter().any(waits)
+    }
+
+    fn answer_cut(
+        &mut self,
+        passing: &mut Passing,
+        cutting: &Cutting,
+        frozen: Vec<Frozen>,
+        now_us: u64,
+    ) {
+        let heard = self.core.is_cut_heard(&cutting.marker);
+        let under_way = self.core.under_way();
+        let mut parcels = Vec::new();
+        for one in frozen {
+            let settled = self.core.settled(&one, cutting.schema_max, &under_way);
+            if heard && settled == Settled::Yes {
+                parcels.extend(self.pack(one));
+            } else {
+                self.core.thaw(&one);
+                passing.put_off(&one, now_us);
+            }
+        }
+        self.send_parcels(passing, parcels, &cutting.answer);
+    }
+}
