@@ -350,6 +350,8 @@ mod tests {
                     in_sync: true,
                     priority: slotmesh_topology::PRIORITY,
                     leaving: false,
+                    engine: String::new(),
+                    exchange: None,
                 })
                 .into(),
                 mode: Mode::Serving,

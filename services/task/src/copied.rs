@@ -26,6 +26,7 @@ pub fn of(task: &Task, shards: &[Shard], fleet: &Fleet) -> Copied {
             let is_ours = match &task.spec {
                 Spec::Provision => member.role != NodeRole::Primary,
                 Spec::Replace(replacement) => member.node == replacement.to,
+                Spec::Upgrade(_) => member.exchange.is_some(),
                 _ => false,
             };
             let seen = fleet.node(&member.node).filter(|_| is_ours);
@@ -131,6 +132,8 @@ mod tests {
             in_sync: false,
             priority: slotmesh_topology::PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         Shard {
             instance: "r".into(),

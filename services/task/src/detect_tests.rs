@@ -32,6 +32,8 @@ impl Stage {
             in_sync: true,
             priority: slotmesh_topology::PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         let shard = Shard {
             instance: "r".into(),

@@ -10,6 +10,7 @@
 //! durability of k, the chosen one has every acknowledged write. A promoted node that is not
 //! committed has no credential, so that trying another one is safe.
 
+mod quorum;
 mod write;
 
 use std::cmp::Reverse;
@@ -277,11 +278,16 @@ fn candidates<'a>(view: &View<'a>) -> impl Iterator<Item = (&'a Member, &'a Node
             }
             // The lost process itself, back and fenced, has everything.
             if m.node == *from {
-                return seen.run_id == *from_run_id;
+                return seen.run_id == *from_run_id || has_all_of(seen, from_run_id);
             }
             // What it had is counted by process: a new one may lack some.
             seen.run_id == m.run_id && m.in_sync
         })
+}
+
+/// Another process than the lost one, but with everything that it had when it ended in order.
+fn has_all_of(seen: &NodeView, from_run_id: &str) -> bool {
+    !from_run_id.is_empty() && seen.continues_run_id == from_run_id && !seen.loading
 }
 
 /// Every member is back, and none as a process that is known to have caught up: there is nobody left
@@ -318,7 +324,7 @@ fn holds_data<'a>(view: &View<'a>) -> Option<&'a NodeId> {
 /// Who has most of the data, or what is missing to know that.
 fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
     let from = &view.failover.from;
-    let (durability, loss) = (view.scene.durability as usize, accepts_loss(view));
+    let (durability, loss) = (view.scene.durability, accepts_loss(view));
     let mut finals: Vec<_> = candidates(view)
         .filter(|(m, seen)| is_final(view, m, seen))
         .collect();
@@ -331,10 +337,7 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
         }
     }
     if durability > 0 && !loss && !finals.iter().any(|(m, _)| m.node == *from) {
-        let others = view.shard.members.iter().filter(|m| m.node != *from);
-        let replicas = others.count();
-        // So many that every set of `durability` replicas has one of them.
-        let needed = (replicas + 1).saturating_sub(durability).max(1);
+        let (replicas, needed) = quorum::needed(view, &finals);
         if finals.len() < needed {
             return Err(format!(
                 "{} of {replicas} replicas answer with what they had, {needed} are needed to have \
@@ -374,7 +377,10 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
             lost_zone.is_some() && zone(view, &m.host) == lost_zone,
             Reverse(m.node.clone()),
         );
-        (by_word, by_disk, may_pass_over, seen.offset, ties)
+        // Another process counts its bytes anew, so its offset says nothing of what it has.
+        let has_all =
+            durability > 0 && m.node == *from && has_all_of(seen, &view.failover.from_run_id);
+        (by_word, by_disk, has_all, may_pass_over, seen.offset, ties)
     };
     let best = finals.into_iter().max_by_key(rank);
     best.ok_or_else(|| {
@@ -442,7 +448,7 @@ fn parked(view: &View<'_>, proof: Option<FenceProof>) -> Decision {
             let why = "can't be undone: the lost primary's epoch is over; retry, or accept loss";
             return Decision::Advance(FailoverPhase::Parked, why.into());
         }
-        None => {}
+        None | Some(Choice::Pause | Choice::Resume | Choice::Finalize) => {}
     }
     let goes_on = match proof {
         None => proven(view).map(|proof| proof.name().to_owned()),

@@ -358,6 +358,34 @@ fn with_durability_the_lost_process_itself_is_answer_enough() {
 }
 
 #[test]
+fn with_durability_a_primary_that_ended_in_order_and_is_back_has_everything() {
+    // Every process was ended and started again: nobody's offset says anything.
+    let mut stage = Stage::new();
+    stage.durability = 1;
+    stage.end("a");
+    let mut story = Story::declared(stage, Some(FenceProof::Exited));
+    for name in ["b", "c"] {
+        let node = story.stage.node(name);
+        (node.run_id, node.offset) = (format!("{name}-again"), 0);
+    }
+    let back = story.stage.node("a");
+    back.state = ProcessState::Running;
+    (back.run_id, back.offset) = ("a-again".into(), 0);
+    (back.role, back.granted_epoch) = (Some(NodeRole::Primary), Epoch(0));
+    back.assigned_epoch = Epoch(5);
+    let why = story.parks();
+    assert!(why.contains("0 of 2 replicas answer"), "{why}");
+    story.stage.node("a").continues_run_id = "an earlier one".into();
+    story.waits();
+    story.stage.node("a").continues_run_id = "run-a".into();
+    assert!(matches!(
+        story.act(),
+        Decision::Advance(FailoverPhase::Choose, _)
+    ));
+    assert_eq!(story.chooses(), "a");
+}
+
+#[test]
 fn when_the_chosen_one_can_not_be_promoted_the_next_one_is_at_the_same_epoch() {
     let failures = [
         StepStatus::NoEffect("refused".into()),

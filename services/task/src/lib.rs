@@ -8,6 +8,7 @@
 pub mod admit;
 pub mod copied;
 pub mod detect;
+pub mod drain;
 pub mod failover;
 pub mod observe;
 pub mod place;
@@ -18,6 +19,7 @@ pub mod spec;
 pub mod step;
 pub mod switchover;
 pub mod table;
+pub mod upgrade;
 pub mod upkeep;
 pub mod wire;
 

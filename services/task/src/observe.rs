@@ -74,10 +74,14 @@ pub struct NodeView {
     pub granted_epoch: Epoch,
     /// Epoch of the assignment that it has converged to.
     pub assigned_epoch: Epoch,
+    /// Membership of that assignment.
+    pub assigned_membership: u64,
     /// Of a primary: bytes that its slowest online replica has not acknowledged.
     pub lag_bytes: u64,
     /// Of the last process that its agent saw end; empty: none.
     pub exited_run_id: String,
+    /// Of a process that ended in order, and with whose files this one began; empty: none known.
+    pub continues_run_id: String,
     /// As assigned, it follows nobody: its offset is final.
     pub detached: bool,
     /// Its process lives and answers no pings, and no script or fork explains it.
@@ -96,8 +100,29 @@ pub struct NodeView {
     pub copy_total_bytes: u64,
     /// Users as which replicas may log in there, of whatever epoch.
     pub replication_users: Vec<String>,
+    /// That its process was started from, as an assignment names it; `None`: its agent does not know.
+    pub engine: Option<String>,
+    /// The assigned engine can't be started there.
+    pub trouble: Option<EngineTrouble>,
+    /// Up after an exchange, and not durable by itself yet.
+    pub settling: bool,
+    /// Replicated commands that it refused since its start; `None`: its agent does not say.
+    pub unexpected_errors: Option<u64>,
+    /// Full copies that it has served since its start.
+    pub sync_full: u64,
     /// When the report came.
     pub seen_ms: u64,
+}
+
+/// An engine that does not start on a node.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct EngineTrouble {
+    /// Which.
+    pub engine: String,
+    /// How often in a row.
+    pub starts: u32,
+    /// The last lines of its log.
+    pub why: String,
 }
 
 impl NodeView {

@@ -261,7 +261,8 @@ fn behind(new: &Member, seen: Option<&NodeView>) -> String {
     }
 }
 
-/// The primary's newest report, when that shows exactly those who may follow.
+/// The primary's newest report, when that shows exactly those who may follow, and that its agent will
+/// not let in anybody else any more: it has agreed with a record that is as new.
 fn revoked<'a>(view: &View<'a>) -> Option<&'a NodeView> {
     let shard = view.shard;
     let primary = shard.primary_member()?;
@@ -273,7 +274,9 @@ fn revoked<'a>(view: &View<'a>) -> Option<&'a NodeView> {
     let mut others = shard.members.iter().filter(|m| m.node != shard.primary);
     let is_as_recorded = others.all(|m| has(&m.node) != m.leaving);
     let is_new = seen.seen_ms > view.replacement.phase_since_ms && !seen.loading;
-    (is_new && is_as_recorded && seen.assigned_epoch == shard.epoch).then_some(seen)
+    let agrees =
+        seen.assigned_epoch == shard.epoch && seen.assigned_membership >= shard.roster.membership;
+    (is_new && is_as_recorded && agrees).then_some(seen)
 }
 
 fn leave(view: &View<'_>) -> Decision {

@@ -104,7 +104,9 @@ impl Story {
         let users = fed
             .map(|m| credential::replica_name(shard.epoch, &m.node))
             .collect();
-        self.stage.node(shard.primary.as_str()).replication_users = users;
+        let seen = self.stage.node(shard.primary.as_str());
+        seen.replication_users = users;
+        seen.assigned_membership = shard.roster.membership;
     }
 
     fn joined(mut self) -> Self {
@@ -193,6 +195,19 @@ fn many_lost_hosts_at_once_are_not_replaced() {
         due(&stage.shard, stage.scene(), AFTER_S, |_, _| false),
         None
     );
+}
+
+#[test]
+fn nobody_has_left_while_the_primarys_agent_has_an_older_record() {
+    let mut story = Story::lost().joined().caught_up();
+    assert_eq!(story.act(), Decision::Expel);
+    story.stage.pass(1);
+    story.converge();
+    // Its users are those of the record already, by one of before that it may go on from.
+    story.stage.node("a").assigned_membership -= 1;
+    assert!(story.waits().contains("a to let go of c"));
+    story.converge();
+    assert_eq!(story.act(), Decision::Leave);
 }
 
 #[test]

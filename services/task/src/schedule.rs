@@ -10,12 +10,13 @@ use crate::{
     failover, replace,
     spec::{Choice, Phase, ShardSwitch, Spec, State, Task},
     table::{self, Undo},
+    upgrade,
 };
 
 /// How far ahead a task may be scheduled: what is further away is a reminder, not a task.
 pub const AHEAD_MS_MAX: u64 = 30 * DAY_MS;
 /// A window has to leave room for what is done in it.
-pub const WINDOW_MINUTES_MIN: u32 = 30;
+pub const WINDOW_MINUTES_MIN: u32 = 60;
 
 /// Past holds that a prediction is made from.
 const PREDICTED_FROM: usize = 10;
@@ -31,29 +32,38 @@ pub struct Window {
 }
 
 impl Window {
-    /// Reads `HH:MM-HH:MM`; one whose end is before its begin goes over midnight.
+    /// Reads a window that somebody wants, `HH:MM-HH:MM` or `HH:MMZ-HH:MMZ`; one whose end is before
+    /// its begin goes over midnight.
     ///
     /// # Errors
     /// When it is not of that form, or shorter than [`WINDOW_MINUTES_MIN`].
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        let refuse = |message: String| Refusal {
-            kind: RefusalKind::Invalid,
-            reason: "WINDOW_INVALID",
-            message,
-        };
+        let window = Self::read(text)?;
+        if window.minutes < WINDOW_MINUTES_MIN {
+            let message = format!("a maintenance window has at least {WINDOW_MINUTES_MIN} minutes");
+            return Err(invalid(message));
+        }
+        Ok(window)
+    }
+
+    /// Reads a window that an instance has: earlier releases took shorter ones.
+    ///
+    /// # Errors
+    /// When it is not of that form, or empty.
+    pub fn read(text: &str) -> Result<Self, Refusal> {
         let parts = text
             .split_once('-')
             .and_then(|(from, to)| Some((minute_of_day(from)?, minute_of_day(to)?)));
         let Some((from, to)) = parts else {
-            return Err(refuse(format!(
+            return Err(invalid(format!(
                 "a maintenance window is HH:MM-HH:MM in UTC, such as 02:00-03:30, not {text:?}"
             )));
         };
         let minutes = (to + DAY_MINUTES - from) % DAY_MINUTES;
-        if minutes < WINDOW_MINUTES_MIN {
-            return Err(refuse(format!(
-                "a maintenance window has at least {WINDOW_MINUTES_MIN} minutes"
-            )));
+        if minutes == 0 {
+            return Err(invalid(
+                "a maintenance window has an end that is not its begin".into(),
+            ));
         }
         Ok(Self { from, minutes })
     }
@@ -70,7 +80,17 @@ impl Window {
     }
 }
 
+fn invalid(message: String) -> Refusal {
+    Refusal {
+        kind: RefusalKind::Invalid,
+        reason: "WINDOW_INVALID",
+        message,
+    }
+}
+
+/// `HH:MM`, with or without the Z that says UTC.
 fn minute_of_day(text: &str) -> Option<u32> {
+    let text = text.strip_suffix('Z').unwrap_or(text);
     let (hours, minutes) = text.split_once(':')?;
     let two_digits = |part: &str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_digit());
     if !two_digits(hours) || !two_digits(minutes) {
@@ -98,22 +118,30 @@ pub fn at(at_ms: u64, now_ms: u64) -> Result<u64, Refusal> {
 /// Has not begun, and has no shard: its time may be changed, and its end needs no unlocking.
 #[must_use]
 pub fn is_scheduled(task: &Task) -> bool {
-    task.state == State::Pending && task.not_before_ms > 0
+    match &task.spec {
+        // What it does before its time touches nothing that serves.
+        Spec::Upgrade(upgrade) => !task.state.is_ended() && !upgrade.has_begun(),
+        _ => task.state == State::Pending && task.not_before_ms > 0,
+    }
 }
 
 /// How long requests of each shard will wait, in milliseconds: the longest wait of the instance's last
 /// switchovers, newest first in `others`. 0: unknown, or the task holds nothing (any more).
 #[must_use]
 pub fn predicted_hold_ms<'a>(task: &Task, others: impl Iterator<Item = &'a Task>) -> f64 {
-    if task.state.is_ended() || !matches!(task.spec, Spec::Switchover(_)) {
+    if task.state.is_ended() || !matches!(task.spec, Spec::Switchover(_) | Spec::Upgrade(_)) {
         return 0.0;
     }
-    let past = others.filter_map(|other| match &other.spec {
-        Spec::Switchover(switches) if other.instance == task.instance => Some(switches),
-        _ => None,
-    });
+    let past = others.filter(|other| other.instance == task.instance);
     let holds = past
-        .flatten()
+        .flat_map(|other| match &other.spec {
+            Spec::Switchover(switches) => switches.iter().collect(),
+            Spec::Upgrade(upgrade) => {
+                let parts = upgrade.shards.iter();
+                parts.filter_map(|s| s.switch.as_ref()).collect()
+            }
+            _ => Vec::new(),
+        })
         .filter(|switch| switch.phase == Phase::Done && switch.hold_us > 0)
         .take(PREDICTED_FROM)
         .map(|switch| switch.hold_us);
@@ -127,6 +155,7 @@ pub fn menu(task: &Task) -> &'static [Choice] {
     match (&task.spec, task.state) {
         (Spec::Failover(_), _) => failover::menu(task),
         (Spec::Replace(_), _) => replace::menu(task),
+        (Spec::Upgrade(_), _) => upgrade::menu(task),
         (Spec::Provision, State::NeedsOperator) => &[Choice::Retry, Choice::Undo],
         (Spec::Decommission | Spec::Switchover(_), State::NeedsOperator) => &[Choice::Retry],
         _ => &[],
@@ -156,6 +185,7 @@ pub fn retried(task: &Task, now_ms: u64) -> Result<Task, Refusal> {
             }
         }
         Spec::Failover(_) | Spec::Replace(_) => next.choice = Some(Choice::Retry),
+        Spec::Upgrade(_) => return Ok(upgrade::retried(next, now_ms)),
         Spec::Provision | Spec::Decommission => next.state = State::Running,
     }
     Ok(next)
@@ -258,13 +288,22 @@ mod tests {
     }
 
     #[test]
+    fn a_window_may_say_that_it_is_utc_and_an_old_short_one_is_still_read() {
+        assert_eq!(Window::parse("23:30Z-00:30Z"), Window::parse("23:30-00:30"));
+        assert!(Window::parse("02:00-02:30").is_err());
+        assert!(Window::read("02:00-02:30").is_ok());
+    }
+
+    #[test]
     fn what_is_no_window_is_refused() {
         for text in [
             "",
             "2-3",
             "02:00",
             "24:00-03:00",
-            "02:00-02:10",
+            "02:00-02:59",
+            "02:00Z-02:30Z",
+            "02:00ZZ-03:00Z",
             "2:00-03:00",
             "02:00-02:00",
             "+2:00-03:00",
@@ -311,6 +350,8 @@ mod tests {
             in_sync: true,
             priority: slotmesh_topology::PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         Shard {
             instance: "r".into(),

@@ -2,7 +2,7 @@
 
 use slotmesh_topology::{Epoch, FenceProof, HostId, InstanceId, NodeId, ShardId, TaskId};
 
-use crate::table;
+use crate::{table, upgrade::Upgrade};
 
 /// Where a task is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,6 +42,8 @@ pub enum Spec {
     Failover(ShardFailover),
     /// Replace a node of a shard by one on another host.
     Replace(NodeReplacement),
+    /// Give an instance's nodes another engine.
+    Upgrade(Upgrade),
 }
 
 impl Spec {
@@ -54,6 +56,7 @@ impl Spec {
             Self::Switchover(_) => "SwitchOver",
             Self::Failover(_) => "Failover",
             Self::Replace(_) => "Replace",
+            Self::Upgrade(_) => "UpgradeEngine",
         }
     }
 }
@@ -67,6 +70,7 @@ impl Spec {
             Self::Switchover(switches) => switches.iter().any(|s| s.shard.as_str() == shard),
             Self::Failover(failover) => failover.shard.as_str() == shard,
             Self::Replace(replacement) => replacement.shard.as_str() == shard,
+            Self::Upgrade(upgrade) => upgrade.part(shard).is_some(),
         }
     }
 }
@@ -327,6 +331,12 @@ pub enum Choice {
     Undo,
     /// Go on although data may be lost.
     AcceptLoss,
+    /// Begin no further shard.
+    Pause,
+    /// Begin shards again.
+    Resume,
+    /// Give up the way back now.
+    Finalize,
 }
 
 impl Choice {
@@ -337,6 +347,9 @@ impl Choice {
             Self::Retry => "Retry",
             Self::Undo => "Undo",
             Self::AcceptLoss => "AcceptLoss",
+            Self::Pause => "Pause",
+            Self::Resume => "Resume",
+            Self::Finalize => "Finalize",
         }
     }
 }
@@ -397,6 +410,7 @@ impl Task {
             ),
             Spec::Failover(failover) => (failover.phase.steps_done(), FailoverPhase::STEPS),
             Spec::Replace(replacement) => (replacement.phase.steps_done(), ReplacePhase::STEPS),
+            Spec::Upgrade(upgrade) => upgrade.progress(),
         }
     }
 
@@ -408,15 +422,19 @@ impl Task {
                 Spec::Failover(failover) => failover.phase == FailoverPhase::Parked,
                 Spec::Replace(replacement) => replacement.phase == ReplacePhase::Parked,
                 Spec::Provision | Spec::Decommission => true,
+                Spec::Upgrade(upgrade) => upgrade.is_parked(),
                 Spec::Switchover(_) => false,
             }
     }
 
     /// Changes one shard's part; a task without it stays as it is.
     pub fn edit_switch(&mut self, shard: &ShardId, change: impl FnOnce(&mut ShardSwitch)) {
-        if let Spec::Switchover(switches) = &mut self.spec
-            && let Some(found) = switches.iter_mut().find(|s| s.shard == *shard)
-        {
+        let found = match &mut self.spec {
+            Spec::Switchover(switches) => switches.iter_mut().find(|s| s.shard == *shard),
+            Spec::Upgrade(upgrade) => upgrade.switch_mut(shard),
+            _ => None,
+        };
+        if let Some(found) = found {
             change(found);
         }
     }

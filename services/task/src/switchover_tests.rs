@@ -17,6 +17,8 @@ fn shard() -> Shard {
         in_sync: true,
         priority: slotmesh_topology::PRIORITY,
         leaving: false,
+        engine: String::new(),
+        exchange: None,
     };
     Shard {
         instance: "r".into(),

@@ -6,10 +6,16 @@
 //! Invariant: a task is cancellable exactly when every step that it is in is. There is no phase without
 //! a row: each is one arm of a `match`.
 
+mod upgrade;
+
+use upgrade::cancel_upgrade;
+pub use upgrade::of_upgrade;
+
 use crate::{
     failover, provision, replace,
     spec::{FailoverPhase, NodeReplacement, Phase, ReplacePhase, Spec, Task},
     switchover,
+    upgrade::UpgradePhase,
 };
 
 /// What becomes of what a step did, when the task does not go on.
@@ -278,6 +284,7 @@ pub fn of(spec: &Spec) -> Vec<Row> {
         Spec::Replace(one) => REPLACE
             .map(|phase| of_replace(phase, one.turned_back))
             .into(),
+        Spec::Upgrade(_) => UpgradePhase::ALL.map(of_upgrade).into(),
     }
 }
 
@@ -291,6 +298,7 @@ pub fn current(spec: &Spec) -> Vec<Row> {
         Spec::Replace(NodeReplacement {
             phase, turned_back, ..
         }) => vec![of_replace(*phase, *turned_back)],
+        Spec::Upgrade(upgrade) => upgrade.shards.iter().map(|s| of_upgrade(s.phase)).collect(),
     }
 }
 
@@ -299,6 +307,9 @@ pub fn current(spec: &Spec) -> Vec<Row> {
 pub fn cancel(task: &Task) -> Cancel {
     if task.state.is_ended() && !task.is_parked() {
         return OVER;
+    }
+    if let Spec::Upgrade(upgrade) = &task.spec {
+        return cancel_upgrade(upgrade);
     }
     let refused = current(&task.spec)
         .into_iter()

@@ -6,6 +6,7 @@ use slotmesh_topology::Epoch;
 use super::*;
 use crate::{
     spec::{ShardFailover, ShardSwitch, State},
+    upgrade::{Rollback, ShardUpgrade, Upgrade},
     wire,
 };
 
@@ -77,6 +78,48 @@ fn replacing(phase: ReplacePhase, turned_back: bool) -> NodeReplacement {
     }
 }
 
+/// One that can go back.
+fn upgrading() -> Upgrade {
+    let rollback = Rollback {
+        open: true,
+        why: String::new(),
+        old: "a".into(),
+        old_run_id: "x".into(),
+        old_unexpected_errors: 0,
+        new: "b".into(),
+        new_run_id: "y".into(),
+        new_sync_full: 0,
+        diverged: false,
+    };
+    let part = ShardUpgrade {
+        shard: "0".into(),
+        phase: UpgradePhase::Stage,
+        phase_since_ms: 1,
+        message: String::new(),
+        nodes: Vec::new(),
+        switch: None,
+        rollback: Some(rollback),
+        why_back: None,
+        on_request: false,
+        hold_us: 0,
+        tries: 0,
+        finalize: false,
+        parked_in: None,
+    };
+    Upgrade {
+        engine: "redis-8.2.3".into(),
+        from_engine: String::new(),
+        bake_ms: 1,
+        canary_shards: 1,
+        parallel_shards: 1,
+        finalize_by_operator: false,
+        preserve_roles: false,
+        in_window: false,
+        paused: false,
+        shards: vec![part],
+    }
+}
+
 /// A task in every phase that a record can name: the numbers of the store's format, not our lists.
 fn in_every_phase() -> Vec<Task> {
     let mut tasks = vec![task(Spec::Provision), task(Spec::Decommission)];
@@ -116,14 +159,20 @@ fn in_every_phase() -> Vec<Task> {
             store::ReplacePhase::try_from(number).is_ok()
         },
     );
+    add(Spec::Upgrade(upgrading()), &|record, number| {
+        if let Some(store::task_record::Spec::Upgrade(u)) = &mut record.spec {
+            u.shards[0].phase = number;
+        }
+        store::UpgradePhase::try_from(number).is_ok()
+    });
     tasks
 }
 
 #[test]
 fn every_phase_of_every_kind_is_in_the_table_once_and_says_all() {
     let tasks = in_every_phase();
-    // One each of what has no phases; 8, 6 and 6 numbers of the store's format.
-    assert_eq!(tasks.len(), 2 + 8 + 6 + 6);
+    // One each of what has no phases; 8, 6, 6 and 12 numbers of the store's format.
+    assert_eq!(tasks.len(), 2 + 8 + 6 + 6 + 12);
     for task in tasks {
         let table = of(&task.spec);
         for row in current(&task.spec) {
@@ -163,4 +212,23 @@ fn one_shard_past_its_point_of_no_return_is_the_tasks() {
     let half = task(Spec::Switchover(shards));
     assert!(!half.is_cancellable());
     assert_eq!(cancel(&half), PAST);
+}
+
+#[test]
+fn a_cancel_of_an_upgrade_is_for_the_shards_that_it_can_still_be_for() {
+    let mut upgrade = upgrading();
+    upgrade.shards[0].phase = UpgradePhase::Finalize;
+    let closed = task(Spec::Upgrade(upgrade.clone()));
+    assert!(matches!(cancel(&closed), Cancel::Refused(why) if why.contains("closed")));
+    let mut second = upgrade.shards[0].clone();
+    second.phase = UpgradePhase::Ready;
+    upgrade.shards.push(second);
+    assert!(task(Spec::Upgrade(upgrade.clone())).is_cancellable());
+    // A bake that nothing leads back from is no different from what follows it.
+    upgrade.shards[1].phase = UpgradePhase::Bake;
+    assert!(task(Spec::Upgrade(upgrade.clone())).is_cancellable());
+    for part in &mut upgrade.shards {
+        part.rollback.as_mut().unwrap().open = false;
+    }
+    assert!(!task(Spec::Upgrade(upgrade)).is_cancellable());
 }

@@ -32,6 +32,7 @@ pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
     let primary_address = shard.primary_member()?.address.clone();
     let mut next = shard.clone();
     let mut reasons = Vec::new();
+    let mut settled = Vec::new();
     for member in &mut next.members {
         // One that leaves follows nobody any more, as it is told.
         if member.node == shard.primary || member.leaving {
@@ -48,18 +49,22 @@ pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
             continue;
         }
         if seen.run_id != member.run_id || seen.address != member.address {
+            if !member.run_id.is_empty() {
+                settled.push(member.node.clone());
+            }
             seen.run_id.clone_into(&mut member.run_id);
             seen.address.clone_into(&mut member.address);
             member.in_sync = false;
             reasons.push(format!("{} has a new process", member.node));
             continue;
         }
-        let in_sync = seen.follows(&primary_address);
+        let in_sync = seen.follows(&primary_address) && member.exchange.is_none() && !seen.settling;
         if member.in_sync && !in_sync && !is_its_own_fault(shard, &member.node, scene) {
             continue;
         }
         if in_sync != member.in_sync {
             member.in_sync = in_sync;
+            settled.push(member.node.clone());
             let word = if in_sync {
                 "is in sync"
             } else {
@@ -67,6 +72,9 @@ pub fn decide(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
             };
             reasons.push(format!("{} {word}", member.node));
         }
+    }
+    for node in settled {
+        next = next.settle(&node);
     }
     for gone in &shard.roster.gone {
         let seen = fleet.node(&gone.node);
@@ -205,6 +213,8 @@ mod tests {
             in_sync: true,
             priority: slotmesh_topology::PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         Shard {
             instance: "r".into(),

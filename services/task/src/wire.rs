@@ -1,6 +1,7 @@
 //! Where task records become tasks, reports become views, and back.
 
 mod replacement;
+mod upgrade;
 
 use slotmesh_proto::{agent::v1 as agent, store::v1 as store, task::v1 as api};
 use slotmesh_topology::{
@@ -9,7 +10,7 @@ use slotmesh_topology::{
 };
 
 use crate::{
-    observe::{NodeView, ProcessState},
+    observe::{EngineTrouble, NodeView, ProcessState},
     schedule,
     spec::{Choice, Copied, FailoverPhase, Phase, ShardFailover, ShardSwitch, Spec, State, Task},
     table::{self, Cancel, Row, Undo},
@@ -46,6 +47,9 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         store::task_record::Spec::Replace(r) => {
             Spec::Replace(replacement::from(r).ok_or_else(|| field("spec.phase"))?)
         }
+        store::task_record::Spec::Upgrade(u) => {
+            Spec::Upgrade(upgrade::from(u).ok_or_else(|| field("spec.shards.phase"))?)
+        }
     };
     Ok(Task {
         id: record.task_id.as_str().into(),
@@ -80,6 +84,7 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         }),
         Spec::Failover(failover) => store::task_record::Spec::Failover(failover_to(failover)),
         Spec::Replace(r) => store::task_record::Spec::Replace(replacement::to(r)),
+        Spec::Upgrade(u) => store::task_record::Spec::Upgrade(upgrade::to(u)),
     };
     store::TaskRecord {
         schema: SCHEMA,
@@ -176,6 +181,9 @@ pub fn choice_from(choice: store::OperatorChoice) -> Option<Choice> {
         store::OperatorChoice::Retry => Some(Choice::Retry),
         store::OperatorChoice::Undo => Some(Choice::Undo),
         store::OperatorChoice::AcceptLoss => Some(Choice::AcceptLoss),
+        store::OperatorChoice::Pause => Some(Choice::Pause),
+        store::OperatorChoice::Resume => Some(Choice::Resume),
+        store::OperatorChoice::Finalize => Some(Choice::Finalize),
     }
 }
 
@@ -186,6 +194,9 @@ pub fn choice_to(choice: Choice) -> store::OperatorChoice {
         Choice::Retry => store::OperatorChoice::Retry,
         Choice::Undo => store::OperatorChoice::Undo,
         Choice::AcceptLoss => store::OperatorChoice::AcceptLoss,
+        Choice::Pause => store::OperatorChoice::Pause,
+        Choice::Resume => store::OperatorChoice::Resume,
+        Choice::Finalize => store::OperatorChoice::Finalize,
     }
 }
 
@@ -271,6 +282,7 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
         Spec::Switchover(shards) => shards.iter().map(progress_api).collect(),
         Spec::Failover(failover) => vec![failover_api(failover)],
         Spec::Replace(r) => vec![replacement::progress(r)],
+        Spec::Upgrade(u) => u.shards.iter().map(upgrade::progress).collect(),
     };
     api::Task {
         task_id: task.id.to_string(),
@@ -337,7 +349,7 @@ fn failover_api(failover: &ShardFailover) -> api::ShardProgress {
         phase: failover.phase.name().to_owned(),
         message: failover.message.clone(),
         hold_ms: failover.hold_us as f64 / 1000.0,
-        critical_ms: 0.0,
+        ..api::ShardProgress::default()
     }
 }
 
@@ -351,6 +363,7 @@ fn progress_api(switch: &ShardSwitch) -> api::ShardProgress {
         message: switch.message.clone(),
         hold_ms: switch.hold_us as f64 / 1000.0,
         critical_ms: switch.critical_us as f64 / 1000.0,
+        ..api::ShardProgress::default()
     }
 }
 
@@ -388,8 +401,10 @@ pub fn node_view(report: &agent::NodeReport, seen_ms: u64) -> NodeView {
         keys: report.keys,
         granted_epoch: Epoch(report.granted_epoch),
         assigned_epoch: Epoch(report.assigned_epoch),
+        assigned_membership: report.assigned_membership,
         lag_bytes: report.replica_lag_bytes,
         exited_run_id: report.exited_run_id.clone(),
+        continues_run_id: report.continues_run_id.clone(),
         detached: report.detached,
         unresponsive: report.unresponsive,
         replid: report.replid.clone(),
@@ -399,6 +414,15 @@ pub fn node_view(report: &agent::NodeReport, seen_ms: u64) -> NodeView {
         copied_bytes: report.copied_bytes,
         copy_total_bytes: report.copy_total_bytes,
         replication_users: report.replication_users.clone(),
+        engine: report.engine.clone(),
+        trouble: report.engine_trouble.as_ref().map(|t| EngineTrouble {
+            engine: t.engine.clone(),
+            starts: t.starts,
+            why: t.why.clone(),
+        }),
+        settling: report.settling,
+        unexpected_errors: report.unexpected_errors,
+        sync_full: report.sync_full,
         seen_ms,
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     credential,
     id::{Epoch, NodeId},
     instance::{Instance, InstanceState},
-    shard::{Member, Mode, NodeRole, Shard},
+    shard::{Exchange, Member, Mode, NodeRole, Shard},
     wire,
 };
 
@@ -30,12 +30,13 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         credential::replica(&instance.secret, &shard.id, shard.epoch, &member.node)
     };
     let observer = credential::observer(&instance.secret, &shard.id);
+    let exchange = exchange(shard, member);
     pb::NodeSpec {
         node_id: member.node.to_string(),
         instance_id: instance.id.to_string(),
         shard_id: shard.id.to_string(),
         desired: desired.into(),
-        engine: instance.engine.clone(),
+        engine: engine(instance, member).to_owned(),
         databases: instance.databases,
         parameters: instance.parameters.clone().into_iter().collect(),
         epoch: shard.epoch.0,
@@ -77,7 +78,34 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         previous_replid: wire::newest_replid(shard),
         previous_offset: wire::newest_offset(shard),
         departures: wire::departures_to(shard),
+        membership: shard.roster.membership,
+        may_exchange: exchange.is_some(),
+        discard_data: exchange == Some(Exchange::Discard),
+        may_recopy: is_spare(shard, member),
     }
+}
+
+/// The engine that a member should run.
+#[must_use]
+pub fn engine<'a>(instance: &'a Instance, member: &'a Member) -> &'a str {
+    match member.engine.as_str() {
+        "" => &instance.engine,
+        engine => engine,
+    }
+}
+
+/// Whether its agent may end the member's process for one of another engine.
+fn exchange(shard: &Shard, member: &Member) -> Option<Exchange> {
+    member.exchange.filter(|_| is_spare(shard, member))
+}
+
+/// The member takes no writes, and nobody counts on what it has confirmed.
+fn is_spare(shard: &Shard, member: &Member) -> bool {
+    shard.mode == Mode::Serving
+        && shard.epoch > Epoch(0)
+        && member.node != shard.primary
+        && !member.in_sync
+        && !member.leaving
 }
 
 /// The specification of a node that has left the shard: its process is stopped and its data removed.
@@ -231,6 +259,52 @@ mod tests {
             assert!(spec.primary_address.is_empty() && spec.master_user.is_empty());
             assert!(!is_primary(&spec));
         }
+    }
+
+    #[test]
+    fn only_a_replica_that_is_not_in_sync_may_be_exchanged_and_only_while_its_shard_serves() {
+        let specs = |shard: &Shard| -> Vec<_> {
+            let specs = shard.members.iter().map(|m| node(&instance(), shard, m));
+            specs
+                .map(|s| (s.engine, s.may_exchange, s.discard_data))
+                .collect()
+        };
+        let next = shard()
+            .exchange(&"b".into(), "redis-8.2.3", Exchange::Keep)
+            .unwrap();
+        let new = "redis-8.2.3".to_owned();
+        assert_eq!(specs(&next)[1], (new.clone(), true, false));
+        assert_eq!(specs(&next)[0], (String::new(), false, false));
+        let mut in_sync = next.clone();
+        in_sync.members[1].in_sync = true;
+        assert!(!specs(&in_sync)[1].1, "it is counted on");
+        let lost = next.fail_over(&"t".into(), 0).unwrap();
+        assert!(!specs(&lost)[1].1, "it may be needed");
+        let discarded = shard()
+            .exchange(&"b".into(), "redis-8.2.3", Exchange::Discard)
+            .unwrap();
+        assert_eq!(specs(&discarded)[1], (new, true, true));
+    }
+
+    #[test]
+    fn only_a_replica_that_nobody_counts_on_may_lose_what_it_can_not_load() {
+        let may = |shard: &Shard| -> Vec<bool> {
+            let specs = shard.members.iter().map(|m| node(&instance(), shard, m));
+            specs.map(|s| s.may_recopy).collect()
+        };
+        let mut spare = shard();
+        for member in &mut spare.members {
+            member.in_sync = false;
+        }
+        assert_eq!(may(&spare)[..2], [false, true], "the primary never");
+        let mut in_sync = spare.clone();
+        in_sync.members[1].in_sync = true;
+        assert!(!may(&in_sync)[1], "it is counted on");
+        let lost = spare.fail_over(&"t".into(), 0).unwrap();
+        assert!(!may(&lost).contains(&true), "it may be needed");
+        let mut fenced = spare.clone();
+        fenced.mode = Mode::Fenced("why".to_owned());
+        assert!(!may(&fenced).contains(&true), "nobody serves");
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod account;
 pub mod artifact;
 pub mod assignment;
 pub mod check;
+pub mod compatibility;
 pub mod credential;
 pub mod delta;
 pub mod id;
@@ -23,7 +24,7 @@ pub mod wire;
 pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
 pub use instance::{Architecture, Instance, InstanceState};
 pub use shard::{
-    DEPARTURES_MAX, Departure, Failover, FenceProof, GONE_MAX, GoneNode, Handover, Lineage, Member,
-    Mode, NodeRole, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,
+    DEPARTURES_MAX, Departure, Exchange, Failover, FenceProof, GONE_MAX, GoneNode, Handover,
+    Lineage, Member, Mode, NodeRole, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,
 };
 pub use slot::{SLOT_COUNT, Slot, SlotRange};

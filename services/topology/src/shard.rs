@@ -4,9 +4,11 @@
 //! not allow. Whoever calls it then writes the result by compare-and-swap against the record it
 //! read, in a transaction that also checks its right to write.
 
+mod exchange;
 mod failover;
 mod membership;
 
+pub use exchange::Exchange;
 pub use failover::{DEPARTURES_MAX, Departure, Failover, FenceProof, Lineage};
 pub use membership::{GONE_MAX, GoneNode, PRIORITY, PRIORITY_MAX, Roster};
 
@@ -46,6 +48,10 @@ pub struct Member {
     pub priority: u32,
     /// It is about to leave: nobody feeds it any more.
     pub leaving: bool,
+    /// That it should run; empty: the instance's.
+    pub engine: String,
+    /// Its process is being exchanged for one of that engine; until then it is not in sync.
+    pub exchange: Option<Exchange>,
 }
 
 /// A planned switchover under way.
@@ -231,6 +237,9 @@ impl Shard {
         if target.leaving {
             return Err(refuse("it is leaving the shard"));
         }
+        if target.exchange.is_some() {
+            return Err(refuse("its process is being exchanged"));
+        }
         Ok(Self {
             mode: Mode::Handover(handover),
             ..self.clone()
@@ -344,6 +353,8 @@ pub(crate) mod tests {
             in_sync,
             priority: PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         Shard {
             instance: "r-1".into(),

@@ -13,7 +13,7 @@ use crate::{
     check::{self, CheckError},
     id::Epoch,
     instance::{Architecture, Instance, InstanceState, REPLACE_AFTER_S},
-    shard::{Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
+    shard::{Exchange, Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
     slot::SlotRange,
 };
 
@@ -82,6 +82,8 @@ pub fn shard_from(record: &store::ShardRecord) -> Result<Shard, WireError> {
                 in_sync: m.in_sync,
                 priority: m.priority.unwrap_or(PRIORITY),
                 leaving: m.leaving,
+                engine: m.engine.clone(),
+                exchange: exchange_from(m.exchange()),
             })
         })
         .collect::<Option<Vec<_>>>()
@@ -178,6 +180,8 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
                 in_sync: m.in_sync,
                 priority: Some(m.priority),
                 leaving: m.leaving,
+                engine: m.engine.clone(),
+                exchange: exchange_to(m.exchange).into(),
             })
             .collect(),
         mode: Some(mode),
@@ -187,6 +191,8 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
         departures: departures_to(shard),
         gone_nodes: roster::gone_to(&shard.roster),
         nodes_made: shard.roster.made,
+        newcomers: roster::newcomers_to(&shard.roster),
+        membership: shard.roster.membership,
     }
 }
 
@@ -308,6 +314,22 @@ pub fn fence_proof_from(proof: store::FenceProof) -> Option<FenceProof> {
         store::FenceProof::Fenced => Some(FenceProof::Fenced),
         store::FenceProof::Lease => Some(FenceProof::Lease),
         store::FenceProof::Operator => Some(FenceProof::Operator),
+    }
+}
+
+fn exchange_to(exchange: Option<Exchange>) -> store::Exchange {
+    match exchange {
+        None => store::Exchange::Unspecified,
+        Some(Exchange::Keep) => store::Exchange::Keep,
+        Some(Exchange::Discard) => store::Exchange::Discard,
+    }
+}
+
+fn exchange_from(exchange: store::Exchange) -> Option<Exchange> {
+    match exchange {
+        store::Exchange::Unspecified => None,
+        store::Exchange::Keep => Some(Exchange::Keep),
+        store::Exchange::Discard => Some(Exchange::Discard),
     }
 }
 

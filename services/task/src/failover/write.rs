@@ -96,6 +96,16 @@ pub fn supersede(owner: &Task, shard: &ShardId, by: &TaskId, now_ms: u64) -> Opt
             message: why,
             ..owner.clone()
         }),
+        // As a replacement; its switch, if one is under way, is over.
+        Spec::Upgrade(upgrade) => {
+            let part = upgrade.part(shard.as_str())?;
+            let end = match part.switch.as_ref().map(|s| s.phase) {
+                None | Some(Phase::Done | Phase::RolledBack) => return Some(owner.clone()),
+                Some(Phase::Settle) => Phase::Done,
+                Some(_) => Phase::RolledBack,
+            };
+            Some(owner.with_phase(shard, end, &why, now_ms))
+        }
         _ => None,
     }
 }

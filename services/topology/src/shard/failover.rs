@@ -221,6 +221,7 @@ impl Shard {
             if member.node == target {
                 member.role = NodeRole::Primary;
                 member.leaving = false;
+                member.exchange = None;
             } else if member.role == NodeRole::Primary {
                 member.role = NodeRole::Replica;
             }

@@ -34,6 +34,10 @@ pub struct Roster {
     pub gone: Vec<GoneNode>,
     /// Numbers below it were given to nodes; 0: to as many as there are members.
     pub made: u32,
+    /// Members that never were in sync, and that have their first process or none yet.
+    pub newcomers: Vec<NodeId>,
+    /// Rises with each transition of membership, so that an agent knows which of two is the newer.
+    pub membership: u64,
 }
 
 impl Shard {
@@ -76,6 +80,8 @@ impl Shard {
         }
         let mut next = self.clone();
         next.roster.made = self.numbers_given() + 1;
+        next.roster.membership += 1;
+        next.roster.newcomers.push(node.clone());
         next.members.push(Member {
             node: node.clone(),
             host: host.clone(),
@@ -85,6 +91,12 @@ impl Shard {
             in_sync: false,
             priority: PRIORITY,
             leaving: false,
+            // What an upgrade has given the shard, before the instance as a whole has it.
+            engine: self
+                .primary_member()
+                .map(|m| m.engine.clone())
+                .unwrap_or_default(),
+            exchange: None,
         });
         Ok(next)
     }
@@ -97,7 +109,7 @@ impl Shard {
     /// When the shard isn't serving, or the node is its primary, or the last that could be promoted.
     pub fn expel(&self, node: &NodeId) -> Result<Self, TransitionError> {
         self.may_leave(node)?;
-        Ok(self.with_member(node, |m| m.leaving = true))
+        Ok(self.with_member(node, |m| m.leaving = true).risen())
     }
 
     /// A member that was about to leave stays, and is fed again.
@@ -109,7 +121,7 @@ impl Shard {
         if self.member(node).is_none() {
             return Err(refusal(node, "is not of this shard"));
         }
-        Ok(self.with_member(node, |m| m.leaving = false))
+        Ok(self.with_member(node, |m| m.leaving = false).risen())
     }
 
     /// A member has left: nobody counts it any more, and its agent is told to remove it. The caller
@@ -129,10 +141,21 @@ impl Shard {
         let mut next = self.clone();
         next.members.retain(|m| m.node != *node);
         next.roster.made = self.numbers_given();
+        next.roster.newcomers.retain(|n| n != node);
+        next.roster.membership += 1;
         next.roster.gone.push(gone);
         let excess = next.roster.gone.len().saturating_sub(GONE_MAX);
         next.roster.gone.drain(..excess);
         Ok(next)
+    }
+
+    /// A member has been in sync, or has another process: nobody can say any more that no write was
+    /// ever confirmed with its help.
+    #[must_use]
+    pub fn settle(&self, node: &NodeId) -> Self {
+        let mut next = self.clone();
+        next.roster.newcomers.retain(|n| n != node);
+        next
     }
 
     /// Nothing is left of a node that has left.
@@ -177,14 +200,19 @@ impl Shard {
         Ok(member)
     }
 
-    fn serving(&self) -> Result<(), TransitionError> {
+    fn risen(mut self) -> Self {
+        self.roster.membership += 1;
+        self
+    }
+
+    pub(super) fn serving(&self) -> Result<(), TransitionError> {
         match self.mode {
             Mode::Serving => Ok(()),
             _ => Err(self.wrong_mode("Serving")),
         }
     }
 
-    fn with_member(&self, node: &NodeId, change: impl Fn(&mut Member)) -> Self {
+    pub(super) fn with_member(&self, node: &NodeId, change: impl Fn(&mut Member)) -> Self {
         let mut next = self.clone();
         next.members
             .iter_mut()
@@ -194,7 +222,7 @@ impl Shard {
     }
 }
 
-fn refusal(node: &NodeId, reason: &'static str) -> TransitionError {
+pub(super) fn refusal(node: &NodeId, reason: &'static str) -> TransitionError {
     TransitionError::Member {
         node: node.clone(),
         reason,
@@ -253,6 +281,17 @@ mod tests {
     }
 
     #[test]
+    fn a_newcomer_is_one_until_it_was_in_sync_or_has_left() {
+        let joined = joined();
+        let node = joined.members.last().unwrap().node.clone();
+        assert_eq!(joined.roster.newcomers, std::slice::from_ref(&node));
+        assert!(joined.settle(&node).roster.newcomers.is_empty());
+        let left = joined.expel(&node).unwrap().leave(&node).unwrap();
+        assert!(left.roster.newcomers.is_empty());
+        assert_eq!(left.roster.membership, 3);
+    }
+
+    #[test]
     fn neither_the_primary_nor_the_last_that_could_be_promoted_leaves() {
         let (a, b, c): (NodeId, NodeId, NodeId) = ("a".into(), "b".into(), "c".into());
         assert!(shard().expel(&a).is_err());
@@ -264,7 +303,12 @@ mod tests {
         assert!(leaving.expel(&c).is_err(), "b is on its way out");
         assert!(two.leave(&b).is_err(), "it is still fed");
         assert_eq!(leaving.leave(&b).unwrap().members.len(), 2);
-        assert_eq!(leaving.retain(&b).unwrap(), two);
+        let retained = leaving.retain(&b).unwrap();
+        assert_eq!(retained.members, two.members);
+        assert_eq!(
+            retained.roster.membership, 2,
+            "two changes, and it is as before"
+        );
     }
 
     #[test]

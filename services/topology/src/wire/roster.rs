@@ -12,7 +12,13 @@ pub(super) fn from(record: &store::ShardRecord) -> Roster {
     Roster {
         gone: gone.collect(),
         made: record.nodes_made,
+        membership: record.membership,
+        newcomers: record.newcomers.iter().map(|n| n.as_str().into()).collect(),
     }
+}
+
+pub(super) fn newcomers_to(roster: &Roster) -> Vec<String> {
+    roster.newcomers.iter().map(ToString::to_string).collect()
 }
 
 pub(super) fn gone_to(roster: &Roster) -> Vec<store::GoneNode> {
@@ -41,6 +47,8 @@ mod tests {
                 host: "host-d".into(),
             }],
             made: 5,
+            membership: 9,
+            newcomers: vec!["b".into()],
         };
         let record = shard_to(&shard);
         assert_eq!(shard_from(&record).unwrap(), shard);

@@ -1,0 +1,144 @@
+//! The time in which one can go back, and whether one can.
+//!
+//! Invariant: the way back is called open only while the very process of the old primary has followed
+//! the very process of the new one, without a full copy and without refusing a command. What is not
+//! known counts against it.
+
+use slotmesh_topology::{Member, NodeId};
+
+use super::{Decision, Rollback, View, given_up, wait};
+use crate::detect;
+
+/// After the switch the old primary may take so long to be seen in sync. Later, when it is not, the way
+/// back is closed: what it lacks may not be had from the stream any more.
+pub const FOLLOW_MS_MAX: u64 = 10_000;
+/// A proxy that has had trouble with the new primary for so long is a reason to go back.
+pub const TROUBLE_MS_MAX: u64 = 5_000;
+
+/// What the way back will be judged by, taken before the switch to `target`: what happens in the middle
+/// of it counts, too.
+pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
+    let old = view.shard.primary_member();
+    let old_seen = old.and_then(|m| detect::alive(m, view.scene));
+    let errors = old_seen.and_then(|n| n.unexpected_errors);
+    let new_seen = detect::alive(target, view.scene);
+    let why = match (errors, new_seen) {
+        (Some(_), Some(_)) => "",
+        _ => "agents do not say what is needed to know that it is open",
+    };
+    Rollback {
+        open: why.is_empty(),
+        why: why.to_owned(),
+        old: view.shard.primary.clone(),
+        old_run_id: old.map(|m| m.run_id.clone()).unwrap_or_default(),
+        old_unexpected_errors: errors.unwrap_or_default(),
+        new: target.node.clone(),
+        new_run_id: target.run_id.clone(),
+        new_sync_full: new_seen.map_or(0, |n| n.sync_full),
+        diverged: false,
+    }
+}
+
+/// What closes the way back now, if anything does.
+pub(super) fn closing(view: &View<'_>) -> Option<Decision> {
+    let rollback = view.part.rollback.as_ref().filter(|r| r.open)?;
+    let close = |why: String, diverged: bool| Some(Decision::Close { why, diverged });
+    let (old, new) = (&rollback.old, &rollback.new);
+    if view.shard.primary != *new && view.shard.primary != *old {
+        let primary = &view.shard.primary;
+        return close(format!("{primary} is the primary now"), true);
+    }
+    let Some(member) = view.shard.member(old) else {
+        return close(format!("{old} has left the shard"), false);
+    };
+    if member.run_id != rollback.old_run_id {
+        return close(format!("{old} was restarted"), true);
+    }
+    let run_id = view.shard.member(new).map(|m| m.run_id.as_str());
+    if run_id != Some(&rollback.new_run_id) {
+        return close(format!("{new} was restarted"), true);
+    }
+    if let Some(seen) = seen_as(view, new, &rollback.new_run_id)
+        && seen.sync_full > rollback.new_sync_full
+    {
+        return close(format!("{new} had to serve a copy in full"), true);
+    }
+    if let Some(seen) = seen_as(view, old, &rollback.old_run_id) {
+        let errors = seen.unexpected_errors;
+        if errors.is_none_or(|e| e > rollback.old_unexpected_errors) {
+            let why = format!("{old} refused a command of the new engine: its data differs");
+            return close(why, true);
+        }
+    }
+    let is_late = view.scene.now_ms >= view.part.phase_since_ms + FOLLOW_MS_MAX;
+    if view.shard.primary == *new && !member.in_sync && is_late {
+        return close(format!("{old} does not follow {new}"), true);
+    }
+    None
+}
+
+/// The newest report of the very process, however old it is.
+fn seen_as<'a>(view: &View<'a>, node: &NodeId, run_id: &str) -> Option<&'a crate::NodeView> {
+    let seen = view.scene.fleet.node(node)?;
+    (seen.run_id == run_id).then_some(seen)
+}
+
+pub(super) fn decide(view: &View<'_>) -> Decision {
+    let part = view.part;
+    let Some(rollback) = &part.rollback else {
+        return Decision::Close {
+            why: "it is not known how to go back".into(),
+            diverged: true,
+        };
+    };
+    if view.shard.primary == rollback.old {
+        return given_up(format!("{} is the primary again", rollback.old));
+    }
+    if let Some(closed) = closing(view) {
+        return closed;
+    }
+    if !rollback.open {
+        return Decision::Close {
+            why: rollback.why.clone(),
+            diverged: rollback.diverged,
+        };
+    }
+    if let Some(back) = view.goes_back() {
+        return back;
+    }
+    if let Some(why) = breach(view) {
+        return given_up(why);
+    }
+    let ends_ms = part.phase_since_ms + view.upgrade.bake_ms;
+    let is_over = match view.upgrade.finalize_by_operator {
+        true => false,
+        false => view.scene.now_ms >= ends_ms,
+    };
+    if is_over || part.finalize {
+        return Decision::Close {
+            why: "finalized".into(),
+            diverged: false,
+        };
+    }
+    match view.upgrade.finalize_by_operator {
+        true => wait(u64::MAX, "an operator to finalize, or to undo"),
+        false => wait(ends_ms, "the end of the bake"),
+    }
+}
+
+/// What is worse than before.
+fn breach(view: &View<'_>) -> Option<String> {
+    let shard = view.shard;
+    // A primary that is gone is a failover's.
+    detect::alive(shard.primary_member()?, view.scene)?;
+    let is_in_trouble = |p: &&crate::ProxyView| {
+        let trouble = p.troubles.get(&shard.id);
+        trouble.is_some_and(|(epoch, ms)| *epoch == shard.epoch && *ms >= TROUBLE_MS_MAX)
+    };
+    let fresh = view.scene.fleet.fresh_proxies(&shard.instance);
+    let troubled = fresh.filter(is_in_trouble).count();
+    (troubled > 0).then(|| {
+        let primary = &shard.primary;
+        format!("{troubled} proxies have had trouble with {primary} for {TROUBLE_MS_MAX} ms")
+    })
+}

@@ -1,0 +1,196 @@
+//! The shards of one upgrade, one after the other: canaries first, then some at a time.
+//!
+//! Invariant: no shard begins before every host has tried the engine, while a canary is not done, while
+//! the upgrade is paused, or after a shard has gone back by itself.
+
+use slotmesh_topology::{InstanceState, Mode, assignment};
+
+use super::{Decision, Owner, Upgrade, UpgradePhase, View, nodes, wait};
+use crate::{
+    spec::{State, Task},
+    switchover::StepStatus,
+};
+
+/// Shards whose hosts try the engine at the same time: each loads a copy of the data.
+pub const STAGE_PARALLEL: usize = 4;
+
+/// The next act for a shard that has not begun.
+pub(super) fn before(view: &View<'_>) -> Decision {
+    let end = |why: String| Decision::End(UpgradePhase::RolledBack, why);
+    if view.task.cancel_requested {
+        return end("cancelled before it began".into());
+    }
+    if view.instance.state != InstanceState::Running {
+        return end("the instance is being removed".into());
+    }
+    if let Some(why) = halted(view.upgrade) {
+        return end(why);
+    }
+    match view.part.phase {
+        UpgradePhase::Stage => stage(view),
+        _ => ready(view),
+    }
+}
+
+/// Why no further shard begins for good.
+fn halted(upgrade: &Upgrade) -> Option<String> {
+    let failed = |s: &&super::ShardUpgrade| s.phase == UpgradePhase::RolledBack;
+    let shard = upgrade.shards.iter().find(failed)?;
+    Some(format!("halted: shard {}: {}", shard.shard, shard.message))
+}
+
+fn unstaged<'a>(view: &View<'a>) -> Option<&'a slotmesh_topology::Member> {
+    let is_staged =
+        |m: &slotmesh_topology::Member| view.part.node(&m.node).is_some_and(|n| n.staged);
+    view.shard.members.iter().find(|m| !is_staged(m))
+}
+
+fn stage(view: &View<'_>) -> Decision {
+    let Some(member) = unstaged(view) else {
+        let why = "every host has tried the engine";
+        return Decision::Advance(UpgradePhase::Ready, why.into());
+    };
+    let node = &member.node;
+    let mut earlier = view.upgrade.shards.iter();
+    let earlier = earlier.by_ref().take_while(|s| s.shard != view.part.shard);
+    let busy = earlier.filter(|s| s.phase == UpgradePhase::Stage).count();
+    match view.stage {
+        StepStatus::NotStarted if busy >= STAGE_PARALLEL => {
+            wait(u64::MAX, "other shards' hosts to try the engine")
+        }
+        StepStatus::NotStarted => Decision::Stage(node.clone()),
+        StepStatus::Running => wait(u64::MAX, format!("the host of {node} to try the engine")),
+        StepStatus::Done { .. } => Decision::Staged(node.clone()),
+        StepStatus::NoEffect(why) | StepStatus::Uncertain(why) => {
+            let engine = &view.upgrade.engine;
+            let why = format!("{engine} can't be used on the host of {node}: {why}");
+            Decision::End(UpgradePhase::RolledBack, why)
+        }
+        StepStatus::Fenced => Decision::Stop,
+    }
+}
+
+fn ready(view: &View<'_>) -> Decision {
+    // Somebody may have joined since.
+    if let Some(member) = unstaged(view) {
+        let why = format!("{} is new", member.node);
+        return Decision::Advance(UpgradePhase::Stage, why);
+    }
+    let (upgrade, now_ms) = (view.upgrade, view.scene.now_ms);
+    if now_ms < view.task.not_before_ms {
+        return wait(view.task.not_before_ms, "its time");
+    }
+    if let Some(closed) = view.window() {
+        return closed;
+    }
+    if upgrade.paused {
+        return wait(u64::MAX, "an operator to resume");
+    }
+    if let Some(what) = not_its_turn(view) {
+        return wait(u64::MAX, what);
+    }
+    if let Owner::Other(task) = view.owner {
+        return wait(u64::MAX, format!("task {task}, which has the shard"));
+    }
+    if view.shard.mode != Mode::Serving || view.shard.epoch.0 == 0 {
+        return wait(u64::MAX, "the shard to serve");
+    }
+    let runs_it = |m: &slotmesh_topology::Member| {
+        assignment::engine(view.instance, m) == upgrade.engine
+            && view.engine_of(m) == upgrade.engine
+            && m.exchange.is_none()
+    };
+    if view.shard.members.iter().all(runs_it) {
+        return Decision::End(UpgradePhase::Done, "every node runs it already".into());
+    }
+    if nodes::others(view.shard).next().is_none() {
+        let why = "it has no replica: nobody could take its primary's place meanwhile";
+        return Decision::End(UpgradePhase::RolledBack, why.into());
+    }
+    Decision::Begin
+}
+
+fn not_its_turn(view: &View<'_>) -> Option<String> {
+    let shards = &view.upgrade.shards;
+    if let Some(other) = shards.iter().find(|s| s.phase == UpgradePhase::Stage) {
+        return Some(format!("the hosts of shard {}", other.shard));
+    }
+    if let Some(other) = shards
+        .iter()
+        .find(|s| s.why_back.is_some() && !s.phase.is_ended())
+    {
+        return Some(format!("shard {}, which goes back", other.shard));
+    }
+    let index = shards.iter().position(|s| s.shard == view.part.shard)?;
+    let canaries = view.upgrade.canary_shards as usize;
+    let is_canary = index < canaries;
+    let mut first = shards.iter().take(canaries);
+    if !is_canary && let Some(canary) = first.find(|s| s.phase != UpgradePhase::Done) {
+        return Some(format!("shard {}, which comes first", canary.shard));
+    }
+    let at_a_time = match is_canary {
+        true => 1,
+        false => view.upgrade.parallel_shards.max(1) as usize,
+    };
+    let is_active = |s: &&super::ShardUpgrade| !s.phase.is_before() && !s.phase.is_ended();
+    let active = shards.iter().filter(is_active).count();
+    // Those before it go first, also when both could begin now.
+    let waiting = shards[..index].iter().any(|s| s.phase.is_before());
+    (active >= at_a_time || waiting).then(|| "its turn".to_owned())
+}
+
+/// Where the task ends once every shard has, and why.
+#[must_use]
+pub fn ended(task: &Task, upgrade: &Upgrade) -> Option<(State, String)> {
+    if !upgrade.shards.iter().all(|s| s.phase.is_ended()) {
+        return None;
+    }
+    let (done, all) = (done(upgrade), upgrade.shards.len());
+    let engine = &upgrade.engine;
+    if done == all {
+        return Some((State::Done, format!("every node runs {engine}")));
+    }
+    let back = upgrade
+        .shards
+        .iter()
+        .filter(|s| s.phase == UpgradePhase::RolledBack);
+    let mut why: Vec<String> = back
+        .filter(|s| !s.message.starts_with("halted"))
+        .map(|s| format!("shard {}: {}", s.shard, s.message))
+        .collect();
+    why.dedup();
+    let why = why.join("; ");
+    Some(match (done, task.cancel_requested) {
+        (0, true) => (State::Cancelled, why),
+        (0, false) => (State::RolledBack, why),
+        _ => {
+            let words = format!(
+                "{done} of {all} shards run {engine}, the others run what they ran before; retry \
+                 goes on with those: {why}"
+            );
+            (State::NeedsOperator, words)
+        }
+    })
+}
+
+fn done(upgrade: &Upgrade) -> usize {
+    let done = |s: &&super::ShardUpgrade| s.phase == UpgradePhase::Done;
+    upgrade.shards.iter().filter(done).count()
+}
+
+/// Where the upgrade is, in a line.
+#[must_use]
+pub fn summary(upgrade: &Upgrade) -> String {
+    let (done, all) = (done(upgrade), upgrade.shards.len());
+    let mut parts = vec![format!("{done} of {all} shards run {}", upgrade.engine)];
+    for phase in UpgradePhase::ALL.into_iter().filter(|p| !p.is_ended()) {
+        let here = upgrade.shards.iter().filter(|s| s.phase == phase).count();
+        if here > 0 {
+            parts.push(format!("{here} in {}", phase.name()));
+        }
+    }
+    if upgrade.paused {
+        parts.push("paused".into());
+    }
+    parts.join(", ")
+}

@@ -1,0 +1,212 @@
+//! One member after the other to another engine.
+//!
+//! Invariant: at most one is being exchanged, and the next one's turn comes only when the last is in
+//! sync again and has all that the primary has.
+
+use slotmesh_topology::{Exchange, Member, NodeRole, Shard, assignment};
+
+use super::{
+    Decision, NODE_MS_MAX, UpgradePhase, View, bake::FOLLOW_MS_MAX, plan::files_are_alike,
+};
+use crate::{
+    detect,
+    observe::{NodeView, ProcessState},
+};
+
+/// Starts of the engine that may fail in a row: the second one excludes a port that was still taken.
+pub const STARTS_MAX: u32 = 3;
+/// Keys that a replica may lack of its primary's, whatever their number: those that expire.
+const KEYS_SLACK: u64 = 1_000;
+/// As a part of all keys.
+const KEYS_PART: u64 = 20;
+
+/// How far the members are.
+#[derive(Debug)]
+pub(super) enum Converged {
+    /// Every one runs what it should, and is in sync.
+    Done,
+    /// This comes next.
+    Act(Decision),
+    /// Until then, for that.
+    Wait(u64, String),
+    /// It does not get there.
+    Trouble(String),
+}
+
+/// Everybody but the primary and those who leave.
+pub(super) fn others(shard: &Shard) -> impl Iterator<Item = &Member> {
+    let members = shard.members.iter();
+    members.filter(|m| m.node != shard.primary && !m.leaving)
+}
+
+/// Brings every other member to the engine that is `wanted` of it.
+pub(super) fn converge<'w>(
+    view: &View<'_>,
+    wanted: impl Fn(&Member) -> (&'w str, Exchange),
+) -> Converged {
+    let mut exchanging = others(view.shard).filter(|m| m.exchange.is_some());
+    if let Some(member) = exchanging.next() {
+        return exchange(view, member, wanted(member));
+    }
+    let is_there = |m: &Member| {
+        let engine = full(view, wanted(m).0);
+        assigned(view, m) == engine && view.engine_of(m) == engine
+    };
+    let mut behind = others(view.shard).filter(|m| is_there(m) && !is_whole(view, m));
+    if let Some(member) = behind.next() {
+        return settle(view, member);
+    }
+    match others(view.shard).find(|m| !is_there(m)) {
+        Some(member) => begin(view, member, wanted(member)),
+        None => Converged::Done,
+    }
+}
+
+/// An empty name is the instance's engine, and so is that name itself.
+fn full<'a>(view: &View<'a>, name: &'a str) -> &'a str {
+    match name {
+        "" => &view.instance.engine,
+        name => name,
+    }
+}
+
+fn assigned<'a>(view: &View<'a>, member: &'a Member) -> &'a str {
+    assignment::engine(view.instance, member)
+}
+
+/// Its process is being exchanged.
+fn exchange(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> Converged {
+    let node = &member.node;
+    if assigned(view, member) != full(view, engine) {
+        return Converged::Act(Decision::Exchange {
+            node: node.clone(),
+            engine: engine.to_owned(),
+            data,
+        });
+    }
+    let wanted = assigned(view, member);
+    let seen = view.scene.fleet.node(node);
+    if seen.is_some_and(|n| runs(n, wanted)) {
+        return Converged::Act(Decision::Exchanged(node.clone()));
+    }
+    let trouble = seen.and_then(|n| n.trouble.as_ref());
+    if let Some(trouble) = trouble.filter(|t| t.engine == wanted && t.starts >= STARTS_MAX) {
+        let why = &trouble.why;
+        return Converged::Trouble(format!("{wanted} does not start on {node}: {why}"));
+    }
+    patience(view, format!("{node} to run {}", shown(wanted)))
+}
+
+fn runs(seen: &NodeView, engine: &str) -> bool {
+    seen.state == ProcessState::Running
+        && !seen.loading
+        && !seen.settling
+        && seen.engine.as_deref() == Some(engine)
+}
+
+/// In sync, with as many keys as its primary.
+fn is_whole(view: &View<'_>, member: &Member) -> bool {
+    member.in_sync && refused(view, member) == 0 && !lacks_keys(view, member)
+}
+
+/// Of a process that was started by this upgrade: what an older one has counted in its life says nothing.
+fn refused(view: &View<'_>, member: &Member) -> u64 {
+    let seen = detect::alive(member, view.scene);
+    let ours = seen.filter(|n| n.engine.as_ref() == Some(&view.upgrade.engine));
+    ours.and_then(|n| n.unexpected_errors).unwrap_or(0)
+}
+
+fn lacks_keys(view: &View<'_>, member: &Member) -> bool {
+    let keys = |m: &Member| detect::alive(m, view.scene).map(|n| n.keys);
+    let primary = view.shard.primary_member().and_then(keys);
+    match (primary, keys(member)) {
+        (Some(all), Some(has)) => has + KEYS_SLACK.max(all / KEYS_PART) < all,
+        _ => true,
+    }
+}
+
+/// It runs what it should, and is not whole yet.
+fn settle(view: &View<'_>, member: &Member) -> Converged {
+    let (node, errors) = (&member.node, refused(view, member));
+    if errors > 0 {
+        return Converged::Trouble(format!(
+            "{node} refused {errors} commands of its primary: its data is not the same any more"
+        ));
+    }
+    let what = match member.in_sync {
+        true => format!("{node} to have as many keys as its primary"),
+        false => format!("{node} to be in sync"),
+    };
+    patience(view, what)
+}
+
+/// It was told to follow the primary, and does so, with or without success: what only it had has been
+/// kept by then.
+pub(super) fn follows(view: &View<'_>, member: &Member) -> bool {
+    let primary = view.shard.primary_member();
+    let seen = detect::alive(member, view.scene);
+    seen.zip(primary).is_some_and(|(seen, primary)| {
+        seen.role == Some(NodeRole::Replica) && seen.following == primary.address
+    })
+}
+
+/// After a failover to an upgraded node: an old one that lacks some of the stream can't load a copy.
+fn is_left_behind(view: &View<'_>, member: &Member, engine: &str) -> bool {
+    let had_time = view.scene.now_ms >= view.part.phase_since_ms + FOLLOW_MS_MAX;
+    engine == view.upgrade.engine
+        && !member.in_sync
+        && had_time
+        && follows(view, member)
+        && view.primary_is_upgraded()
+        && !files_are_alike(view, &member.node)
+}
+
+/// The next one: from here on nobody counts on it.
+fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> Converged {
+    let node = &member.node;
+    let data = match is_left_behind(view, member, engine) {
+        true => Exchange::Discard,
+        false => data,
+    };
+    if data == Exchange::Keep && !member.in_sync {
+        return patience(view, format!("{node} to be in sync before its turn"));
+    }
+    // One whose data is not to be trusted is not counted on for a moment longer.
+    let is_bad = data == Exchange::Discard && view.part.phase == UpgradePhase::Finalize;
+    if is_bad && !follows(view, member) {
+        return patience(
+            view,
+            format!("{node} to follow the primary before its turn"),
+        );
+    }
+    if member.in_sync && !is_bad {
+        let rest = || others(view.shard).filter(|m| m.node != *node);
+        // With fewer than that writes would wait at any time: it was agreed to at admission.
+        let needed = (view.scene.durability as usize).min(rest().count());
+        if rest().filter(|m| m.in_sync).count() < needed {
+            let what = format!("{needed} other replicas to be in sync before {node}'s turn");
+            return patience(view, what);
+        }
+    }
+    Converged::Act(Decision::Exchange {
+        node: node.clone(),
+        engine: engine.to_owned(),
+        data,
+    })
+}
+
+fn patience(view: &View<'_>, what: String) -> Converged {
+    let until_ms = view.part.phase_since_ms + NODE_MS_MAX;
+    match view.scene.now_ms < until_ms {
+        true => Converged::Wait(until_ms, what),
+        false => Converged::Trouble(format!("not done in time; still waiting for {what}")),
+    }
+}
+
+/// As people read it.
+pub(super) fn shown(engine: &str) -> &str {
+    match engine {
+        "" => "its agent's default engine",
+        engine => engine,
+    }
+}

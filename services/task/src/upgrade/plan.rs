@@ -1,0 +1,278 @@
+//! Whether an instance's nodes may be given another engine, and what that will be made of.
+//!
+//! Invariant: what is refused here would have lost data, made clients wait unasked, or led nowhere; and
+//! it is refused before anything is fetched.
+
+use std::collections::BTreeSet;
+
+use slotmesh_topology::{
+    Instance, Mode, NodeId, NodeRole, Shard,
+    artifact::{parse_name, parse_reported},
+    assignment,
+    compatibility::{self, Engine, WayBack},
+};
+
+use super::{NodeUpgrade, ShardUpgrade, Upgrade, UpgradePhase, View};
+use crate::{
+    admit::{Refusal, RefusalKind},
+    observe::Fleet,
+};
+
+/// Shards under way at a time: as many as one switchover may have.
+pub const PARALLEL_MAX: u32 = 50;
+/// A longer bake is a decision, not a wait.
+pub const BAKE_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1_000;
+/// What is not said: a minute in which errors show.
+pub const BAKE_MS: u64 = 60_000;
+
+/// What an operator asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// The next engine.
+    pub to: Engine,
+    /// For how long the old primary is kept.
+    pub bake_ms: u64,
+    /// That come first.
+    pub canary_shards: u32,
+    /// At a time; 0 means 1.
+    pub parallel_shards: u32,
+    /// The bake ends on his word only.
+    pub finalize_by_operator: bool,
+    /// The old primaries become primaries again.
+    pub preserve_roles: bool,
+    /// In the maintenance window only.
+    pub in_window: bool,
+    /// Also where writes have to wait for a node that restarts.
+    pub allow_downtime: bool,
+}
+
+/// What would be done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Planned {
+    /// The task's part.
+    pub upgrade: Upgrade,
+    /// What to know before.
+    pub remarks: Vec<String>,
+    /// Every node runs it already.
+    pub nothing_to_do: bool,
+}
+
+fn refuse<T>(kind: RefusalKind, reason: &'static str, message: String) -> Result<T, Refusal> {
+    Err(Refusal {
+        kind,
+        reason,
+        message,
+    })
+}
+
+/// What an upgrade would do, shard by shard.
+///
+/// # Errors
+/// When an option is out of range, the table of releases does not allow it, or a shard could not be
+/// upgraded without being noticed.
+pub fn plan(
+    instance: &Instance,
+    shards: &[Shard],
+    fleet: &Fleet,
+    options: &Options,
+    now_ms: u64,
+) -> Result<Planned, Refusal> {
+    check_range(options)?;
+    let mut ways = BTreeSet::new();
+    for shard in shards {
+        for member in &shard.members {
+            let version = &fleet.node(&member.node).map(|n| n.version.clone());
+            let version = version.as_deref().unwrap_or_default();
+            if way_back(&member.node, version, options.to)? == WayBack::ByStream {
+                ways.insert(version.to_owned());
+            }
+        }
+    }
+    let name = compatibility::name(options.to);
+    let is_done = |s: &Shard| runs_it(instance, s, fleet, options.to, &name);
+    for shard in shards.iter().filter(|s| !is_done(s)) {
+        check_shard(shard, instance.durability, options.allow_downtime)?;
+    }
+    let mut parts: Vec<_> = shards.iter().map(|s| part(s, fleet, now_ms)).collect();
+    for (part, shard) in parts.iter_mut().zip(shards) {
+        if is_done(shard) {
+            part.phase = UpgradePhase::Done;
+            part.message = "every node runs it already".into();
+        }
+    }
+    let upgrade = Upgrade {
+        engine: name.clone(),
+        from_engine: instance.engine.clone(),
+        bake_ms: options.bake_ms,
+        canary_shards: options.canary_shards,
+        parallel_shards: options.parallel_shards.max(1),
+        finalize_by_operator: options.finalize_by_operator,
+        preserve_roles: options.preserve_roles,
+        in_window: options.in_window,
+        paused: false,
+        shards: parts,
+    };
+    Ok(Planned {
+        remarks: remarks(&upgrade, &ways, instance),
+        nothing_to_do: shards.iter().all(is_done),
+        upgrade,
+    })
+}
+
+fn check_range(options: &Options) -> Result<(), Refusal> {
+    let invalid = |message| refuse(RefusalKind::Invalid, "UPGRADE_INVALID", message);
+    if options.parallel_shards > PARALLEL_MAX {
+        return invalid(format!("parallel_shards is at most {PARALLEL_MAX}"));
+    }
+    if options.bake_ms > BAKE_MS_MAX {
+        let days = BAKE_MS_MAX / (24 * 60 * 60 * 1_000);
+        return invalid(format!(
+            "bake_seconds is at most {days} days; to decide later yourself, finalize by operator"
+        ));
+    }
+    Ok(())
+}
+
+fn way_back(node: &NodeId, version: &str, to: Engine) -> Result<WayBack, Refusal> {
+    let Some(from) = parse_reported(version) else {
+        let message = format!(
+            "node {node} has not said which engine it runs: is its agent running? try again then"
+        );
+        return refuse(RefusalKind::Unavailable, "VERSION_UNKNOWN", message);
+    };
+    compatibility::upgrade(from, to).or_else(|refusal| {
+        refuse(
+            RefusalKind::Precondition,
+            "UPGRADE_REFUSED",
+            refusal.to_string(),
+        )
+    })
+}
+
+/// Every node runs the engine, under its name or another one.
+fn runs_it(instance: &Instance, shard: &Shard, fleet: &Fleet, to: Engine, name: &str) -> bool {
+    shard.members.iter().all(|m| {
+        let version = fleet.node(&m.node).map(|n| n.version.as_str());
+        let assigned = assignment::engine(instance, m);
+        // A name that stands for another version would be started with that at the next restart.
+        let is_meant = parse_name(assigned).is_none() || assigned == name;
+        version.and_then(parse_reported) == Some(to) && is_meant && m.exchange.is_none()
+    })
+}
+
+fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(), Refusal> {
+    let id = &shard.id;
+    let unfit = |reason, message| refuse(RefusalKind::Precondition, reason, message);
+    if shard.mode != Mode::Serving {
+        let message = format!(
+            "shard {id} is {}; try again when it serves",
+            shard.mode.name()
+        );
+        return refuse(RefusalKind::Conflict, "SHARD_BUSY", message);
+    }
+    let others = || shard.members.iter().filter(|m| m.node != shard.primary);
+    if others().next().is_none() {
+        return unfit(
+            "NO_REPLICA",
+            format!(
+                "shard {id} has no replica that could take its primary's place: its only node would \
+                 have to be stopped, loaded again and waited for by clients. A temporary replica is \
+                 not made yet, and a stop is not done even with allow_downtime: create an instance \
+                 of the new engine with a replica and copy the data there"
+            ),
+        );
+    }
+    if !others().any(|m| m.role == NodeRole::Replica && m.priority > 0) {
+        return unfit(
+            "NO_CANDIDATE",
+            format!(
+                "no replica of shard {id} may be promoted; give one a priority above 0 first \
+                 (slotmesh node priority)"
+            ),
+        );
+    }
+    let (needed, replicas) = (durability as usize, others().count());
+    if needed > 0 && replicas <= needed && !allow_downtime {
+        return unfit(
+            "WRITES_WOULD_WAIT",
+            format!(
+                "each write to shard {id} waits for all of its {replicas} replicas (durability \
+                 {durability}): while one restarts, writes would wait. Lower the durability \
+                 meanwhile, or set allow_downtime when that is agreeable: it is as long as the \
+                 replica takes to save and load its data"
+            ),
+        );
+    }
+    Ok(())
+}
+
+fn part(shard: &Shard, fleet: &Fleet, now_ms: u64) -> ShardUpgrade {
+    let version = |node: &NodeId| fleet.node(node).map(|n| n.version.clone());
+    let node = |m: &slotmesh_topology::Member| NodeUpgrade {
+        node: m.node.clone(),
+        from_engine: m.engine.clone(),
+        from_version: version(&m.node).unwrap_or_default(),
+        staged: false,
+    };
+    ShardUpgrade {
+        shard: shard.id.clone(),
+        phase: UpgradePhase::Stage,
+        phase_since_ms: now_ms,
+        message: String::new(),
+        nodes: shard.members.iter().map(node).collect(),
+        switch: None,
+        rollback: None,
+        why_back: None,
+        on_request: false,
+        hold_us: 0,
+        tries: 0,
+        finalize: false,
+        parked_in: None,
+    }
+}
+
+/// What an operator should know before; `by_stream`: versions that can't load the new one's files.
+fn remarks(upgrade: &Upgrade, by_stream: &BTreeSet<String>, instance: &Instance) -> Vec<String> {
+    let mut said = vec![match upgrade.finalize_by_operator {
+        true => {
+            "after each switch one can go back until an operator finalizes the shard".to_owned()
+        }
+        false => format!(
+            "after each switch one can go back for {} s (slotmesh task cancel)",
+            upgrade.bake_ms / 1_000
+        ),
+    }];
+    if by_stream.is_empty() {
+        said.push("afterwards the old engine could still load the new one's files".into());
+    } else {
+        let old: Vec<&str> = by_stream.iter().map(String::as_str).collect();
+        said.push(format!(
+            "afterwards nothing leads back: {} can't load the files of {}; take a backup before",
+            old.join(", "),
+            upgrade.engine
+        ));
+        said.push(
+            "replicas that go back copy the whole data set from the old primary: they can't load \
+             what the new engine has saved"
+                .into(),
+        );
+    }
+    if upgrade.in_window && instance.maintenance_window.is_empty() {
+        said.push("the instance has no maintenance window, so any time is one".into());
+    }
+    said
+}
+
+/// Whether the engine that the node had can load what the new one has saved.
+pub(super) fn files_are_alike(view: &View<'_>, node: &NodeId) -> bool {
+    let from = view.part.node(node).map(|n| n.from_version.as_str());
+    let pair = from
+        .and_then(parse_reported)
+        .zip(parse_name(&view.upgrade.engine));
+    let back = pair.map(|(from, to)| compatibility::upgrade(from, to));
+    back == Some(Ok(WayBack::ByCopy))
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

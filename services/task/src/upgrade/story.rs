@@ -1,0 +1,283 @@
+//! For tests: an upgrade whose agents and switchovers do at once what they are asked.
+
+use slotmesh_topology::{
+    Architecture, Handover, InstanceState, artifact::parse_name, instance::REPLACE_AFTER_S,
+};
+
+use super::*;
+use crate::{
+    detect::tests::{NOW, Stage},
+    spec::{Copied, Spec, State},
+    upkeep,
+};
+
+pub(super) const NEW: &str = "redis-8.2.3";
+pub(super) const BAKE_MS: u64 = 60_000;
+
+pub(super) fn instance() -> Instance {
+    Instance {
+        id: "r".into(),
+        name: "r".into(),
+        architecture: Architecture::Standard,
+        shard_count: 1,
+        replicas_per_shard: 2,
+        databases: 256,
+        engine: String::new(),
+        secret: vec![1; 32],
+        password_sha256: Vec::new(),
+        state: InstanceState::Running,
+        proxies: Vec::new(),
+        workers_per_proxy: 1,
+        created_unix_ms: 0,
+        parameters: Default::default(),
+        parameters_version: 0,
+        proxy_parameters: Default::default(),
+        accounts: Vec::new(),
+        durability: 0,
+        maintenance_window: String::new(),
+        replace_after_s: REPLACE_AFTER_S,
+    }
+}
+
+pub(super) fn options() -> Options {
+    Options {
+        to: parse_name(NEW).unwrap(),
+        bake_ms: BAKE_MS,
+        canary_shards: 1,
+        parallel_shards: 1,
+        finalize_by_operator: false,
+        preserve_roles: false,
+        in_window: false,
+        allow_downtime: false,
+    }
+}
+
+/// An upgrade of a shard of three nodes: what each decision writes is the next one's record.
+pub(super) struct Story {
+    pub(super) stage: Stage,
+    pub(super) task: Task,
+    pub(super) instance: Instance,
+    pub(super) owner: Owner,
+    pub(super) trial: StepStatus,
+    pub(super) opens_ms: Option<u64>,
+    /// Switches come to this end.
+    pub(super) switches: Phase,
+    /// What was written, in order.
+    pub(super) events: Vec<String>,
+}
+
+impl Story {
+    pub(super) fn new(options: &Options) -> Self {
+        let mut stage = Stage::new();
+        for node in stage.fleet.nodes.values_mut() {
+            node.version = "7.0.15".into();
+            node.engine = Some(String::new());
+            node.unexpected_errors = Some(0);
+        }
+        stage.look();
+        let instance = instance();
+        let shards = [stage.shard.clone()];
+        let planned = plan(&instance, &shards, &stage.fleet, options, NOW).unwrap();
+        let task = Task {
+            id: "t".into(),
+            instance: "r".into(),
+            spec: Spec::Upgrade(planned.upgrade),
+            state: State::Running,
+            message: String::new(),
+            created_ms: NOW,
+            updated_ms: NOW,
+            deadline_ms: u64::MAX,
+            event_count: 0,
+            cancel_requested: false,
+            not_before_ms: 0,
+            choice: None,
+            trace_id: String::new(),
+            copied: Copied::default(),
+        };
+        Self {
+            stage,
+            task,
+            instance,
+            owner: Owner::Free,
+            trial: StepStatus::NotStarted,
+            opens_ms: None,
+            switches: Phase::Done,
+            events: Vec::new(),
+        }
+    }
+
+    pub(super) fn upgrade(&self) -> &Upgrade {
+        match &self.task.spec {
+            Spec::Upgrade(upgrade) => upgrade,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub(super) fn part(&self) -> &ShardUpgrade {
+        &self.upgrade().shards[0]
+    }
+
+    pub(super) fn view(&self) -> View<'_> {
+        View {
+            task: &self.task,
+            upgrade: self.upgrade(),
+            part: self.part(),
+            shard: &self.stage.shard,
+            instance: &self.instance,
+            scene: self.stage.scene(),
+            owner: &self.owner,
+            stage: &self.trial,
+            opens_ms: self.opens_ms,
+        }
+    }
+
+    pub(super) fn decide(&self) -> Decision {
+        decide(self.view())
+    }
+
+    /// Decides and writes once; true when something has changed.
+    pub(super) fn act(&mut self) -> bool {
+        let decision = self.decide();
+        let exchanging = self.stage.shard.members.iter();
+        let exchanging = exchanging.filter(|m| m.exchange.is_some()).count();
+        assert!(exchanging <= 1, "one at a time: {:?}", self.stage.shard);
+        match &decision {
+            Decision::Stage(_) => {
+                self.trial = StepStatus::Done { committed: false };
+                return true;
+            }
+            Decision::Drive => {
+                self.switch();
+                return true;
+            }
+            _ => {}
+        }
+        let Some(write) = write(self.view(), &decision).unwrap() else {
+            return false;
+        };
+        self.trial = StepStatus::NotStarted;
+        self.events.push(write.event.to_owned());
+        match write.lock {
+            Lock::Keep => {}
+            Lock::Take => self.owner = Owner::Own,
+            Lock::Free => self.owner = Owner::Free,
+        }
+        self.task = write.task;
+        if let Some(shard) = write.shard {
+            self.stage.shard = shard;
+        }
+        true
+    }
+
+    /// The machine of switchovers, all at once.
+    pub(super) fn switch(&mut self) {
+        let switch = self.part().switch.clone().unwrap();
+        let now_ms = self.stage.now_ms;
+        self.task = self
+            .task
+            .with_phase(&switch.shard, self.switches, "it is said so", now_ms);
+        if self.switches != Phase::Done {
+            return;
+        }
+        let handover = Handover {
+            task: "t".into(),
+            target: switch.to.clone(),
+            token: "x".into(),
+            deadline_unix_ms: u64::MAX,
+            max_hold_ms: 1_000,
+        };
+        let declared = self.stage.shard.declare(handover).unwrap();
+        self.stage.shard = declared.commit(switch.from_epoch, "x").unwrap();
+        self.follow(&switch.to.clone());
+    }
+
+    /// Everybody follows that primary.
+    pub(super) fn follow(&mut self, primary: &NodeId) {
+        let address = self.stage.shard.member(primary).unwrap().address.clone();
+        for (node, seen) in &mut self.stage.fleet.nodes {
+            let is_primary = node == primary;
+            seen.role = Some(match is_primary {
+                true => NodeRole::Primary,
+                false => NodeRole::Replica,
+            });
+            seen.following = match is_primary {
+                true => String::new(),
+                false => address.clone(),
+            };
+        }
+    }
+
+    /// Agents do as they are told, and the leader keeps the record true.
+    pub(super) fn agents(&mut self) {
+        let shard = self.stage.shard.clone();
+        for member in &shard.members {
+            let spec = assignment::node(&self.instance, &shard, member);
+            let seen = self.stage.node(member.node.as_str());
+            if spec.may_exchange && seen.engine.as_ref() != Some(&spec.engine) {
+                assert!(!member.in_sync && member.node != shard.primary);
+                seen.run_id.push('+');
+                seen.version = match spec.engine.as_str() {
+                    "" => "7.0.15".into(),
+                    engine => engine.trim_start_matches("redis-").to_owned(),
+                };
+                seen.engine = Some(spec.engine);
+                seen.unexpected_errors = Some(0);
+            }
+        }
+        self.keep();
+    }
+
+    pub(super) fn keep(&mut self) {
+        self.stage.pass(100);
+        while let Some((next, _)) = upkeep::decide(&self.stage.shard, self.stage.scene()) {
+            self.stage.shard = next;
+        }
+    }
+
+    /// Until the shard is in that phase.
+    pub(super) fn run_to(&mut self, phase: UpgradePhase) -> &mut Self {
+        for _ in 0..2_000 {
+            if self.part().phase == phase {
+                return self;
+            }
+            if !self.act() {
+                self.agents();
+            }
+        }
+        panic!("not in {phase:?}: {:?}, {:?}", self.part(), self.decide());
+    }
+
+    pub(super) fn engines(&self) -> Vec<String> {
+        let nodes = self.stage.fleet.nodes.values();
+        nodes.map(|n| n.engine.clone().unwrap()).collect()
+    }
+
+    pub(super) fn ended(&self) -> (State, String) {
+        ended(&self.task, self.upgrade()).unwrap()
+    }
+}
+
+/// The primary is lost; a failover takes the shard, makes `to` the primary and gives the shard back.
+pub(super) fn fail_over(story: &mut Story, to: &str) {
+    let by: TaskId = "f".into();
+    let shard = story.stage.shard.id.clone();
+    let next = crate::failover::supersede(&story.task, &shard, &by, story.stage.now_ms);
+    story.task = next.expect("a failover may take the shard");
+    story.owner = Owner::Other(by.clone());
+    let lost = story.stage.shard.fail_over(&by, 0).unwrap();
+    story.stage.shard = lost.clone();
+    assert!(
+        !story.act(),
+        "the shard is another task's: {:?}",
+        story.decide()
+    );
+    let proved = lost
+        .prove(&by, slotmesh_topology::FenceProof::Exited)
+        .unwrap();
+    let run_id = lost.member(&to.into()).unwrap().run_id.clone();
+    let chosen = proved.choose(&by, &to.into(), &run_id).unwrap();
+    story.stage.shard = chosen.promoted(&by, &run_id, None).unwrap();
+    story.follow(&to.into());
+    story.owner = Owner::Free;
+    story.keep();
+}

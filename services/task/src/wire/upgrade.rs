@@ -1,0 +1,187 @@
+//! Records of upgrades, and how the API shows one.
+
+use slotmesh_proto::{store::v1 as store, task::v1 as api};
+
+use super::{switch_from, switch_to};
+use crate::upgrade::{NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
+
+pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
+    Some(Upgrade {
+        engine: record.engine.clone(),
+        from_engine: record.from_engine.clone(),
+        bake_ms: record.bake_ms,
+        canary_shards: record.canary_shards,
+        parallel_shards: record.parallel_shards.max(1),
+        finalize_by_operator: record.finalize_by_operator,
+        preserve_roles: record.preserve_roles,
+        in_window: record.in_window,
+        paused: record.paused,
+        shards: record
+            .shards
+            .iter()
+            .map(shard_from)
+            .collect::<Option<_>>()?,
+    })
+}
+
+pub(super) fn to(upgrade: &Upgrade) -> store::UpgradeSpec {
+    store::UpgradeSpec {
+        engine: upgrade.engine.clone(),
+        from_engine: upgrade.from_engine.clone(),
+        bake_ms: upgrade.bake_ms,
+        canary_shards: upgrade.canary_shards,
+        parallel_shards: upgrade.parallel_shards,
+        finalize_by_operator: upgrade.finalize_by_operator,
+        preserve_roles: upgrade.preserve_roles,
+        in_window: upgrade.in_window,
+        paused: upgrade.paused,
+        shards: upgrade.shards.iter().map(shard_to).collect(),
+    }
+}
+
+fn shard_from(record: &store::ShardUpgrade) -> Option<ShardUpgrade> {
+    let switch = match &record.switch {
+        None => None,
+        Some(switch) => Some(switch_from(switch)?),
+    };
+    Some(ShardUpgrade {
+        shard: record.shard_id.as_str().into(),
+        phase: phase_from(record.phase())?,
+        phase_since_ms: record.phase_since_unix_ms,
+        message: record.message.clone(),
+        nodes: record.nodes.iter().map(node_from).collect(),
+        switch,
+        rollback: record.rollback.as_ref().map(rollback_from),
+        why_back: Some(record.why_back.clone()).filter(|why| !why.is_empty()),
+        on_request: record.on_request,
+        hold_us: record.hold_us,
+        tries: record.tries,
+        finalize: record.finalize,
+        parked_in: phase_from(record.parked_in()),
+    })
+}
+
+fn shard_to(part: &ShardUpgrade) -> store::ShardUpgrade {
+    store::ShardUpgrade {
+        shard_id: part.shard.to_string(),
+        phase: phase_to(part.phase).into(),
+        phase_since_unix_ms: part.phase_since_ms,
+        message: part.message.clone(),
+        nodes: part.nodes.iter().map(node_to).collect(),
+        switch: part.switch.as_ref().map(switch_to),
+        rollback: part.rollback.as_ref().map(rollback_to),
+        why_back: part.why_back.clone().unwrap_or_default(),
+        on_request: part.on_request,
+        hold_us: part.hold_us,
+        tries: part.tries,
+        finalize: part.finalize,
+        parked_in: part
+            .parked_in
+            .map_or(store::UpgradePhase::Unspecified, phase_to)
+            .into(),
+    }
+}
+
+fn node_from(record: &store::NodeUpgrade) -> NodeUpgrade {
+    NodeUpgrade {
+        node: record.node_id.as_str().into(),
+        from_engine: record.from_engine.clone(),
+        from_version: record.from_version.clone(),
+        staged: record.staged,
+    }
+}
+
+fn node_to(node: &NodeUpgrade) -> store::NodeUpgrade {
+    store::NodeUpgrade {
+        node_id: node.node.to_string(),
+        from_engine: node.from_engine.clone(),
+        from_version: node.from_version.clone(),
+        staged: node.staged,
+    }
+}
+
+fn rollback_from(record: &store::RollbackRecord) -> Rollback {
+    Rollback {
+        open: record.open,
+        why: record.why.clone(),
+        old: record.old_node_id.as_str().into(),
+        old_run_id: record.old_run_id.clone(),
+        old_unexpected_errors: record.old_unexpected_errors,
+        new: record.new_node_id.as_str().into(),
+        new_run_id: record.new_run_id.clone(),
+        new_sync_full: record.new_sync_full,
+        diverged: record.diverged,
+    }
+}
+
+fn rollback_to(rollback: &Rollback) -> store::RollbackRecord {
+    store::RollbackRecord {
+        open: rollback.open,
+        why: rollback.why.clone(),
+        old_node_id: rollback.old.to_string(),
+        old_run_id: rollback.old_run_id.clone(),
+        old_unexpected_errors: rollback.old_unexpected_errors,
+        new_node_id: rollback.new.to_string(),
+        new_run_id: rollback.new_run_id.clone(),
+        new_sync_full: rollback.new_sync_full,
+        diverged: rollback.diverged,
+    }
+}
+
+fn phase_from(phase: store::UpgradePhase) -> Option<UpgradePhase> {
+    Some(match phase {
+        store::UpgradePhase::Unspecified => return None,
+        store::UpgradePhase::Stage => UpgradePhase::Stage,
+        store::UpgradePhase::Ready => UpgradePhase::Ready,
+        store::UpgradePhase::Replicas => UpgradePhase::Replicas,
+        store::UpgradePhase::Switch => UpgradePhase::Switch,
+        store::UpgradePhase::Bake => UpgradePhase::Bake,
+        store::UpgradePhase::Finalize => UpgradePhase::Finalize,
+        store::UpgradePhase::Preserve => UpgradePhase::Preserve,
+        store::UpgradePhase::SwitchBack => UpgradePhase::SwitchBack,
+        store::UpgradePhase::UndoNodes => UpgradePhase::UndoNodes,
+        store::UpgradePhase::Done => UpgradePhase::Done,
+        store::UpgradePhase::RolledBack => UpgradePhase::RolledBack,
+        store::UpgradePhase::Parked => UpgradePhase::Parked,
+    })
+}
+
+fn phase_to(phase: UpgradePhase) -> store::UpgradePhase {
+    match phase {
+        UpgradePhase::Stage => store::UpgradePhase::Stage,
+        UpgradePhase::Ready => store::UpgradePhase::Ready,
+        UpgradePhase::Replicas => store::UpgradePhase::Replicas,
+        UpgradePhase::Switch => store::UpgradePhase::Switch,
+        UpgradePhase::Bake => store::UpgradePhase::Bake,
+        UpgradePhase::Finalize => store::UpgradePhase::Finalize,
+        UpgradePhase::Preserve => store::UpgradePhase::Preserve,
+        UpgradePhase::SwitchBack => store::UpgradePhase::SwitchBack,
+        UpgradePhase::UndoNodes => store::UpgradePhase::UndoNodes,
+        UpgradePhase::Done => store::UpgradePhase::Done,
+        UpgradePhase::RolledBack => store::UpgradePhase::RolledBack,
+        UpgradePhase::Parked => store::UpgradePhase::Parked,
+    }
+}
+
+#[allow(clippy::cast_precision_loss)] // Milliseconds for people; 2^52 µs is 142 years.
+pub(super) fn progress(part: &ShardUpgrade) -> api::ShardProgress {
+    let state = |rollback: &Rollback| match rollback.open {
+        true => "Open",
+        false => "Closed",
+    };
+    let rollback = part.rollback.as_ref();
+    let switch = part.switch.as_ref();
+    api::ShardProgress {
+        shard_id: part.shard.to_string(),
+        from_node_id: switch.map(|s| s.from.to_string()).unwrap_or_default(),
+        to_node_id: switch.map(|s| s.to.to_string()).unwrap_or_default(),
+        phase: part.phase.name().to_owned(),
+        message: part.message.clone(),
+        hold_ms: part.hold_us as f64 / 1000.0,
+        critical_ms: switch.map_or(0.0, |s| s.critical_us as f64 / 1000.0),
+        rollback: rollback.map_or("", state).to_owned(),
+        rollback_why: rollback.map(|r| r.why.clone()).unwrap_or_default(),
+        staged_nodes: u32::try_from(part.nodes.iter().filter(|n| n.staged).count()).unwrap_or(0),
+        nodes: u32::try_from(part.nodes.len()).unwrap_or(0),
+    }
+}
