@@ -14,6 +14,7 @@ use std::{
 
 use serde::Serialize;
 use slotmesh_proto::agent::v1::{Register, agent_service_server::AgentServiceServer};
+use slotmesh_runtime::shutdown;
 use tokio::{net::TcpListener, sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
@@ -21,6 +22,7 @@ use tonic::transport::server::TcpIncoming;
 use crate::{
     artifact::{Engines, catalogue::Catalogue},
     controllers::Controllers,
+    drain::drain,
     executor::Executor,
     fencer::{FencerError, client::FencerClient},
     host::Host,
@@ -173,7 +175,7 @@ impl App {
         let mut server = tokio::spawn(server);
         tracing::info!(host = %self.host.host_id, address = %self.address, "agent runs");
         let early = tokio::select! {
-            () = shutdown => None,
+            () = self.asked_to_end(shutdown) => None,
             ended = &mut server => Some(ended),
         };
         stop.cancel();
@@ -200,6 +202,20 @@ impl App {
         match ended {
             Some(Ok(Err(error))) => Err(error.into()),
             _ => Ok(()),
+        }
+    }
+
+    /// Resolves when the agent may end: at the first signal, or once its host is drained.
+    async fn asked_to_end(&self, shutdown: impl Future<Output = ()>) {
+        shutdown.await;
+        let Some(limit) = self.settings.drain else {
+            return;
+        };
+        tracing::info!(?limit, "moving the primaries of this host to others first");
+        let drain = drain(&self.host.host_id, &self.host.controllers, limit);
+        tokio::select! {
+            drained = drain => tracing::info!(?drained, "drain ends"),
+            _ = shutdown::signalled() => tracing::warn!("a second signal: ending undrained"),
         }
     }
 

@@ -8,8 +8,8 @@ use std::{sync::Arc, time::Duration};
 use slotmesh_proto::agent::v1::{
     ExecuteStepRequest, ExecuteStepResponse, PromiseNotToPromoteRequest,
     PromiseNotToPromoteResponse, ReadLostWritesRequest, ReadLostWritesResponse,
-    SetParametersRequest, SetParametersResponse, StepOutcome, agent_service_server::AgentService,
-    execute_step_request::Act,
+    SetParametersRequest, SetParametersResponse, StageEngine, StepOutcome,
+    agent_service_server::AgentService, execute_step_request::Act,
 };
 use tokio::{sync::oneshot, time::timeout};
 use tonic::{Request, Response, Status};
@@ -22,6 +22,7 @@ use crate::{
         Journal,
         record::{Fact, Memory, ShardEpoch, StepKey},
     },
+    node::trial::Trials,
     node::worker::{NodeCall, ParametersCall, StepCall},
     supervisor::Supervisor,
 };
@@ -34,11 +35,17 @@ const PARAMETERS_TIME_MAX: Duration = Duration::from_secs(5);
 pub struct Executor {
     host: Arc<Host>,
     supervisor: Arc<Supervisor>,
+    trials: Trials,
 }
 
 impl Executor {
     pub fn new(host: Arc<Host>, supervisor: Arc<Supervisor>) -> Self {
-        Self { host, supervisor }
+        let trials = Trials::new(&host.nodes_dir);
+        Self {
+            host,
+            supervisor,
+            trials,
+        }
     }
 
     async fn execute(&self, request: ExecuteStepRequest) -> Result<ExecuteStepResponse, Status> {
@@ -50,6 +57,9 @@ impl Executor {
             "step asked for"
         );
         self.host.metrics.steps.add(1);
+        if let Some(Act::StageEngine(order)) = &request.act {
+            return Ok(self.stage(&request, order));
+        }
         if let Some(answer) = settled(&self.host.journal, &request) {
             self.host.metrics.steps_settled.add(1);
             return Ok(answer);
@@ -86,6 +96,18 @@ impl Executor {
 }
 
 impl Executor {
+    /// Beside the node and of no matter to any epoch, so it neither waits for the node's worker nor is
+    /// it journaled.
+    fn stage(&self, request: &ExecuteStepRequest, order: &StageEngine) -> ExecuteStepResponse {
+        let term = self.host.journal.read(Memory::term);
+        let mut answer = match request.term < term {
+            true => response(StepOutcome::Fenced, "a higher term is known here"),
+            false => self.trials.ask(&self.host, request, order),
+        };
+        answer.known_term = term;
+        answer
+    }
+
     /// Not journaled: what nobody stores is undone by the worker, or ends with the process.
     async fn set(&self, request: SetParametersRequest) -> Result<SetParametersResponse, Status> {
         if !is_id(&request.node_id) {
@@ -204,6 +226,7 @@ fn node_of(request: &ExecuteStepRequest) -> Result<&str, Status> {
         Some(Act::HandOver(it)) => &it.node_id,
         Some(Act::TakeBack(it)) => &it.node_id,
         Some(Act::Promote(it)) => &it.node_id,
+        Some(Act::StageEngine(it)) => &it.node_id,
         None => return Err(Status::invalid_argument("act: one must be set")),
     };
     if request.task_id.is_empty() || request.step.is_empty() {

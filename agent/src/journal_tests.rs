@@ -39,10 +39,10 @@ fn ended(attempt: u32, message: &str) -> Fact {
         message: message.into(),
         ..Default::default()
     };
-    Fact::Ended(Ended {
+    Fact::Ended(Box::new(Ended {
         key: key(attempt),
         response,
-    })
+    }))
 }
 
 fn summary(journal: &Journal) -> (u64, u64, usize, Option<String>) {

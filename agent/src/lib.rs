@@ -9,6 +9,7 @@ pub mod artifact;
 pub mod capture;
 pub mod control;
 pub mod controllers;
+pub mod drain;
 pub mod executor;
 pub mod fence;
 pub mod fencer;

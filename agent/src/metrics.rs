@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Metrics {
     pub node_starts: Counter,
     pub node_adoptions: Counter,
+    /// Replicas whose damaged files were moved aside.
+    pub damaged_files: Counter,
     pub proxy_starts: Counter,
     pub proxy_adoptions: Counter,
     pub steps: Counter,
@@ -38,12 +40,16 @@ impl Counter {
 
 impl Metrics {
     /// Every counter with its name, for an exporter.
-    pub fn all(&self) -> [(&'static str, u64); 11] {
+    pub fn all(&self) -> [(&'static str, u64); 12] {
         [
             ("slotmesh_agent_node_starts_total", self.node_starts.get()),
             (
                 "slotmesh_agent_node_adoptions_total",
                 self.node_adoptions.get(),
+            ),
+            (
+                "slotmesh_agent_damaged_files_total",
+                self.damaged_files.get(),
             ),
             ("slotmesh_agent_proxy_starts_total", self.proxy_starts.get()),
             (

@@ -5,8 +5,11 @@
 //! name; never a promotion; proxy rights only for the primary of the record, of exactly its epoch;
 //! while a failover is under way nobody is followed, and nobody is demoted.
 
+pub mod data;
 pub mod facts;
 pub mod files;
+mod rest;
+pub mod trial;
 pub mod worker;
 
 use slotmesh_proto::{
@@ -123,6 +126,12 @@ pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
     }
     if spec.frozen {
         return Decision::Leave(FROZEN);
+    }
+    // Who has left since would be fed again.
+    if seen.standing.is_some_and(|s| {
+        s.run_id == seen.run_id && s.epoch == spec.epoch && s.membership > spec.membership
+    }) {
+        return Decision::Leave(STALE);
     }
     let mut actions = revocations(spec, seen);
     if spec.detached {

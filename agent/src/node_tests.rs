@@ -299,6 +299,25 @@ fn standing(epoch: u64, frozen_revision: u64) -> Standing {
         run_id: "run".to_owned(),
         epoch,
         frozen_revision,
+        membership: 0,
+    }
+}
+
+#[test]
+fn who_has_left_is_not_let_in_again_by_an_assignment_of_before() {
+    let decided = |of_record: u64, epoch: u64, run_id: &str| {
+        let mut w = World::primary();
+        w.assigned.spec.membership = of_record;
+        w.standing = Some(Standing {
+            membership: 7,
+            run_id: run_id.to_owned(),
+            ..standing(epoch, 0)
+        });
+        w.decide()
+    };
+    assert_eq!(decided(6, 3, "run"), format!("leave: {STALE}"));
+    for (of_record, epoch, run_id) in [(7, 3, "run"), (6, 2, "run"), (6, 3, "another")] {
+        assert_ne!(decided(of_record, epoch, run_id), format!("leave: {STALE}"));
     }
 }
 
@@ -404,6 +423,7 @@ fn a_failover_that_went_to_another_one_makes_a_replica_of_whoever_was_promoted_b
             run_id: "run".to_owned(),
             epoch: 3,
             frozen_revision: 0,
+            membership: 0,
         });
         w.following = String::new();
     };

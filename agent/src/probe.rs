@@ -21,6 +21,17 @@ pub struct Info {
     fields: HashMap<String, String>,
 }
 
+/// A node's append-only file, in the engine's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appending {
+    /// The last write to it succeeded.
+    pub writes: bool,
+    /// It is being written anew, or will be.
+    pub rewrites: bool,
+    /// The last time that this was done, it succeeded; true before there was any.
+    pub rewritten: bool,
+}
+
 impl Info {
     pub fn parse(text: &str) -> Self {
         let fields = text
@@ -112,6 +123,21 @@ impl Info {
         }
     }
 
+    /// A replica's last link went on from a history that it had: a full copy forgets all others.
+    pub fn has_continued(&self) -> bool {
+        self.text("master_replid2").bytes().any(|b| b != b'0')
+    }
+
+    /// How the append-only file does; `None`: there is none.
+    pub fn appending(&self) -> Option<Appending> {
+        let is = |field: &str, text: &str| self.text(field) == text;
+        is("aof_enabled", "1").then(|| Appending {
+            writes: is("aof_last_write_status", "ok"),
+            rewrites: is("aof_rewrite_in_progress", "1") || is("aof_rewrite_scheduled", "1"),
+            rewritten: is("aof_last_bgrewrite_status", "ok"),
+        })
+    }
+
     /// Online replicas of a primary: address and acknowledged offset.
     fn online_replicas(&self) -> impl Iterator<Item = (String, u64)> {
         (0u32..)
@@ -168,6 +194,9 @@ impl Info {
         report.max_memory = self.number("maxmemory");
         report.keys = self.keys();
         report.sync_full = self.number("sync_full");
+        let counted = |name| self.text(name).parse().ok();
+        report.sync_partial_ok = counted("sync_partial_ok");
+        report.unexpected_errors = counted("unexpected_error_replies");
         report.replica_lag_bytes = self
             .online_replicas()
             .map(|(_, offset)| report.offset.saturating_sub(offset))
@@ -204,7 +233,8 @@ impl Info {
         databases.next().is_none().then_some(first)
     }
 
-    fn keys(&self) -> u64 {
+    /// Over all databases.
+    pub fn keys(&self) -> u64 {
         let databases = self.fields.iter().filter(|(key, _)| {
             key.strip_prefix("db")
                 .is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))

@@ -7,11 +7,17 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
 use serde::Deserialize;
 use slotmesh_runtime::settings::{SettingsError, load};
+
+/// Below the 90 s that systemd gives a service to end.
+const DRAIN_SECONDS: u32 = 60;
+/// Whoever waits for longer than an hour wants a replica elsewhere first.
+const DRAIN_SECONDS_MAX: u32 = 3_600;
 
 /// Runs the nodes and proxies of one host, as its controllers assign them.
 #[derive(Debug, Parser)]
@@ -51,6 +57,13 @@ pub struct Flags {
     /// At SIGTERM or SIGINT stop all proxies and nodes too.
     #[arg(long, env = "SLOTMESH_AGENT_STOP_ALL_ON_EXIT")]
     pub stop_all_on_exit: bool,
+    /// At SIGTERM or SIGINT move this host's primaries to other hosts first; a second signal ends that.
+    #[arg(long, env = "SLOTMESH_AGENT_DRAIN")]
+    pub drain: bool,
+    /// Longest time for --drain, in seconds; keep the service manager's own limit above it
+    /// [default: 60].
+    #[arg(long, env = "SLOTMESH_AGENT_DRAIN_SECONDS")]
+    pub drain_seconds: Option<u32>,
     #[command(subcommand)]
     pub command: Option<Command>,
 }
@@ -79,6 +92,8 @@ struct File {
     proxy_binary: Option<PathBuf>,
     zone: Option<String>,
     stop_all_on_exit: Option<bool>,
+    drain: Option<bool>,
+    drain_seconds: Option<u32>,
 }
 
 #[derive(Debug, Clone)]
@@ -93,6 +108,8 @@ pub struct Settings {
     pub proxy_binary: PathBuf,
     pub zone: String,
     pub stop_all_on_exit: bool,
+    /// How long the primaries are moved away before the agent ends; `None`: they are not.
+    pub drain: Option<Duration>,
     /// This program, as the fencer; `None`: there is none.
     pub fencer_binary: Option<PathBuf>,
 }
@@ -172,9 +189,23 @@ impl Settings {
                 .unwrap_or_else(beside_us),
             zone: flags.zone.or(file.zone).unwrap_or_default(),
             stop_all_on_exit: flags.stop_all_on_exit || file.stop_all_on_exit.unwrap_or(false),
+            drain: match flags.drain || file.drain.unwrap_or(false) {
+                true => Some(drain_limit(flags.drain_seconds.or(file.drain_seconds))?),
+                false => None,
+            },
             // Read now: after an upgrade the path would name what is not there any more.
             fencer_binary: std::env::current_exe().ok(),
         })
+    }
+}
+
+fn drain_limit(seconds: Option<u32>) -> Result<Duration, UsageError> {
+    match seconds.unwrap_or(DRAIN_SECONDS) {
+        seconds @ 1..=DRAIN_SECONDS_MAX => Ok(Duration::from_secs(seconds.into())),
+        _ => Err(UsageError::Invalid {
+            flag: "--drain-seconds",
+            why: format!("1 to {DRAIN_SECONDS_MAX}"),
+        }),
     }
 }
 
@@ -211,6 +242,7 @@ mod tests {
     fn values_that_make_no_sense_are_refused_by_the_name_of_their_flag() {
         let with = |extra: &[&str]| resolve(&[&MINIMUM, extra].concat()).unwrap_err();
         assert!(with(&["--engine", "redis-7"]).contains("--engine"));
+        assert!(with(&["--drain", "--drain-seconds", "0"]).contains("--drain-seconds"));
         assert!(with(&["--listen", "0.0.0.0:0"]).contains("--advertise-ip"));
         assert!(
             resolve(&["--host-id", "../x"])

@@ -28,8 +28,8 @@ pub enum Fact {
     /// Written before a step's first effect.
     #[prost(message, tag = "3")]
     Begun(Begun),
-    #[prost(message, tag = "4")]
-    Ended(Ended),
+    #[prost(message, boxed, tag = "4")]
+    Ended(Box<Ended>),
     /// A hand-over is about to fence, or has fenced, this node.
     #[prost(message, tag = "5")]
     Fenced(FenceMark),
@@ -120,6 +120,9 @@ pub struct Standing {
     /// Newest frozen assignment of this epoch that was seen; 0: none since the last pre-warming.
     #[prost(uint64, tag = "4")]
     pub frozen_revision: u64,
+    /// Newest membership of this epoch that it agreed with.
+    #[prost(uint64, tag = "5")]
+    pub membership: u64,
 }
 
 /// See [`crate::capture`].
@@ -216,7 +219,7 @@ impl Memory {
             Fact::Begun(begun) => {
                 self.begun.insert(StepKey::of(&begun.request), begun);
             }
-            Fact::Ended(Ended { key, response }) => self.end(key, response),
+            Fact::Ended(ended) => self.end(ended.key, ended.response),
             Fact::Fenced(mark) => {
                 self.fences.insert(mark.node_id.clone(), mark);
             }
@@ -263,10 +266,10 @@ impl Memory {
         facts.extend(self.begun.values().cloned().map(Fact::Begun));
         facts.extend(self.ended_order.iter().filter_map(|key| {
             let response = self.ended.get(key)?.clone();
-            Some(Fact::Ended(Ended {
+            Some(Fact::Ended(Box::new(Ended {
                 key: key.clone(),
                 response,
-            }))
+            })))
         }));
         facts
     }

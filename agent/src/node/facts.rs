@@ -56,17 +56,25 @@ pub fn when_converged(
     if assigned.spec.detached {
         return None;
     }
-    let epoch = assigned.spec.epoch;
-    let stands = memory
-        .standing(node_id)
-        .is_some_and(|s| s.run_id == run_id && s.epoch >= epoch);
-    (!stands).then(|| stood(node_id, run_id, epoch))
+    let (epoch, membership) = (assigned.spec.epoch, assigned.spec.membership);
+    let standing = memory.standing(node_id).filter(|s| s.run_id == run_id);
+    match standing {
+        Some(s) if s.epoch > epoch || s.epoch == epoch && s.membership >= membership => None,
+        Some(s) if s.epoch == epoch => Some(Fact::Stood(Standing {
+            membership,
+            ..s.clone()
+        })),
+        _ => Some(Fact::Stood(Standing {
+            membership,
+            ..standing_at(node_id, run_id, epoch)
+        })),
+    }
 }
 
 /// Before the users of a hand-over from `epoch` are made. From then on a replica may become a
 /// primary before any assignment says so, and no older assignment may make it a replica again.
 pub fn before_prewarming(node_id: &str, run_id: &str, epoch: u64, role: Role) -> Option<Fact> {
-    (role == Role::Replica).then(|| stood(node_id, run_id, epoch))
+    (role == Role::Replica).then(|| Fact::Stood(standing_at(node_id, run_id, epoch)))
 }
 
 /// After a hand-over, before its outcome is answered.
@@ -86,11 +94,12 @@ pub fn after_hand_over(
     }
 }
 
-fn stood(node_id: &str, run_id: &str, epoch: u64) -> Fact {
-    Fact::Stood(Standing {
+fn standing_at(node_id: &str, run_id: &str, epoch: u64) -> Standing {
+    Standing {
         node_id: node_id.to_owned(),
         run_id: run_id.to_owned(),
         epoch,
         frozen_revision: 0,
-    })
+        membership: 0,
+    }
 }

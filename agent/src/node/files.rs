@@ -1,6 +1,6 @@
 //! A node's directory: boot configuration, admin secret, port, where its unix socket is.
 //!
-//! Invariant: the boot configuration holds no user of any epoch and no primary to follow, so every
+//! Invariant: the boot configuration holds no user of any epoch and nobody's address to follow, so every
 //! process is born fenced; and no password in clear text but the admin's, in a 0600 file.
 
 use std::{
@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use slotmesh_proto::agent::v1::NodeSpec;
 use slotmesh_topology::parameter;
 
+use super::{NOWHERE, data::Boot};
 use crate::{
     artifact::{self, Engine, Version},
     fence::{ADMIN_USER, password_sha256},
@@ -179,7 +180,13 @@ impl NodeDir {
         engine: &Engine,
     ) -> io::Result<()> {
         let secret = self.admin_secret()?;
-        let text = boot_config(self, ip, port, spec, engine.version, &secret);
+        let place = Place {
+            ip,
+            port,
+            path: &self.path,
+            socket: &self.socket,
+        };
+        let text = boot_config(&place, spec, engine.version, &secret, self.boot());
         write_atomic(&self.config(), text.as_bytes(), 0o600)
     }
 
@@ -206,15 +213,25 @@ fn start_part(spec: &NodeSpec) -> NodeSpec {
     }
 }
 
-fn boot_config(
-    dir: &NodeDir,
-    ip: IpAddr,
-    port: u16,
+/// Where a process lives.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) ip: IpAddr,
+    pub(crate) port: u16,
+    pub(crate) path: &'a Path,
+    pub(crate) socket: &'a Path,
+}
+
+/// What a process of this version is started with.
+pub(crate) fn boot_config(
+    place: &Place<'_>,
     spec: &NodeSpec,
     version: Version,
     admin_secret: &str,
+    boot: Boot,
 ) -> String {
-    let path = dir.path.display();
+    let Place { ip, port, .. } = place;
+    let path = place.path.display();
     let databases = if spec.databases == 0 {
         256
     } else {
@@ -226,7 +243,7 @@ fn boot_config(
         format!("bind {ip}"),
         format!("port {port}"),
         "protected-mode no".to_owned(),
-        format!("unixsocket \"{}\"", dir.socket.display()),
+        format!("unixsocket \"{}\"", place.socket.display()),
         "unixsocketperm 700".to_owned(),
         "daemonize no".to_owned(),
         format!("dir \"{path}\""),
@@ -241,7 +258,10 @@ fn boot_config(
             password_sha256(admin_secret)
         ),
         format!("databases {databases}"),
-        "appendonly yes".to_owned(),
+        format!(
+            "appendonly {}",
+            if boot == Boot::Appended { "yes" } else { "no" }
+        ),
         "appendfsync everysec".to_owned(),
         "save \"\"".to_owned(),
         // FAILOVER names a replica as its primary sees it.
@@ -255,6 +275,10 @@ fn boot_config(
         // Ends of blocking commands are looked for so often in a second: right to 20 ms.
         "hz 50".to_owned(),
     ];
+    if let (Boot::Resumed, Some((host, port))) = (boot, NOWHERE.rsplit_once(':')) {
+        // A replica from birth, or it would forget where in the history its snapshot stands.
+        lines.push(format!("replicaof {host} {port}"));
+    }
     lines.extend(KEPT_SINCE_START.map(|(name, value)| format!("{name} {value}")));
     if version >= artifact::REDIS_7_0 {
         // How long SHUTDOWN waits for replicas.

@@ -30,8 +30,12 @@ use crate::{
 
 use parameters::Ahead;
 
+mod append;
 mod capture;
 mod converge;
+mod damage;
+mod exchange;
+mod feed;
 mod force;
 mod lifecycle;
 mod parameters;
@@ -128,6 +132,7 @@ struct Worker {
     process: Option<Process>,
     control: Option<Control>,
     restarts: Restarts,
+    damage: damage::Damage,
     /// What is known of the process that answers; empty when its run id changes.
     run: Run,
     report: NodeReport,
@@ -146,6 +151,7 @@ struct Worker {
     adopted: bool,
     /// Of the last process that was seen to end.
     exited_run_id: String,
+    exchange: exchange::Exchange,
 }
 
 #[derive(Debug, Clone)]
@@ -165,6 +171,9 @@ struct Run {
     /// As set, by their names in lower case.
     parameters: BTreeMap<String, String>,
     ahead: Option<Ahead>,
+    /// Of a replica.
+    feed: feed::Feed,
+    append: append::Append,
     /// Since when what only it has can't be kept.
     capture_fails_since: Option<Instant>,
     /// Since when an assignment wants rights taken from it that it still has.
@@ -200,6 +209,7 @@ impl Worker {
             process: None,
             control: None,
             restarts: Restarts::default(),
+            damage: damage::Damage::default(),
             run: Run::default(),
             report,
             resume,
@@ -210,6 +220,7 @@ impl Worker {
             silent_since: None,
             adopted: false,
             exited_run_id: String::new(),
+            exchange: exchange::Exchange::default(),
         }
     }
 
@@ -284,9 +295,13 @@ impl Worker {
         }
         if self.process.is_some() && self.probe_if_responsive().await {
             Box::pin(self.resume_hand_over(assigned.as_ref())).await;
-            if let Some(assigned) = &assigned {
+            if let Some(assigned) = &assigned
+                && !self.make_way(assigned, true).await
+            {
                 self.converge(assigned).await;
             }
+        } else if let Some(assigned) = &assigned {
+            self.make_way(assigned, false).await;
         }
         self.publish();
     }
@@ -302,6 +317,7 @@ impl Worker {
         self.report.pid = self.process.map_or(0, |p| p.pid);
         self.report.exited_run_id.clone_from(&self.exited_run_id);
         self.report.unresponsive = self.silent_since.is_some();
+        self.report_engine();
         self.host.reports.node(self.report.clone());
     }
 

@@ -15,8 +15,17 @@ use crate::{
 };
 
 fn agent(controller: &Controller, data: &Path, extra: &[&str]) -> Child {
+    spawn(controller, "h-a", data, extra)
+}
+
+/// The process of a host's agent.
+pub(crate) fn agent_of(controller: &Controller, host: &str, data: &Path) -> Child {
+    spawn(controller, host, data, &[])
+}
+
+fn spawn(controller: &Controller, host: &str, data: &Path, extra: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_slotmesh-agent"))
-        .args(["--host-id", "h-a", "--data"])
+        .args(["--host-id", host, "--data"])
         .arg(data)
         .args(["--controller", &controller.address.to_string()])
         .args(extra)
@@ -28,7 +37,7 @@ fn agent(controller: &Controller, data: &Path, extra: &[&str]) -> Child {
         .unwrap()
 }
 
-async fn end(child: &mut Child, signal: Signal) -> std::process::ExitStatus {
+pub(crate) async fn end(child: &mut Child, signal: Signal) -> std::process::ExitStatus {
     kill(child.id().unwrap(), signal);
     timeout(WAIT, child.wait())
         .await

@@ -41,6 +41,8 @@ pub(crate) struct Record {
     pub(crate) token: Option<String>,
     pub(crate) desired: i32,
     pub(crate) engine: String,
+    /// Of the replica, whose process may be ended for it; with true its data is discarded.
+    pub(crate) exchange: Option<(String, bool)>,
     pub(crate) parameters: HashMap<String, String>,
     pub(crate) parameters_version: u64,
     pub(crate) proxies: Vec<ProxySpec>,
@@ -54,6 +56,8 @@ pub(crate) struct Record {
     pub(crate) departures: Vec<Departure>,
     /// Whose promises stand for the primary's lease; empty: it needs none.
     pub(crate) replica_agents: Vec<String>,
+    /// The replica is not in sync.
+    pub(crate) may_recopy: bool,
 }
 
 #[derive(Debug)]
@@ -253,12 +257,15 @@ impl Record {
             true => String::new(),
             false => self.addresses[self.primary].clone(),
         };
+        let exchange = self.exchange.clone().filter(|_| node != self.primary);
         NodeSpec {
             node_id: id.to_owned(),
             instance_id: "r-1".to_owned(),
             shard_id: "s-1".to_owned(),
             desired: self.desired,
-            engine: self.engine.clone(),
+            engine: exchange
+                .as_ref()
+                .map_or_else(|| self.engine.clone(), |(engine, _)| engine.clone()),
             databases: 256,
             parameters: self.parameters.clone(),
             epoch,
@@ -282,6 +289,10 @@ impl Record {
             previous_replid: self.previous.0.clone(),
             previous_offset: self.previous.1,
             departures: self.departures.clone(),
+            may_recopy: self.may_recopy && node != self.primary,
+            may_exchange: exchange.is_some(),
+            discard_data: exchange.as_ref().is_some_and(|(_, discard)| *discard),
+            ..NodeSpec::default()
         }
     }
 

@@ -198,11 +198,14 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 pub(crate) fn without_pings(file: &[u8]) -> Vec<u8> {
-    let mut ping = vec![];
-    encode_command(&mut ping, &[b"PING"]);
-    let text = String::from_utf8(file.to_vec()).unwrap();
-    text.replace(std::str::from_utf8(&ping).unwrap(), "")
-        .into_bytes()
+    let mut text = String::from_utf8(file.to_vec()).unwrap();
+    // By engine.
+    for name in [b"PING", b"ping"] {
+        let mut ping = vec![];
+        encode_command(&mut ping, &[name]);
+        text = text.replace(std::str::from_utf8(&ping).unwrap(), "");
+    }
+    text.into_bytes()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -47,6 +47,7 @@ pub(crate) fn settings(controller: &Controller, host: &str, data: PathBuf) -> Se
         proxy_binary: "slotmesh-proxy".into(),
         zone: String::new(),
         stop_all_on_exit: false,
+        drain: None,
         fencer_binary: None,
     }
 }

@@ -5,7 +5,10 @@
 
 mod binary;
 mod controller;
+mod damage;
+mod exchange;
 mod failover;
+mod feed;
 mod hand_over;
 mod hosts;
 mod lease;
@@ -15,4 +18,5 @@ mod parameters;
 mod processes;
 mod resume;
 mod sessions;
+mod trial;
 mod users;

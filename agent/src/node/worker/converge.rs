@@ -101,6 +101,7 @@ impl Worker {
     /// There was nothing left to do, and the report was made after the last thing that was done.
     fn converged(&mut self, assigned: &Assigned) {
         self.report.assigned_epoch = assigned.spec.epoch;
+        self.report.assigned_membership = assigned.spec.membership;
         self.report.detached =
             assigned.spec.detached && self.report.observed_role() == NodeRole::Replica;
     }

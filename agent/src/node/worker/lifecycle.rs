@@ -12,11 +12,14 @@ use slotmesh_proto::{
 };
 use tokio::time::Instant;
 
-use super::{Run, Trouble, Worker};
+use super::{
+    Run, Trouble, Worker,
+    feed::{self, Feed},
+};
 use crate::{
     control::Control,
     fence,
-    handover::driver::chain,
+    handover::{Link, driver::chain},
     node::{
         Assigned,
         files::{KEPT_SINCE_START, NodeDir},
@@ -27,7 +30,7 @@ use crate::{
 
 /// Flushing the append-only file of a big node to a slow disk.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
-const OUTPUT: &str = "redis.out";
+pub(super) const OUTPUT: &str = "redis.out";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SaveData {
@@ -58,12 +61,14 @@ impl Worker {
             return;
         }
         self.restarts.started(Instant::now());
+        self.mend_before_start(assigned).await;
         match self.start(&spec).await {
             Ok(process) => {
                 tracing::info!(node = %self.node_id, pid = process.pid, "node started");
                 self.host.metrics.node_starts.add(1);
                 self.process = Some(process);
                 self.adopted = false;
+                self.note_engine(true);
                 let trouble = self
                     .trouble
                     .as_ref()
@@ -73,6 +78,7 @@ impl Worker {
             }
             Err(why) => {
                 tracing::error!(node = %self.node_id, %why, "node can't be started");
+                self.engine_failed(&spec.engine, why.clone());
                 self.trouble = Some(Trouble {
                     state: ProcessState::Failed,
                     why,
@@ -110,6 +116,7 @@ impl Worker {
         self.host.metrics.node_adoptions.add(1);
         self.process = Some(process);
         self.adopted = true;
+        self.note_engine(false);
         self.set_state(ProcessState::Starting, "");
         true
     }
@@ -134,7 +141,10 @@ impl Worker {
         let dir = self
             .open_dir()
             .map_err(|e| format!("make the node's directory: {e}"))?;
+        let dir = dir.clone();
         let prepare = || -> std::io::Result<()> {
+            self.prepare_data(&dir, spec)?;
+            dir.note_rest()?;
             dir.save_spec(spec)?;
             let port = dir.ensure_port(ip)?;
             dir.write_config(ip, port, spec, &engine)?;
@@ -144,7 +154,10 @@ impl Worker {
         prepare().map_err(|e| format!("write the node's files: {e}"))?;
         let args = [dir.config().display().to_string()];
         let process = Process::spawn(&engine.path, &args, dir.path(), OUTPUT, Output::StartAnew)
-            .map_err(|e| format!("start {}: {e}", engine.path.display()))?;
+            .map_err(|e| {
+                let printed = last_line(&dir.path().join(OUTPUT));
+                format!("start {}: {e}; it said: {printed}", engine.path.display())
+            })?;
         process.save(&dir.process_file()).map_err(|e| {
             // Not recorded, it could not be found again.
             process.signal(Signal::KILL);
@@ -165,6 +178,8 @@ impl Worker {
         });
         let why = why.unwrap_or_default();
         tracing::warn!(node = %self.node_id, pid = process.pid, last = %why, "node ended");
+        self.note_engine_end();
+        self.note_refusal();
         self.forget_process();
         let mut state = ProcessState::Stopped;
         if let Some(dir) = &self.dir
@@ -225,7 +240,7 @@ impl Worker {
             Some(control) => ask(control).await,
             None => None,
         };
-        let Some((info, users)) = answered else {
+        let Some((info, users, feeding)) = answered else {
             // Busy with a long script, loading, or just starting: the process lives, so it is
             // neither ended nor replaced.
             if self.report.state() == ProcessState::Running {
@@ -237,9 +252,11 @@ impl Worker {
         if info.run_id() != self.run.run_id {
             self.run = Run {
                 run_id: info.run_id().to_owned(),
+                feed: Feed::of(self.adopted),
                 ..Run::default()
             };
             self.report.assigned_epoch = 0;
+            self.report.assigned_membership = 0;
             self.report.detached = false;
             self.set_engine().await;
             if let Some(dir) = &self.dir
@@ -247,10 +264,14 @@ impl Worker {
             {
                 tracing::warn!(node = %self.node_id, %error, "first service of node not recorded");
             }
+            self.note_run();
         }
         info.fill(&mut self.report);
         self.report.detached &=
             self.report.observed_role() == NodeRole::Replica && !self.report.link_up;
+        self.look_at_feed(&info, feeding).await;
+        self.renew_append_file(&info).await;
+        self.settle(&info).await;
         self.run.version = info.version();
         self.report.granted_epoch = granted_epoch(&users);
         self.report.replication_users = replication_users(&users);
@@ -260,6 +281,17 @@ impl Worker {
         self.report.address = self.address();
         self.trouble = None;
         true
+    }
+
+    /// Which process runs, and which one it continues.
+    fn note_run(&mut self) {
+        let (Some(dir), Some(process)) = (&self.dir, self.process) else {
+            return;
+        };
+        if let Err(error) = dir.note_run(process.pid, &self.run.run_id) {
+            tracing::warn!(node = %self.node_id, %error, "process of node not noted; who starts after it is not known to continue it");
+        }
+        self.report.continues_run_id = dir.continues();
     }
 
     /// What the boot configuration says too, for a process that an older agent started.
@@ -333,7 +365,8 @@ impl Worker {
     }
 }
 
-async fn ask(control: &mut Control) -> Option<(Info, fence::KnownUsers)> {
+/// The last is the connection that feeds a replica.
+async fn ask(control: &mut Control) -> Option<(Info, fence::KnownUsers, u64)> {
     let info = Info::read(control, "default").await.ok()?;
     info.role()?;
     // While it loads its data a node answers little else.
@@ -341,5 +374,9 @@ async fn ask(control: &mut Control) -> Option<(Info, fence::KnownUsers)> {
         "1" => fence::KnownUsers::new(),
         _ => fence::known_users(control).await.ok()?,
     };
-    Some((info, users))
+    let feeding = match info.link() {
+        Link::Up => feed::feeding_connection(control).await.ok()?,
+        Link::Syncing | Link::Down => 0,
+    };
+    Some((info, users, feeding))
 }

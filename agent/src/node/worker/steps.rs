@@ -81,6 +81,7 @@ impl Worker {
             Act::HandOver(order) => Box::pin(self.hand_over(&request, order)).await,
             Act::TakeBack(order) => self.take_back(order).await,
             Act::Promote(order) => self.promote(&request, order).await,
+            Act::StageEngine(_) => response(StepOutcome::NoEffect, "engines are not tried here"),
         };
         self.probe().await;
         self.publish();
@@ -117,7 +118,7 @@ impl Worker {
             response: answer.clone(),
         };
         let mut facts = std::mem::take(&mut self.concluded);
-        facts.push(Fact::Ended(ended));
+        facts.push(Fact::Ended(Box::new(ended)));
         if let Err(error) = self.host.journal.append(facts).await {
             // A repetition will find the act begun, observe, and come to the same end.
             tracing::error!(%error, "outcome of step not journaled");
