@@ -14,6 +14,7 @@ mod instance;
 mod lost;
 pub(crate) mod replace;
 mod switchover;
+mod upgrade;
 pub(crate) mod write;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -275,6 +276,8 @@ impl Driver {
             Spec::Failover(spec) => self.act_on_failover(task, spec).await,
             Spec::Replace(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
             Spec::Replace(spec) => self.act_on_replacement(task, spec).await,
+            Spec::Upgrade(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
+            Spec::Upgrade(upgrade) => self.act_on_upgrade(task, upgrade).await,
         }
     }
 

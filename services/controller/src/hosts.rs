@@ -297,6 +297,8 @@ mod tests {
             in_sync: false,
             priority: slotmesh_topology::PRIORITY,
             leaving: false,
+            engine: String::new(),
+            exchange: None,
         };
         Shard {
             instance: "r-1".into(),

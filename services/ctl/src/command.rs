@@ -10,7 +10,7 @@ use slotmesh_proto::store::v1::TaskState;
 
 use crate::{
     artifact::ArtifactCommand, demo, failure::Failure, lost_writes::LostWritesCommand, operate,
-    render::Output, up,
+    render::Output, up, upgrade::UpgradeArgs,
 };
 
 const EXIT_CODES: &str = "\
@@ -88,6 +88,8 @@ pub enum Command {
         #[arg(value_name = "INSTANCE")]
         instance: String,
     },
+    /// Gives an instance's nodes another engine; clients wait for milliseconds, none fails.
+    Upgrade(UpgradeArgs),
     /// What operators asked for, and how far it is.
     #[command(subcommand)]
     Task(TaskCommand),
@@ -180,7 +182,7 @@ pub enum InstanceCommand {
     Maintain {
         #[arg(value_name = "INSTANCE")]
         instance: String,
-        /// HH:MM-HH:MM in UTC, at least 30 minutes; empty: any time.
+        /// HH:MM-HH:MM in UTC, at least an hour, also over midnight; empty: any time.
         #[arg(long, value_name = "WINDOW")]
         window: String,
     },
@@ -299,6 +301,12 @@ pub enum ChoiceArg {
     Undo,
     /// Go on although data may be lost.
     AcceptLoss,
+    /// Begin no further shard (upgrade).
+    Pause,
+    /// Begin shards again (upgrade).
+    Resume,
+    /// Give up the way back of shards that bake now (upgrade).
+    Finalize,
 }
 
 #[derive(Debug, Subcommand)]
@@ -474,6 +482,15 @@ pub enum NodeCommand {
 pub enum HostCommand {
     /// Every host whose agent is connected.
     List,
+    /// Moves every primary off a host by switchovers, before work on it; its replicas stay.
+    Drain {
+        #[arg(value_name = "HOST")]
+        host: String,
+        /// Longest time until the last one has moved, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 60,
+              value_parser = clap::value_parser!(u32).range(1..=3600))]
+        within: u32,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -14,10 +14,11 @@ use crate::{
         ArchitectureArg, Command, CreateArgs, FailoverArgs, HostCommand, InstanceCommand,
         ProxyCommand, StartArgs, SwitchoverArgs,
     },
+    drain,
     failure::Failure,
     lost_writes, nodes, progress,
     render::{self, Output, show},
-    status, tasks, version,
+    status, tasks, upgrade, version,
     views::{
         HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView, TaskView,
         architecture_value,
@@ -65,6 +66,7 @@ pub async fn run(
         Command::Durability(command) => change::on_durability(&mut api, command, output).await,
         Command::Artifact(command) => artifact::on_artifact(&mut api, command, output).await,
         Command::Version { instance } => version::on_version(&mut api, instance, output).await,
+        Command::Upgrade(args) => upgrade::on_upgrade(&mut api, args, output).await,
         Command::Task(command) => tasks::on_task(&mut api, command, output).await,
         Command::Failover(args) => failover(&mut api, args, output).await,
         Command::Epochs { instance, shard } => {
@@ -80,6 +82,9 @@ pub async fn run(
                 .await?;
             let views: Vec<_> = answer.hosts.into_iter().map(HostView::from).collect();
             Ok(show(output, &views)?)
+        }
+        Command::Host(HostCommand::Drain { host, within }) => {
+            drain::on_drain(&mut api, host, within, output).await
         }
         Command::Proxy(ProxyCommand::List { instance }) => {
             let request = fleet::ListProxiesRequest {

@@ -13,7 +13,8 @@ use serde::Serialize;
 
 use crate::views::{
     AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView,
-    ProxyView, ShardView, StartedView, StepView, TaskEventView, TaskView, WatchedView,
+    ProxyView, ShardProgressView, ShardView, StartedView, StepView, TaskEventView, TaskView,
+    WatchedView,
 };
 
 /// How results are written.
@@ -225,6 +226,13 @@ impl Text for ParametersView {
     }
 }
 
+fn with_way_back(shard: &ShardProgressView) -> String {
+    match shard.rollback.as_str() {
+        "Open" => format!("{}; the way back is open", shard.message),
+        _ => shard.message.clone(),
+    }
+}
+
 impl Text for Vec<TaskView> {
     fn text(&self) -> String {
         table(
@@ -307,7 +315,7 @@ impl Text for TaskView {
                     s.phase.clone(),
                     format!("{:.1} ms", s.hold_ms),
                     format!("{:.1} ms", s.critical_ms),
-                    or_dash(&s.message),
+                    or_dash(&with_way_back(s)),
                 ]
             }),
         );
@@ -463,7 +471,6 @@ mod tests {
     use expect_test::expect;
 
     use super::*;
-    use crate::views::ShardProgressView;
 
     fn task() -> TaskView {
         TaskView {
@@ -494,6 +501,8 @@ mod tests {
                 message: String::new(),
                 hold_ms: 7.25,
                 critical_ms: 2.0,
+                rollback: String::new(),
+                rollback_why: String::new(),
             }],
         }
     }

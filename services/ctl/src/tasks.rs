@@ -145,6 +145,9 @@ fn choice_value(choice: ChoiceArg) -> OperatorChoice {
         ChoiceArg::Retry => OperatorChoice::Retry,
         ChoiceArg::Undo => OperatorChoice::Undo,
         ChoiceArg::AcceptLoss => OperatorChoice::AcceptLoss,
+        ChoiceArg::Pause => OperatorChoice::Pause,
+        ChoiceArg::Resume => OperatorChoice::Resume,
+        ChoiceArg::Finalize => OperatorChoice::Finalize,
     }
 }
 

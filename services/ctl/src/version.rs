@@ -21,6 +21,18 @@ struct VersionsView {
     is_proxy_latest_version: bool,
     proxy_latest: Option<LatestView>,
     proxies: Vec<ProcessView>,
+    upgrade_possible: bool,
+    /// Why not.
+    upgrade_refused: String,
+    upgrades: Vec<UpgradeView>,
+}
+
+/// What a listed engine would be to it.
+#[derive(Debug, Clone, Serialize)]
+struct UpgradeView {
+    engine: String,
+    refused: String,
+    way_back_by_copy: bool,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -76,6 +88,29 @@ impl From<api::DescribeEngineVersionResponse> for VersionsView {
             is_proxy_latest_version: from.is_proxy_latest_version,
             proxy_latest: from.proxy_latest.map(LatestView::from),
             proxies: processes(from.proxies),
+            upgrade_possible: from.upgrade_possible,
+            upgrade_refused: from.upgrade_refused,
+            upgrades: from.upgrades.into_iter().map(UpgradeView::from).collect(),
+        }
+    }
+}
+
+impl From<api::Upgrade> for UpgradeView {
+    fn from(from: api::Upgrade) -> Self {
+        Self {
+            engine: from.engine,
+            refused: from.refused,
+            way_back_by_copy: from.way_back_by_copy,
+        }
+    }
+}
+
+impl UpgradeView {
+    fn words(&self) -> String {
+        match (self.refused.as_str(), self.way_back_by_copy) {
+            ("", true) => "possible, and back by copy".into(),
+            ("", false) => "possible; back only until it is finalized".into(),
+            (why, _) => format!("refused: {why}"),
         }
     }
 }
@@ -127,6 +162,16 @@ impl Text for VersionsView {
             let or_dash = |text: &str| if text.is_empty() { "-" } else { text }.to_owned();
             [p.id.clone(), or_dash(&p.shard_id), or_dash(&p.version)]
         });
-        format!("{head}\n{}", table(["PROCESS", "SHARD", "VERSION"], rows))
+        let upgrade = match self.upgrade_refused.as_str() {
+            "" => "possible to the latest (slotmesh upgrade)",
+            why => why,
+        };
+        let upgrades = self.upgrades.iter().map(|u| [u.engine.clone(), u.words()]);
+        let processes = table(["PROCESS", "SHARD", "VERSION"], rows);
+        if self.upgrades.is_empty() {
+            return format!("{head}upgrade   {upgrade}\n\n{processes}");
+        }
+        let upgrades = table(["LISTED", "UPGRADE"], upgrades);
+        format!("{head}upgrade   {upgrade}\n\n{processes}\n{upgrades}")
     }
 }

@@ -151,6 +151,9 @@ pub struct ShardProgressView {
     pub message: String,
     pub hold_ms: f64,
     pub critical_ms: f64,
+    /// Of an upgrade after its switch: Open or Closed.
+    pub rollback: String,
+    pub rollback_why: String,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -404,6 +407,8 @@ impl From<task::ShardProgress> for ShardProgressView {
             message: from.message,
             hold_ms: from.hold_ms,
             critical_ms: from.critical_ms,
+            rollback: from.rollback,
+            rollback_why: from.rollback_why,
         }
     }
 }

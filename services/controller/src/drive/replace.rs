@@ -66,7 +66,7 @@ pub(crate) fn put_replacement(txn: LeaderTxn, shard: &Versioned<Shard>, task: Ta
     put_task(txn, task, &id, "Admitted", &cause)
 }
 
-fn put_lock(txn: LeaderTxn, shard: &Shard, task: &Task) -> LeaderTxn {
+pub(super) fn put_lock(txn: LeaderTxn, shard: &Shard, task: &Task) -> LeaderTxn {
     let lock = Key::Lock {
         instance: shard.instance.as_str(),
         shard: shard.id.as_str(),

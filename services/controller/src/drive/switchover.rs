@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
-    Phase, ShardSwitch, State as TaskState, Task, step,
+    Phase, ShardSwitch, Spec, State as TaskState, Task, step,
     switchover::{self, Decision, HANDOVER_MS_MAX, HOLD_MS_MAX, Step, StepStatus, View},
+    upgrade::UpgradePhase,
 };
 use slotmesh_topology::{Handover, Instance, Shard};
 use tracing::{Instrument as _, info, warn};
@@ -49,7 +50,7 @@ impl Driver {
         Ok(Next::At(wake_ms))
     }
 
-    async fn act_on_switch(
+    pub(super) async fn act_on_switch(
         &mut self,
         task: &Versioned<Task>,
         switch: &ShardSwitch,
@@ -79,7 +80,7 @@ impl Driver {
                 fleet,
                 step: &step,
                 lost: lost.as_ref(),
-                cancel_requested: task.value.cancel_requested,
+                cancel_requested: is_cancelled(&task.value, switch),
                 other_in_hold,
                 now_ms: clock::now_ms(),
             })
@@ -291,6 +292,18 @@ impl Driver {
         };
         tokio::spawn(step.in_current_span());
     }
+}
+
+/// In an upgrade a cancel ends the switch to the new engine, but not those that lead back.
+fn is_cancelled(task: &Task, switch: &ShardSwitch) -> bool {
+    let goes_forward = match &task.spec {
+        Spec::Upgrade(upgrade) => {
+            let part = upgrade.part(switch.shard.as_str());
+            part.is_some_and(|p| p.phase == UpgradePhase::Switch)
+        }
+        _ => true,
+    };
+    task.cancel_requested && goes_forward
 }
 
 fn step_key(task: &Versioned<Task>, switch: &ShardSwitch) -> StepKey {

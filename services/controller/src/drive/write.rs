@@ -162,6 +162,7 @@ impl Driver {
                 Spec::Switchover(_) => "SwitchOver",
                 Spec::Failover(_) => "Failover",
                 Spec::Replace(_) => "Replace",
+                Spec::Upgrade(_) => "Upgrade",
             },
             task: task.id.as_str(),
             trace: &task.trace_id,

@@ -5,8 +5,9 @@
 
 use prost::Message as _;
 use slotmesh_proto::artifact::v1::{self as api, artifact_service_server::ArtifactService};
-use slotmesh_task::admit::RefusalKind;
+use slotmesh_task::{Spec, Task, admit::RefusalKind};
 use slotmesh_topology::{
+    Shard,
     artifact::{self, Artifact},
     wire,
 };
@@ -64,8 +65,17 @@ impl Artifacts {
     fn user(&self, name: &str) -> Option<String> {
         self.context.mirror.read(|state| {
             let mut instances = state.instances.values().map(|i| &i.value);
-            let found = instances.find(|i| i.engine == name);
-            found.map(|i| i.id.to_string())
+            let of_instance = instances.find(|i| i.engine == name).map(|i| &i.id);
+            let runs_it = |s: &Shard| s.members.iter().any(|m| m.engine == name);
+            let mut shards = state.shards.values().map(|s| &s.value);
+            let of_node = shards.find(|s| runs_it(s)).map(|s| &s.instance);
+            let goes_there = |t: &&Task| match &t.spec {
+                Spec::Upgrade(u) => u.engine == name && (!t.state.is_ended() || t.is_parked()),
+                _ => false,
+            };
+            let mut tasks = state.tasks.values().map(|t| &t.value);
+            let of_task = tasks.find(goes_there).map(|t| &t.instance);
+            of_instance.or(of_node).or(of_task).map(ToString::to_string)
         })
     }
 

@@ -1,23 +1,88 @@
 //! `FleetService`: what runs where. The leader knows it all; without one each controller shows the
 //! agents and proxies that have their streams with it.
 
-use slotmesh_proto::fleet::v1::{self as api, fleet_service_server::FleetService};
-use tonic::{Request, Response, Status};
+use slotmesh_proto::{
+    fleet::v1::{self as api, fleet_service_server::FleetService},
+    instance::v1::{SwitchOverRequest, instance_service_server::InstanceService},
+};
+use slotmesh_task::{
+    admit::RefusalKind,
+    drain::{self, Drain},
+};
+use slotmesh_topology::{HostId, InstanceId, NodeId};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tracing::info;
 
-use super::Context;
+use super::{Context, instance::Instances, refuse};
 use crate::leader::Leadership;
 
 /// The service.
 #[derive(Clone, Debug)]
 pub struct Fleet {
     context: Context,
+    instances: Instances,
 }
 
 impl Fleet {
     /// The service over what it needs.
     #[must_use]
     pub fn new(context: Context) -> Self {
-        Self { context }
+        let instances = Instances::new(context.clone());
+        Self { context, instances }
+    }
+
+    /// What can be moved off a host now; `None` when nobody knows the host.
+    fn drain(&self, host: &HostId) -> Option<Drain> {
+        let answering = self.context.hub.read(|fleet| fleet.hosts.clone());
+        self.context.mirror.read(|state| {
+            if !answering.contains(host) && !state.hosts.contains_key(host) {
+                return None;
+            }
+            let shards = state.shards.values().map(|s| &s.value);
+            let task_of = |shard: &slotmesh_topology::Shard| {
+                let key = (shard.instance.clone(), shard.id.clone());
+                state.locks.get(&key).cloned()
+            };
+            Some(drain::drain(shards, host, task_of, |h| {
+                answering.contains(h)
+            }))
+        })
+    }
+
+    /// Begins a switchover, as if its caller had asked for it.
+    async fn move_primaries(
+        &self,
+        metadata: MetadataMap,
+        instance: &InstanceId,
+        targets: &[NodeId],
+    ) -> Result<String, Status> {
+        let asked = SwitchOverRequest {
+            instance_id: instance.to_string(),
+            target_primary_node_ids: targets.iter().map(ToString::to_string).collect(),
+            ..SwitchOverRequest::default()
+        };
+        let request = Request::from_parts(metadata, tonic::Extensions::default(), asked);
+        let answer = self.instances.switch_over(request).await?;
+        Ok(answer.into_inner().task_id)
+    }
+}
+
+/// A primary whose switchover was refused, as one that stays.
+fn refused_move(
+    state: &crate::mirror::State,
+    instance: &InstanceId,
+    node: &NodeId,
+    why: &Status,
+) -> api::StayingPrimary {
+    let shards = state.shards_of(instance);
+    let shard = shards.iter().find(|s| s.value.member(node).is_some());
+    api::StayingPrimary {
+        instance_id: instance.to_string(),
+        shard_id: shard.map_or_else(String::new, |s| s.value.id.to_string()),
+        node_id: shard.map_or_else(String::new, |s| s.value.primary.to_string()),
+        reason: why.message().to_owned(),
+        // Others were at its records at the same time, or it can be asked again.
+        moving: true,
     }
 }
 
@@ -109,5 +174,50 @@ impl FleetService for Fleet {
             },
             Leadership::Following { leader: None, .. } => api::GetLeaderResponse::default(),
         }))
+    }
+
+    async fn drain_host(
+        &self,
+        request: Request<api::DrainHostRequest>,
+    ) -> Result<Response<api::DrainHostResponse>, Status> {
+        self.context.leading()?;
+        let (metadata, _, request) = request.into_parts();
+        let host = HostId::from(request.host_id.as_str());
+        let Some(drain) = self.drain(&host) else {
+            return Err(refuse(
+                RefusalKind::NotFound,
+                "HOST_NOT_FOUND",
+                format!("no host is called {host}; ListHosts names them"),
+            ));
+        };
+        let mut answer = api::DrainHostResponse {
+            primaries: u32::try_from(drain.primaries()).unwrap_or(u32::MAX),
+            busy: u32::try_from(drain.busy).unwrap_or(u32::MAX),
+            ..api::DrainHostResponse::default()
+        };
+        let stays = drain.stays.into_iter().map(|stay| api::StayingPrimary {
+            instance_id: stay.instance.to_string(),
+            shard_id: stay.shard,
+            node_id: stay.node.to_string(),
+            reason: stay.reason,
+            moving: stay.moving,
+        });
+        answer.stays = stays.collect();
+        for (instance, targets) in &drain.moves {
+            let moved = self.move_primaries(metadata.clone(), instance, targets);
+            match moved.await {
+                Ok(task) => {
+                    info!(%host, task, %instance, shards = targets.len(), "a host is drained");
+                    answer.task_ids.push(task);
+                }
+                Err(status) => self.context.mirror.read(|state| {
+                    let stays = targets
+                        .iter()
+                        .map(|node| refused_move(state, instance, node, &status));
+                    answer.stays.extend(stays);
+                }),
+            }
+        }
+        Ok(Response::new(answer))
     }
 }

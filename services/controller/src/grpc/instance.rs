@@ -8,6 +8,7 @@ mod failover;
 mod node;
 mod plan;
 pub(super) mod schedule;
+mod upgrade;
 mod version;
 
 use prost::Message;
@@ -163,6 +164,15 @@ impl InstanceService for Instances {
     ) -> Result<Response<api::SetNodePriorityResponse>, Status> {
         let revision = self.change_priority(request.into_inner()).await?;
         Ok(Response::new(api::SetNodePriorityResponse { revision }))
+    }
+
+    async fn modify_instance_minor_version(
+        &self,
+        request: Request<api::ModifyInstanceMinorVersionRequest>,
+    ) -> Result<Response<api::ModifyInstanceMinorVersionResponse>, Status> {
+        Ok(Response::new(
+            self.admit_upgrade(request.into_inner()).await?,
+        ))
     }
 
     async fn create_instance(

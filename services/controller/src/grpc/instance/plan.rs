@@ -71,6 +71,8 @@ impl Instances {
                         in_sync: false,
                         priority: slotmesh_topology::PRIORITY,
                         leaving: false,
+                        engine: String::new(),
+                        exchange: None,
                     })
                     .collect();
                 Shard {

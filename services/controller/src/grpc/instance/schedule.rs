@@ -43,7 +43,7 @@ pub(in crate::grpc) fn not_before(
             if instance.maintenance_window.is_empty() {
                 return Ok(0);
             }
-            let window = Window::parse(&instance.maintenance_window).map_err(|r| refused(&r))?;
+            let window = Window::read(&instance.maintenance_window).map_err(|r| refused(&r))?;
             let at_ms = window.next_ms(now_ms);
             Ok(if at_ms == now_ms { 0 } else { at_ms })
         }

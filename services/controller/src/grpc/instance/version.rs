@@ -34,7 +34,15 @@ impl Instances {
             let version = seen.map(|p| p.hello.version.clone());
             (id.to_string(), version.unwrap_or_default())
         });
-        Ok(describe(nodes, proxies.collect(), &listed))
+        let shown = describe(nodes, proxies.collect(), &listed);
+        let latest = shown.latest.as_ref().map(|a| a.name.as_str());
+        let (refused, upgrades) = self.upgrades(&instance, latest).await?;
+        Ok(api::DescribeEngineVersionResponse {
+            upgrade_possible: refused.is_empty(),
+            upgrade_refused: refused,
+            upgrades,
+            ..shown
+        })
     }
 }
 
@@ -64,6 +72,9 @@ fn describe(
         proxy_minor_version: lowest_proxy.map_or_else(String::new, |v| v.to_string()),
         is_latest_version: is_latest(lowest.map(|(_, v)| v), latest),
         is_proxy_latest_version: is_latest(lowest_proxy, proxy_latest),
+        upgrade_possible: false,
+        upgrade_refused: String::new(),
+        upgrades: Vec::new(),
         latest: latest.map(show),
         proxy_latest: proxy_latest.map(show),
         nodes: nodes

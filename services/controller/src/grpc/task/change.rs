@@ -12,7 +12,7 @@ use slotmesh_task::{
     admit::RefusalKind,
     schedule,
     table::{self, Cancel},
-    wire,
+    upgrade, wire,
 };
 use slotmesh_topology::{Instance, TaskId};
 use tonic::Status;
@@ -84,12 +84,22 @@ impl Tasks {
             let now_ms = clock::now_ms();
             // A task that waits for its time has one, also when that is now.
             let at_ms = not_before(request.schedule.as_ref(), &instance)?.max(1);
-            let next = Task {
+            let mut next = Task {
                 not_before_ms: at_ms,
                 deadline_ms: at_ms.max(now_ms)
                     + task.deadline_ms.saturating_sub(task.not_before_ms),
                 ..task.clone()
             };
+            if let Spec::Upgrade(upgrade) = &mut next.spec {
+                // Its shards go on in windows only when that is the last word.
+                upgrade.in_window = is_window(request.schedule.as_ref());
+                next.deadline_ms = task.deadline_ms.max(at_ms);
+                // Nothing of it is looked for by its time.
+                next.not_before_ms = match at_ms > now_ms {
+                    true => at_ms,
+                    false => 0,
+                };
+            }
             let words = format!("begins at {}", clock::rfc3339(at_ms.max(now_ms)));
             Ok(Some((next, "Rescheduled", words)))
         })
@@ -183,12 +193,18 @@ fn resolved(task: &Task, choice: Choice) -> Result<Task, Status> {
     }
     match (&task.spec, choice) {
         (_, Choice::Retry) => schedule::retried(task, clock::now_ms()).map_err(|r| refused(&r)),
+        (Spec::Upgrade(_), _) => Ok(upgrade::resolved(task, choice, clock::now_ms())),
         (Spec::Failover(_) | Spec::Replace(_) | Spec::Provision, _) => Ok(Task {
             choice: Some(choice),
             ..task.clone()
         }),
         _ => Err(refused(&schedule::not_on_the_menu(task))),
     }
+}
+
+fn is_window(schedule: Option<&api::Schedule>) -> bool {
+    let when = schedule.and_then(|s| s.when.as_ref());
+    when == Some(&api::schedule::When::InMaintenanceWindow(true))
 }
 
 fn not_cancellable(task: &Task) -> Status {

@@ -1,0 +1,100 @@
+//! An upgrade in the records: what the leader writes for it, and when.
+
+use slotmesh_proto::{agent::v1 as agent, store::v1 as records};
+use slotmesh_task::State as TaskState;
+use slotmesh_topology::Exchange;
+
+use super::super::{Next, desk::Desk};
+
+const NEW: &str = "redis-8.2.3";
+
+fn part(phase: records::UpgradePhase) -> records::ShardUpgrade {
+    let node = |id: &str| records::NodeUpgrade {
+        node_id: id.into(),
+        from_version: "7.0.15".into(),
+        staged: true,
+        ..records::NodeUpgrade::default()
+    };
+    records::ShardUpgrade {
+        shard_id: "0".into(),
+        phase: phase.into(),
+        phase_since_unix_ms: 1,
+        nodes: vec![node("a"), node("b")],
+        ..records::ShardUpgrade::default()
+    }
+}
+
+async fn desk(phase: records::UpgradePhase) -> Desk {
+    let spec = records::UpgradeSpec {
+        engine: NEW.into(),
+        parallel_shards: 1,
+        shards: vec![part(phase)],
+        ..records::UpgradeSpec::default()
+    };
+    let task = records::TaskRecord {
+        spec: Some(records::task_record::Spec::Upgrade(spec)),
+        state: records::TaskState::Running.into(),
+        deadline_unix_ms: u64::MAX,
+        ..records::TaskRecord::default()
+    };
+    let serving = records::shard_record::Mode::Serving(records::Serving {});
+    let running = records::InstanceState::Running;
+    Desk::with(&["a", "b"], serving, running, task).await
+}
+
+/// Lets the leader act until it has to wait; says what the shard's record has then.
+async fn act(desk: &mut Desk) -> (Option<String>, Vec<(String, Option<Exchange>, bool)>) {
+    for _ in 0..20 {
+        let task = desk.task();
+        if task.value.state.is_ended() {
+            break;
+        }
+        let next = desk.driver.act(&task, true).await.unwrap();
+        if next != Next::Again {
+            break;
+        }
+    }
+    desk.driver.mirror.read(|s| {
+        let shard = &s.shards.values().next().unwrap().value;
+        let members = shard.members.iter();
+        let members = members.map(|m| (m.engine.clone(), m.exchange, m.in_sync));
+        let owner = s.locks.values().next().map(ToString::to_string);
+        (owner, members.collect())
+    })
+}
+
+#[tokio::test]
+async fn a_shard_whose_turn_has_come_is_taken_and_its_replica_is_named_first() {
+    let mut desk = desk(records::UpgradePhase::Ready).await;
+    let (owner, members) = act(&mut desk).await;
+    assert_eq!(owner.as_deref(), Some("t"));
+    assert_eq!(members[0], (String::new(), None, true), "the primary");
+    assert_eq!(members[1], (NEW.to_owned(), Some(Exchange::Keep), false));
+    // Its agent has done it.
+    desk.report(agent::NodeReport {
+        node_id: "b".into(),
+        state: agent::ProcessState::Running.into(),
+        run_id: "run-b2".into(),
+        engine: Some(NEW.into()),
+        ..agent::NodeReport::default()
+    });
+    let (_, members) = act(&mut desk).await;
+    assert_eq!(members[1], (NEW.to_owned(), None, false));
+}
+
+#[tokio::test]
+async fn an_upgrade_that_is_done_makes_the_engine_the_instances_own() {
+    let mut desk = desk(records::UpgradePhase::Done).await;
+    let (owner, _) = act(&mut desk).await;
+    assert_eq!(owner, None);
+    assert_eq!(desk.task().value.state, TaskState::Done);
+    assert_eq!(desk.instance().unwrap().engine, NEW);
+}
+
+#[tokio::test]
+async fn one_that_has_gone_back_leaves_the_instance_as_it_was() {
+    let mut desk = desk(records::UpgradePhase::RolledBack).await;
+    act(&mut desk).await;
+    assert_eq!(desk.task().value.state, TaskState::RolledBack);
+    assert_eq!(desk.instance().unwrap().engine, "");
+}
