@@ -8,11 +8,12 @@ pub mod fencer;
 mod guard;
 mod handover;
 mod promote;
+mod seats;
 mod steps;
 mod worker;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{BTreeMap, BTreeSet, VecDeque},
     rc::Rc,
 };
@@ -66,6 +67,8 @@ pub(crate) enum Got {
 pub(crate) struct Seat {
     pub(crate) node: usize,
     pub(crate) name: String,
+    /// It was started once, so there is something to start again.
+    pub(crate) ran: Rc<Cell<bool>>,
 }
 
 /// A step on its way to a worker.
@@ -83,6 +86,8 @@ pub(crate) struct Host {
     pub(crate) me: Party,
     pub(crate) world: World,
     pub(crate) memory: Rc<RefCell<Memory>>,
+    /// What is on its disk, so to say.
+    pub(crate) seats: Rc<RefCell<Vec<Seat>>>,
     pub(crate) answers: Answers<Got>,
     pub(crate) assigned: RefCell<BTreeMap<String, Assigned>>,
     pub(crate) steps: RefCell<BTreeMap<usize, VecDeque<StepCall>>>,
@@ -131,7 +136,9 @@ impl Host {
 pub struct Agent {
     index: usize,
     world: World,
-    seats: Vec<Seat>,
+    seats: Rc<RefCell<Vec<Seat>>>,
+    /// Nodes that it may be given, by shard.
+    spare: Vec<(usize, usize)>,
     memory: Rc<RefCell<Memory>>,
     host: Option<Rc<Host>>,
     fibers: Vec<Fiber>,
@@ -154,15 +161,20 @@ impl Agent {
         index: usize,
         world: World,
         nodes: Vec<(usize, String)>,
+        spare: Vec<(usize, usize)>,
         controllers: usize,
     ) -> Self {
+        let ran = || Rc::new(Cell::new(true));
+        let seats = nodes.into_iter().map(|(node, name)| Seat {
+            node,
+            name,
+            ran: ran(),
+        });
         Self {
             index,
             world,
-            seats: nodes
-                .into_iter()
-                .map(|(node, name)| Seat { node, name })
-                .collect(),
+            seats: Rc::new(RefCell::new(seats.collect())),
+            spare,
             memory: Rc::default(),
             host: None,
             fibers: Vec::new(),
@@ -191,6 +203,7 @@ impl Agent {
             me,
             world: Rc::clone(&self.world),
             memory: Rc::clone(&self.memory),
+            seats: Rc::clone(&self.seats),
             answers: Answers::default(),
             assigned: RefCell::default(),
             steps: RefCell::default(),
@@ -202,17 +215,11 @@ impl Agent {
         });
         self.revision = 0;
         self.sent = (0, Vec::new());
-        for seat in &self.seats {
-            let starting = NodeReport {
-                node_id: seat.name.clone(),
-                state: ProcessState::Starting.into(),
-                ..NodeReport::default()
-            };
-            host.reports.borrow_mut().insert(seat.node, starting);
-            self.fibers
-                .push(Fiber::new(worker::run(Rc::clone(&host), seat.clone())));
+        let seats = self.seats.borrow().clone();
+        for seat in seats {
+            self.look_after(&host, seat);
         }
-        let guard = guard::run(Rc::clone(&host), self.seats.clone());
+        let guard = guard::run(Rc::clone(&host));
         self.fibers.push(Fiber::new(guard));
         self.host = Some(host);
         let mut ctx = self.world.borrow_mut();
@@ -353,6 +360,7 @@ impl Agent {
         }
         self.revision = assignment.revision;
         self.remove_proxies(&assignment);
+        self.seat(host, &assignment);
         let host = Rc::clone(host);
         self.fibers.push(Fiber::new(async move {
             host.append([Fact::Term(assignment.term)]).await;
@@ -411,9 +419,7 @@ impl Agent {
                 .rpc(me, from, Rpc::StepReply { call, response });
             return;
         }
-        let node = self
-            .seats
-            .iter()
+        let node = (self.seats.borrow().iter())
             .find(|s| s.name == node_of(&request))
             .map(|s| s.node);
         let host = Rc::clone(host);
@@ -485,6 +491,7 @@ fn node_of(request: &ExecuteStepRequest) -> &str {
         Some(Act::HandOver(it)) => &it.node_id,
         Some(Act::TakeBack(it)) => &it.node_id,
         Some(Act::Promote(it)) => &it.node_id,
+        Some(Act::StageEngine(it)) => &it.node_id,
         None => "",
     }
 }

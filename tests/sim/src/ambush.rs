@@ -46,6 +46,10 @@ pub enum Call {
     Level,
     /// An agent says that a process runs.
     Up,
+    /// That it has come to follow its primary.
+    Linked,
+    /// That fewer may follow it than before.
+    Revoked,
     /// That one has ended.
     Exit,
     /// That one follows nobody any more.
@@ -130,6 +134,8 @@ pub struct Ambushes {
     counts: BTreeMap<(Call, Party, Party), u32>,
     open: BTreeMap<u64, Leg>,
     last: BTreeMap<(Call, Party, Party), Leg>,
+    /// As their agents have said last: whether nodes follow, and who may follow them.
+    told: BTreeMap<String, (bool, usize)>,
     /// What passed, in order.
     pub passed: Vec<Message>,
 }
@@ -236,7 +242,7 @@ impl Ambushes {
             Stream::Assignment(_) => Call::Assign,
             Stream::Routes { .. } => Call::Route,
             Stream::ProxyReport { shards, .. } if !shards.is_empty() => Call::Level,
-            Stream::HostReport(report) => match news_of(report) {
+            Stream::HostReport(report) => match self.news_of(report) {
                 Some(call) => call,
                 None => return Vec::new(),
             },
@@ -247,6 +253,22 @@ impl Ambushes {
             _ => return Vec::new(),
         };
         self.asked(call, from, to, None)
+    }
+
+    /// The most important thing that a report says.
+    fn news_of(&mut self, report: &HostReport) -> Option<Call> {
+        let (mut linked, mut revoked) = (false, false);
+        for node in &report.nodes {
+            let now = (node.link_up, node.replication_users.len());
+            let before = self.told.insert(node.node_id.clone(), now);
+            linked |= now.0 && before.is_some_and(|(link_up, _)| !link_up);
+            revoked |= before.is_some_and(|(_, users)| now.1 < users);
+        }
+        match state_of(report) {
+            Some(Call::Up) if linked => Some(Call::Linked),
+            None if revoked => Some(Call::Revoked),
+            news => news,
+        }
     }
 
     fn answered(&mut self, call: Call, from: Party, to: Party) -> Vec<Deed> {
@@ -269,8 +291,8 @@ fn writes_records(request: &StoreRequest) -> bool {
     keys.into_iter().any(|key| !is_lease(key))
 }
 
-/// The most important thing that a report says.
-fn news_of(report: &HostReport) -> Option<Call> {
+/// The most important thing that a report says by itself.
+fn state_of(report: &HostReport) -> Option<Call> {
     let any = |says: &dyn Fn(ProcessState, &slotmesh_proto::agent::v1::NodeReport) -> bool| {
         report.nodes.iter().any(|n| says(n.state(), n))
     };

@@ -4,6 +4,7 @@
 //! Invariant: a check looks only at what has happened, never at what a party believes.
 
 mod failover;
+mod membership;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,6 +38,10 @@ struct Past {
     /// Processes that have followed nobody since they began.
     born: BTreeSet<String>,
     written: u64,
+    /// Every node that a record has named.
+    members: BTreeSet<String>,
+    /// Nodes that have left.
+    left: BTreeSet<String>,
 }
 
 /// See the module.
@@ -60,6 +65,8 @@ pub struct Checks {
     pub durable: bool,
     /// Failovers that were declared.
     pub failovers: usize,
+    /// Replacements that were begun.
+    pub replacements: usize,
     /// Failovers that a record told of since the last look: shard, the lost primary, its successor.
     pub failed_over: Vec<(usize, String, String)>,
     /// Failovers that were declared since the last look: shard, primary, its process.
@@ -68,9 +75,13 @@ pub struct Checks {
     pub elections: usize,
     /// Watches that had missed what was compacted.
     pub compacted: usize,
+    /// Nodes that have left their shard since the last look.
+    pub left: Vec<(usize, String)>,
     expected: Vec<failover::Expected>,
     /// Writes that nodes had and lost when they followed another, before anybody had kept them.
     replaced: BTreeMap<u64, String>,
+    /// What nodes had that were removed, and nobody else then.
+    wiped: BTreeMap<u64, String>,
     /// What primaries had whose processes ended.
     ended: BTreeSet<u64>,
     /// Until when agents are gone or stand still.
@@ -141,7 +152,7 @@ impl Checks {
     /// A user got rights.
     pub fn granted(&mut self, shard: usize, node: &str, run_id: &str, user: &str) {
         if !user.starts_with("px-") {
-            return;
+            return self.may_follow(shard, node, user);
         }
         let past = self.shards.entry(shard).or_default();
         let rightful =
@@ -319,6 +330,7 @@ impl Checks {
                 }
             }
             self.failover(index, old, new, txn);
+            self.membership(index, old, new, txn);
             let token = txn.token.as_deref();
             let past = self.shards.entry(index).or_default();
             let promoted = run_id(new).is_some_and(|run_id| {
@@ -345,6 +357,7 @@ impl Checks {
         }
         let past = self.shards.entry(index).or_default();
         past.epoch = new.epoch.0;
+        (past.members).extend(new.members.iter().map(|m| m.node.to_string()));
         past.named
             .extend(new.members.iter().map(|m| m.run_id.clone()));
         if let Some(primary) = new.primary_member()
@@ -470,6 +483,12 @@ fn epoch_of(user: &str) -> u64 {
     user.strip_prefix("px-")
         .and_then(|e| e.parse().ok())
         .unwrap_or(0)
+}
+
+/// Of `rp-<epoch>-<node>`: epoch and node.
+fn epoch_of_replica(user: &str) -> Option<(u64, &str)> {
+    let (epoch, node) = user.strip_prefix("rp-")?.split_once('-')?;
+    Some((epoch.parse().ok()?, node))
 }
 
 fn keys(txn: &Txn) -> Vec<&Key> {

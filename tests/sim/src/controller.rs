@@ -405,6 +405,8 @@ impl Controller {
                 }
                 spec
             }));
+            let gone = shard.roster.gone.iter().filter(|g| g.host.as_str() == name);
+            nodes.extend(gone.map(|g| assignment::gone(&instance, shard, &g.node)));
         }
         // Proxies are there from the beginning: only that they are to go is said here.
         let removed = instance
@@ -441,6 +443,13 @@ pub enum Ask {
     /// A switchover.
     SwitchOver {
         /// Chooses shards and targets.
+        choice: u64,
+        /// The client's token.
+        token: u64,
+    },
+    /// A node to another host.
+    Move {
+        /// Chooses shard and node.
         choice: u64,
         /// The client's token.
         token: u64,

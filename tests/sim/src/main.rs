@@ -47,6 +47,7 @@ struct Sum {
     ambiguous: usize,
     errors: usize,
     failovers: usize,
+    replaced: usize,
     left_behind: usize,
     elections: usize,
     compacted: usize,
@@ -97,12 +98,13 @@ fn main() -> ExitCode {
     }
     println!(
         "OK: {count} seeds from {first}: {} events, {} switchovers done, {} returned, {} failovers, \
-         {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors; \
+         {} nodes replaced, {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors; \
          the store elected {} leaders and refused {} watches as compacted",
         sum.events,
         sum.moved,
         sum.returned,
         sum.failovers,
+        sum.replaced,
         sum.acknowledged,
         sum.left_behind,
         sum.ambiguous,
@@ -142,6 +144,7 @@ fn one(cli: &Cli, seed: u64, sum: &mut Sum) -> bool {
     sum.ambiguous += outcome.ambiguous;
     sum.errors += outcome.errors;
     sum.failovers += outcome.failovers;
+    sum.replaced += outcome.replacements.1;
     sum.left_behind += outcome.left_behind;
     sum.elections += outcome.elections;
     sum.compacted += outcome.compacted;
@@ -158,6 +161,7 @@ impl Sum {
             ambiguous: self.ambiguous + other.ambiguous,
             errors: self.errors + other.errors,
             failovers: self.failovers + other.failovers,
+            replaced: self.replaced + other.replaced,
             left_behind: self.left_behind + other.left_behind,
             elections: self.elections + other.elections,
             compacted: self.compacted + other.compacted,

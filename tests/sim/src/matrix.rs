@@ -5,6 +5,7 @@
 //!
 //! Invariant: a cell is deterministic; it says how its task ended, and how long clients waited.
 
+mod moves;
 mod steps;
 
 use rand::SeedableRng;
@@ -30,14 +31,18 @@ pub enum Kind {
     Failover,
     /// From serving to nothing.
     Decommission,
+    /// An operator moves the first replica to another host, where a write is on one replica before it
+    /// is acknowledged.
+    Replace,
 }
 
 /// Every kind.
-pub const KINDS: [Kind; 4] = [
+pub const KINDS: [Kind; 5] = [
     Kind::Provision,
     Kind::Switchover,
     Kind::Failover,
     Kind::Decommission,
+    Kind::Replace,
 ];
 
 /// To whom something happens.
@@ -47,18 +52,22 @@ pub enum Role {
     Leader,
     /// One that does not.
     Follower,
-    /// The agent of the primary of before.
+    /// The agent of the primary of before; of the node that leaves.
     OldAgent,
-    /// The agent of the next one.
+    /// The agent of the next one; of the node that joins.
     NewAgent,
-    /// The primary of before.
+    /// The primary of before, or all the time.
     OldPrimary,
-    /// The next one.
+    /// The next one, or the node that joins.
     Target,
     /// A proxy.
     Proxy,
     /// The store.
     Store,
+    /// Where nodes are replaced: the agent of the primary.
+    PrimaryAgent,
+    /// And the node that leaves.
+    Leaver,
 }
 
 /// What happens.
@@ -89,8 +98,8 @@ impl Fault {
     }
 }
 
-/// Everybody.
-pub const ROLES: [Role; 8] = [
+/// Everybody; the last two only where nodes are replaced.
+const ROLES: [Role; 10] = [
     Role::Leader,
     Role::Follower,
     Role::OldAgent,
@@ -99,7 +108,18 @@ pub const ROLES: [Role; 8] = [
     Role::Target,
     Role::Proxy,
     Role::Store,
+    Role::PrimaryAgent,
+    Role::Leaver,
 ];
+
+/// Who has a part in tasks of a kind.
+#[must_use]
+pub fn roles(kind: Kind) -> &'static [Role] {
+    match kind {
+        Kind::Replace => &ROLES,
+        _ => &ROLES[..8],
+    }
+}
 
 /// Everything.
 pub const FAULTS: [Fault; 5] = [
@@ -178,13 +198,15 @@ impl End {
 /// Runs a cell.
 #[must_use]
 pub fn run(cell: Cell) -> End {
-    World::staged(Trace::default()).stage(cell).0
+    World::staged(cell.kind, Trace::default()).stage(cell).0
 }
 
 /// Runs a cell again, for its story.
 #[must_use]
 pub fn tell(cell: Cell) -> Vec<String> {
-    World::staged(Trace::new(true, true)).stage(cell).1
+    World::staged(cell.kind, Trace::new(true, true))
+        .stage(cell)
+        .1
 }
 
 /// Whether this is a cell.
@@ -205,21 +227,32 @@ pub fn place(step: &Step, role: Role, fault: Fault) -> Place {
 
 /// Every step, role and fault of a kind, and whether it is a cell.
 pub fn places(kind: Kind) -> impl Iterator<Item = (Step, Role, Fault, Place)> {
-    steps(kind).iter().flat_map(|step| {
-        ROLES.into_iter().flat_map(move |role| {
-            FAULTS.map(move |fault| (*step, role, fault, place(step, role, fault)))
+    steps(kind).iter().flat_map(move |step| {
+        roles(kind).iter().flat_map(move |role| {
+            FAULTS.map(move |fault| (*step, *role, fault, place(step, *role, fault)))
         })
     })
 }
 
-/// The world of every cell: one shard of three nodes.
-pub(crate) fn shape() -> Shape {
+/// The world of every cell: one shard of three nodes, and a host to move one to.
+pub(crate) fn shape(kind: Kind) -> Shape {
     let mut rng = rand::rngs::SmallRng::seed_from_u64(1);
-    Shape {
+    let shape = Shape {
         shards: 1,
         nodes: 3,
         durability: 0,
         ..Shape::with(Profile::Unplanned, &mut rng)
+    };
+    match kind {
+        Kind::Replace => Shape {
+            hosts: 4,
+            durability: 1,
+            spare: 1,
+            // One on each proxy.
+            clients: 2,
+            ..shape
+        },
+        _ => shape,
     }
 }
 

@@ -4,6 +4,7 @@
 //! Invariant: a plan is made once, from the seed alone, and ends; afterwards nothing goes wrong.
 
 pub mod accident;
+mod moves;
 pub mod story;
 
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
@@ -53,6 +54,10 @@ pub enum Point {
     Leased,
     /// An agent was promised that nobody is promoted for a while.
     Promised,
+    /// A record was written that names a new member without a process.
+    Joined,
+    /// One was written that says who leaves.
+    Expelled,
 }
 
 const POINTS: [Point; 17] = [
@@ -97,6 +102,10 @@ pub enum Script {
     CrashNode(usize, Kept),
     /// Its agent or fencer kills this process of a node.
     Kill(usize, u64),
+    /// A node that was not needed before has a name from now on: its agent was told to make it.
+    Name(usize, String),
+    /// Its agent ends a node that has left, and removes its data.
+    Remove(usize),
     /// A party begins again.
     Restart(Party),
     /// A party stands still: what comes waits.
@@ -124,12 +133,23 @@ pub enum Script {
         /// The client's token.
         token: u64,
     },
+    /// An operator wants a node on another host.
+    Move {
+        /// Chooses shard and node.
+        choice: u64,
+        /// The client's token.
+        token: u64,
+    },
     /// An operator asks to cancel what is under way.
     Cancel,
     /// An operator answers what waits for one: go on, although data may be lost.
     AcceptLoss,
     /// The fault of a cell of the matrix.
-    Befall(crate::matrix::Role, crate::matrix::Fault),
+    Befall(
+        crate::matrix::Kind,
+        crate::matrix::Role,
+        crate::matrix::Fault,
+    ),
     /// The network changes.
     Weather(Weather),
     /// The accidents are over.
@@ -159,6 +179,9 @@ pub enum Profile {
     Empty,
     /// What one layer stands for alone goes wrong together with what shows that.
     Double,
+    /// Nodes are replaced: hosts are lost for longer than is waited for, or operators move nodes; and
+    /// who takes part dies meanwhile.
+    Moves,
 }
 
 /// Of one seed.
@@ -180,7 +203,14 @@ pub struct Shape {
     pub clients: usize,
     /// On how many replicas a write is before it is acknowledged.
     pub durability: u32,
+    /// Nodes that a host may be given of each shard later on.
+    pub spare: usize,
+    /// A node whose host is lost for so long is replaced; 0: never.
+    pub replace_after_s: u32,
 }
+
+/// More moves of one shard to one host do not happen in the time of a run.
+const SPARE: usize = 6;
 
 /// The time within which accidents begin.
 pub const TROUBLE: Micros = 7 * SEC;
@@ -192,13 +222,14 @@ impl Shape {
             0..8 => Profile::Calm,
             8..18 => Profile::ControlPlane,
             18..22 => Profile::Blackout,
-            22..40 => Profile::Harsh,
-            40..46 => Profile::Lossy,
-            46..70 => Profile::Unplanned,
-            70..86 => Profile::Double,
-            86..91 => Profile::Agents,
-            91..95 => Profile::Mass,
-            _ => Profile::Empty,
+            22..37 => Profile::Harsh,
+            37..43 => Profile::Lossy,
+            43..64 => Profile::Unplanned,
+            64..78 => Profile::Double,
+            78..83 => Profile::Agents,
+            83..87 => Profile::Mass,
+            87..91 => Profile::Empty,
+            _ => Profile::Moves,
         };
         Self::with(profile, rng)
     }
@@ -214,14 +245,42 @@ impl Shape {
             proxies: 2,
             clients: 3,
             durability: u32::from(rng.random_range(0..3) == 0),
+            spare: 0,
+            replace_after_s: slotmesh_topology::instance::REPLACE_AFTER_S,
+        }
+        .with_room(rng)
+    }
+
+    /// Where nodes are moved there has to be a host to move them to.
+    fn with_room(self, rng: &mut SmallRng) -> Self {
+        if self.profile != Profile::Moves {
+            return self;
+        }
+        Self {
+            nodes: 3,
+            hosts: rng.random_range(4..=5),
+            durability: u32::from(rng.random_range(0..2) == 0),
+            spare: SPARE,
+            replace_after_s: rng.random_range(1..=4),
+            ..self
         }
     }
 
-    /// Nodes of a host.
+    /// Nodes of a host, also those that it may be given.
     pub fn nodes_of(&self, host: usize) -> impl Iterator<Item = usize> + use<> {
         let Self { nodes, hosts, .. } = *self;
-        let all = 0..self.shards * nodes;
-        all.filter(move |n| (n / nodes + n % nodes) % hosts == host)
+        let first = 0..self.shards * nodes;
+        let first = first.filter(move |n| (n / nodes + n % nodes) % hosts == host);
+        let spare = 0..self.shards;
+        let shape = *self;
+        first.chain(spare.flat_map(move |shard| shape.spare_of(host, shard)))
+    }
+
+    /// Nodes of a shard that a host may be given.
+    #[must_use]
+    pub fn spare_of(&self, host: usize, shard: usize) -> std::ops::Range<usize> {
+        let before = self.shards * self.nodes + (host * self.shards + shard) * self.spare;
+        before..before + self.spare
     }
 
     /// What may never happen here: no primary is lost, so none may be replaced.
@@ -293,6 +352,12 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             rpc_double: 150,
             ..Weather::calm()
         },
+        Profile::Moves => Weather {
+            delay_us: *[80, 80, 400].choose(&mut ctx.rng).unwrap_or(&80),
+            rpc_loss: *[0, 0, 20].choose(&mut ctx.rng).unwrap_or(&0),
+            rpc_double: 150,
+            ..Weather::calm()
+        },
         Profile::Harsh | Profile::Lossy | Profile::Unplanned => Weather {
             delay_us: *[80, 80, 400, 2_000].choose(&mut ctx.rng).unwrap_or(&80),
             rpc_loss: *[0, 20, 100, 250].choose(&mut ctx.rng).unwrap_or(&0),
@@ -319,12 +384,14 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             }
         }
         Profile::Double => story::schedule(ctx, shape, now),
+        Profile::Moves => moves::schedule(ctx, shape, now),
         _ => accident::schedule(ctx, shape, now),
     }
-    let quiet = if shape.profile == Profile::Blackout {
-        6 * SEC
-    } else {
-        3 * SEC
+    let quiet = match shape.profile {
+        Profile::Blackout => 6 * SEC,
+        // Who is cut off is replaced meanwhile.
+        Profile::Moves => 8 * SEC,
+        _ => 3 * SEC,
     };
     put(ctx, now + TROUBLE + quiet, Script::Heal);
 }

@@ -407,6 +407,9 @@ impl Store {
                         record.epoch, record.primary_node_id
                     )
                 });
+                if let Some(point) = membership(record) {
+                    ctx.point(point);
+                }
                 ctx.point(match &record.mode {
                     Some(records::shard_record::Mode::Handover(_)) => Point::Declared,
                     Some(records::shard_record::Mode::FailingOver(f)) => {
@@ -422,4 +425,13 @@ impl Store {
         }
         revision
     }
+}
+
+/// What a record says of who joins or leaves.
+fn membership(record: &records::ShardRecord) -> Option<Point> {
+    let any = |says: fn(&records::Member) -> bool| record.members.iter().any(says);
+    if any(|m| m.leaving) {
+        return Some(Point::Expelled);
+    }
+    (record.nodes_made > 0 && any(|m| m.run_id.is_empty())).then_some(Point::Joined)
 }

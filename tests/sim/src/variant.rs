@@ -42,11 +42,13 @@ pub enum Variant {
     ForgetsReplicas,
     /// An agent promotes although it has promised not to.
     IgnoresPromise,
+    /// A node has left before its right to follow is gone.
+    LeavesFed,
 }
 
 impl Variant {
     /// All that are broken.
-    pub const BROKEN: [Self; 17] = [
+    pub const BROKEN: [Self; 18] = [
         Self::NoFence,
         Self::GrantBeforeCommit,
         Self::CommitWithoutToken,
@@ -64,5 +66,6 @@ impl Variant {
         Self::AnyProcess,
         Self::ForgetsReplicas,
         Self::IgnoresPromise,
+        Self::LeavesFed,
     ];
 }

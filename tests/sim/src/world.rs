@@ -5,6 +5,7 @@
 mod end;
 mod first;
 mod lost;
+mod moved;
 mod stage;
 mod story;
 
@@ -15,7 +16,7 @@ use std::{
 };
 
 use rand::Rng;
-use slotmesh_task::{Choice, State as TaskState, Task, failover::is_parked, wire};
+use slotmesh_task::{Choice, Spec, State as TaskState, Task, failover::is_parked, wire};
 use slotmesh_topology::{Mode, Shard};
 
 use crate::{
@@ -73,6 +74,8 @@ pub struct Outcome {
     pub ambiguous: usize,
     /// Failovers that were declared.
     pub failovers: usize,
+    /// Replacements of nodes that were begun, and of them that were done.
+    pub replacements: (usize, usize),
     /// Acknowledged writes that asynchronous failovers left behind.
     pub left_behind: usize,
     /// Leaders that the store elected for itself.
@@ -135,9 +138,15 @@ impl World {
         let store = Store::with(first::records(&instance, &shards));
         let agents = (0..shape.hosts)
             .map(|host| {
-                let here = nodes.iter().filter(|n| n.host == host);
+                let first = &nodes[..shape.shards * shape.nodes];
+                let here = first.iter().filter(|n| n.host == host);
                 let here = here.map(|n| (n.index, n.name.clone())).collect();
-                Agent::new(host, Rc::clone(&ctx), here, shape.controllers)
+                let spare = (0..shape.shards).flat_map(|shard| {
+                    let spare = shape.spare_of(host, shard);
+                    spare.map(move |node| (shard, node))
+                });
+                let spare = spare.collect();
+                Agent::new(host, Rc::clone(&ctx), here, spare, shape.controllers)
             })
             .collect();
         let controllers = (0..shape.controllers)
@@ -298,7 +307,12 @@ impl World {
     fn act(&mut self, script: Script) {
         let is_start = matches!(
             script,
-            Script::Start(_) | Script::Restart(_) | Script::Kill(..) | Script::AcceptLoss
+            Script::Start(_)
+                | Script::Restart(_)
+                | Script::Kill(..)
+                | Script::Name(..)
+                | Script::Remove(_)
+                | Script::AcceptLoss
         );
         if self.healed && !is_start && !matches!(script, Script::Mend(_)) {
             return;
@@ -319,6 +333,8 @@ impl World {
                     self.crash_node(node, Kept::All);
                 }
             }
+            Script::Name(node, name) => self.nodes[node].name = name,
+            Script::Remove(node) => self.remove(node),
             Script::CrashHost(host, kept, down) => {
                 for node in self.shape.nodes_of(host) {
                     self.crash_node(node, kept);
@@ -362,7 +378,8 @@ impl World {
                 ctx.flush();
             }
             Script::SwitchOver { choice, token } => self.ask(&Ask::SwitchOver { choice, token }),
-            Script::Befall(role, fault) => self.befall(role, fault),
+            Script::Move { choice, token } => self.ask(&Ask::Move { choice, token }),
+            Script::Befall(kind, role, fault) => self.befall(kind, role, fault),
             Script::Cancel => self.ask(&Ask::Cancel),
             Script::AcceptLoss => self.accept_loss(),
             Script::Weather(weather) => {
@@ -383,12 +400,19 @@ impl World {
                 let at = ctx.now() + OPERATOR;
                 ctx.queue.at(at, Event::Script(Script::AcceptLoss));
                 self.healed = true;
+                drop(ctx);
+                if self.shape.profile == Profile::Moves {
+                    self.bring_back();
+                }
             }
         }
     }
 
     /// The last resort of operators, and only where tasks say so; while any is left, again later.
     fn accept_loss(&mut self) {
+        if self.tasks().any(|t| is_replacement(&t) && t.is_parked()) {
+            self.ask(&Ask::Choose(Choice::Retry));
+        }
         let parked = self.tasks().any(|t| is_parked(&t));
         if parked {
             self.ctx.borrow_mut().checks.loss_was_accepted = true;
@@ -506,10 +530,14 @@ impl World {
             Mode::Fenced(_) => lost,
             Mode::Provisioning | Mode::Handover(_) | Mode::FailingOver(_) => false,
         };
-        let ended = |t: Task| t.state.is_ended() && !is_parked(&t);
+        let waits = |t: &Task| is_parked(t) || is_replacement(t) && t.is_parked();
+        let ended = |t: Task| t.state.is_ended() && !waits(&t);
         // A record may not tell yet that its primary has died.
         let lives = |s: Shard| s.mode != Mode::Serving || self.takes_writes(&s);
-        self.tasks().all(ended) && self.shards().all(serving) && self.shards().all(lives)
+        self.tasks().all(ended)
+            && self.shards().all(serving)
+            && self.shards().all(lives)
+            && self.shards().all(|s| self.has_let_go(&s))
     }
 
     fn progressed_since(&self, since: Micros) -> bool {
@@ -544,6 +572,10 @@ impl World {
             .collect();
         format!("tasks {tasks:?}; shards {shards:?}")
     }
+}
+
+fn is_replacement(task: &Task) -> bool {
+    matches!(task.spec, Spec::Replace(_))
 }
 
 const LIVENESS: &str = "liveness: after the accidents every task ends and every shard serves";

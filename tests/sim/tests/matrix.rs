@@ -55,6 +55,7 @@ const GRANTS: &str = "only the next primary's agent can let clients in; who else
 const HALFWAY: &str = "a node ends in the middle of taking over: the engine's own limit of 500 ms, then a failover, or the old one goes back";
 const NEWEST: &str =
     "the next primary itself stands still, and no replica is known to have caught up with it yet";
+const COPIES: &str = "the primary's agent stands still for longer than its lease, and the fencer counts a node that still copies, or that left less than a look ago, as a follower that misses the primary: it is ended, and failed over";
 const STORE: &str = "the roles have changed, and nothing but the store may say so";
 const LEADS: &str = "a failover needs a leader: the next one comes at the end of the lease (2 s here) and listens for a second";
 const ASKED: &str = "the leader waits out the time of the step and asks again: a call that a broken connection would end at once does not end in this model";
@@ -64,7 +65,7 @@ const EXCEPTIONS: &[Exception] = &[
         Kind::Provision,
         Role::OldPrimary,
         Fault::Stall,
-        1600,
+        2100,
         STOPPED,
     ),
     except(Kind::Switchover, Role::Leader, Fault::Lose, 1500, BROKEN),
@@ -112,6 +113,8 @@ const EXCEPTIONS: &[Exception] = &[
     except(Kind::Failover, Role::Leader, Fault::Lose, 2100, ASKED),
     except(Kind::Failover, Role::Leader, Fault::Delay, 1200, LATE),
     except(Kind::Failover, Role::Follower, Fault::Stall, 3300, STREAM),
+    except(Kind::Failover, Role::OldAgent, Fault::Lose, 1600, BROKEN),
+    except(Kind::Failover, Role::OldAgent, Fault::Delay, 1200, LATE),
     except(Kind::Failover, Role::Follower, Fault::Lose, 1800, BROKEN),
     except(Kind::Failover, Role::Follower, Fault::Delay, 1200, LATE),
     except(Kind::Failover, Role::NewAgent, Fault::Kill, 2100, ASKED),
@@ -125,6 +128,14 @@ const EXCEPTIONS: &[Exception] = &[
     except(Kind::Failover, Role::Store, Fault::Stall, 5100, STORE),
     except(Kind::Failover, Role::Store, Fault::Lose, 1800, BROKEN),
     except(Kind::Failover, Role::Store, Fault::Delay, 1200, LATE),
+    except(Kind::Replace, Role::OldPrimary, Fault::Stall, 2100, STOPPED),
+    except(
+        Kind::Replace,
+        Role::PrimaryAgent,
+        Fault::Stall,
+        2500,
+        COPIES,
+    ),
 ];
 
 /// Runs them all; where nothing was learned, in no order.
@@ -308,6 +319,11 @@ fn a_failover_ends_well_whoever_fails_at_whatever_step() {
 #[test]
 fn a_removal_ends_well_whoever_fails_at_whatever_step() {
     check(Kind::Decommission);
+}
+
+#[test]
+fn a_replacement_ends_well_whoever_fails_at_whatever_step() {
+    check(Kind::Replace);
 }
 
 #[test]

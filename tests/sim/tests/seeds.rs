@@ -88,6 +88,8 @@ fn thousands_of_seeds_hold_every_invariant() {
         enough(failovers, 100),
         "only {failovers} primaries were replaced"
     );
+    let replaced = sum(|o| o.replacements.1);
+    assert!(enough(replaced, 50), "only {replaced} nodes were replaced");
     assert!(enough(sum(|o| o.acknowledged), 400_000));
     let (elections, compacted) = (sum(|o| o.elections), sum(|o| o.compacted));
     assert!(

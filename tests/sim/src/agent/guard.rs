@@ -168,9 +168,10 @@ impl Host {
 }
 
 /// Looks until the agent dies.
-pub(crate) async fn run(host: Rc<Host>, seats: Vec<Seat>) {
+pub(crate) async fn run(host: Rc<Host>) {
     let mut work: Vec<Fiber> = Vec::new();
     loop {
+        let seats = host.seats.borrow().clone();
         look(&host, &seats, &mut work);
         let until = host.now() + LOOK_EVERY;
         // Asking and fencing run beside it: their answers wake it.
@@ -224,7 +225,9 @@ fn look(host: &Rc<Host>, seats: &[Seat], work: &mut Vec<Fiber>) {
         let watch = |until: Boot| Watched {
             node: seat.node,
             until: until.0 * MS,
-            replicas: assigned.spec.replica_agents.len(),
+            replicas: (assigned.spec.users.iter())
+                .filter(|user| user.replication)
+                .count(),
         };
         match host.right(&assigned.spec, assigned.revision) {
             Right::Serve { until } => {

@@ -99,6 +99,7 @@ impl Worker {
             Act::HandOver(order) => self.hand_over(&request, order).await,
             Act::TakeBack(order) => self.take_back(order).await,
             Act::Promote(order) => self.promote(&request, order).await,
+            Act::StageEngine(_) => response(StepOutcome::NoEffect, "there is one engine here"),
         };
         self.probe().await;
         self.publish();
@@ -131,7 +132,7 @@ impl Worker {
             response: answer.clone(),
         };
         let mut facts = std::mem::take(&mut self.concluded);
-        facts.push(Fact::Ended(ended));
+        facts.push(Fact::Ended(Box::new(ended)));
         self.host.append(facts).await;
         let mut ctx = self.host.world.borrow_mut();
         ctx.say(|| {

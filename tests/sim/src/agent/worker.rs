@@ -10,7 +10,7 @@ use slotmesh_agent::{
     handover::Role,
     journal::record::{Begun, Fact},
     node::{Action, Assigned, Decision, Login, NOWHERE, Observed, decide, facts},
-    probe::{Info, granted_epoch},
+    probe::{Info, granted_epoch, replication_users},
 };
 use slotmesh_proto::{
     agent::v1::{Desired, NodeReport, ProcessState},
@@ -84,7 +84,7 @@ pub(crate) async fn run(host: Rc<Host>, seat: Seat) {
         silent_since: None,
     };
     let mut seen = None;
-    loop {
+    while worker.host.has(worker.seat.node) {
         let call = {
             let mut steps = worker.host.steps.borrow_mut();
             steps.entry(worker.seat.node).or_default().pop_front()
@@ -128,7 +128,7 @@ impl Worker {
         let assigned = self.assigned();
         let desired = assigned.as_ref().map(|a| a.spec.desired());
         if desired == Some(Desired::Removed) || self.host.is_removed(self.seat.node) {
-            return self.remove();
+            return self.remove(assigned.as_ref()).await;
         }
         self.ensure_process(assigned.as_ref()).await;
         self.fence_by_force(assigned.as_ref());
@@ -146,10 +146,20 @@ impl Worker {
         self.publish();
     }
 
-    /// Ends the process, and then removes its data: what is left after a crash is begun again.
-    fn remove(&mut self) {
+    /// Ends the process, and then removes its data: what is left after a crash is begun again. What
+    /// only a node has that has left its shard is kept first, as before it would follow.
+    async fn remove(&mut self, assigned: Option<&Assigned>) {
         if self.is_running() {
-            return self.host.kill(self.seat.node);
+            let has_left = assigned.filter(|a| a.spec.detached);
+            if let Some(assigned) = has_left
+                && self.probe().await
+                && !self.keep(assigned).await
+            {
+                return;
+            }
+            let (node, mut ctx) = (self.seat.node, self.host.world.borrow_mut());
+            let now = ctx.now();
+            return (ctx.queue).at(now, crate::ctx::Event::Script(Script::Remove(node)));
         }
         let party = Party::Node(self.seat.node);
         self.host.world.borrow_mut().removed.insert(party);
@@ -158,7 +168,23 @@ impl Worker {
         self.publish();
     }
 
+    /// False when it is to be tried again.
+    async fn keep(&mut self, assigned: &Assigned) -> bool {
+        let Decision::Act(actions) = self.decide(assigned).await else {
+            return true;
+        };
+        for action in actions {
+            if matches!(action, Action::Capture { .. }) && !self.apply(assigned, action).await {
+                return false;
+            }
+        }
+        true
+    }
+
     pub(crate) fn publish(&mut self) {
+        if !self.host.has(self.seat.node) {
+            return;
+        }
         self.report.exited_run_id.clone_from(&self.exited_run_id);
         self.report.unresponsive = self.is_unresponsive();
         self.host
@@ -189,7 +215,7 @@ impl Worker {
         self.publish();
         // Without an assignment it is started as it was last time, if there was one.
         let desired = assigned.map(|a| a.spec.desired());
-        let known = self.host.memory.borrow().term() > 0;
+        let known = self.host.memory.borrow().term() > 0 && self.seat.ran.get();
         let wanted = desired == Some(Desired::Running) || (desired.is_none() && known);
         let now = self.host.now();
         let due = self.started.is_none_or(|at| now >= at + RESTART_PAUSE);
@@ -197,6 +223,7 @@ impl Worker {
             return;
         }
         self.started = Some(now);
+        self.seat.ran.set(true);
         self.host.world.borrow_mut().queue.at(
             now + 2 * MS,
             crate::ctx::Event::Script(Script::Start(self.seat.node)),
@@ -295,12 +322,15 @@ impl Worker {
         self.users = users;
         self.silent_since = None;
         let (assigned_epoch, detached) = (self.report.assigned_epoch, self.report.detached);
+        let membership = self.report.assigned_membership;
         self.set_state(ProcessState::Running);
         info.fill(&mut self.report);
         let is_replica = self.report.observed_role() == NodeRole::Replica;
         self.report.detached = detached && is_replica && !self.report.link_up;
         self.report.granted_epoch = granted_epoch(&self.users);
+        self.report.replication_users = replication_users(&self.users);
         self.report.assigned_epoch = assigned_epoch;
+        self.report.assigned_membership = membership;
         true
     }
 
@@ -329,6 +359,7 @@ impl Worker {
                 Decision::Act(actions) if actions.is_empty() => {
                     self.stand(assigned).await;
                     self.report.assigned_epoch = assigned.spec.epoch;
+                    self.report.assigned_membership = assigned.spec.membership;
                     let replica = self.report.observed_role() == NodeRole::Replica;
                     self.report.detached = assigned.spec.detached && replica;
                     return;

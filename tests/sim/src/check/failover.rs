@@ -52,6 +52,7 @@ impl Checks {
                 format!("{node} lost write {id} and others")
             });
         }
+        self.look_for_wiped(present);
     }
 
     /// Since when several processes of a shard take writes, if they do now.

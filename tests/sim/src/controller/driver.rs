@@ -4,6 +4,7 @@
 //! Invariant: it holds nothing that a successor would need.
 
 mod failover;
+pub(super) mod replace;
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
@@ -107,7 +108,7 @@ impl Driver {
             wake_ms = self.detect().await?;
         }
         let open: Vec<String> = (self.desk.mirror.borrow().tasks.iter())
-            .filter(|(_, t)| !t.value.state.is_ended() || is_parked(&t.value))
+            .filter(|(_, t)| is_open(&t.value))
             .map(|(id, _)| id.clone())
             .collect();
         for id in open {
@@ -115,7 +116,7 @@ impl Driver {
                 let Some(task) = self.desk.mirror.borrow().tasks.get(&id).cloned() else {
                     break;
                 };
-                if task.value.state.is_ended() && !is_parked(&task.value) {
+                if !is_open(&task.value) {
                     break;
                 }
                 match self.act(&task, reports_are_in).await? {
@@ -129,6 +130,7 @@ impl Driver {
         }
         if reports_are_in {
             self.keep_records_true().await?;
+            self.replace_lost().await?;
         }
         Ok(wake_ms)
     }
@@ -148,8 +150,10 @@ impl Driver {
             Spec::Switchover(switches) => self.act_on_switches(task, switches).await,
             Spec::Failover(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
             Spec::Failover(lost) => self.act_on_failover(task, lost).await,
-            // Nobody asks for one here.
-            Spec::Replace(_) => Ok(Next::At(u64::MAX)),
+            Spec::Replace(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
+            Spec::Replace(spec) => self.act_on_replacement(task, spec).await,
+            // Nobody asks for one here: there is one engine.
+            Spec::Upgrade(_) => Ok(Next::At(u64::MAX)),
         }
     }
 
@@ -459,6 +463,12 @@ impl Driver {
             self.calls.push(call);
         }
     }
+}
+
+/// A task that the loop has something to do for: one that waits for an operator may be told.
+fn is_open(task: &Task) -> bool {
+    let waits = matches!(task.spec, Spec::Replace(_)) && task.is_parked();
+    !task.state.is_ended() || is_parked(task) || waits
 }
 
 async fn ask(

@@ -5,8 +5,8 @@
 use std::rc::Rc;
 
 use slotmesh_task::{
-    Choice, ShardSwitch, Spec, State as TaskState, Task, admit, failover::is_parked,
-    provision::DECOMMISSION_MS_MAX, wire,
+    Choice, ShardSwitch, Spec, State as TaskState, Task, admit, provision::DECOMMISSION_MS_MAX,
+    replace, schedule, wire,
 };
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
@@ -213,6 +213,7 @@ pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
     };
     match ask {
         Ask::SwitchOver { choice, token } => switch_over(&writer, choice, token).await,
+        Ask::Move { choice, token } => move_node(&writer, choice, token).await,
         Ask::Decommission => decommission(&writer).await,
         Ask::Cancel => cancel(&writer).await,
         Ask::Choose(choice) => choose(&writer, choice).await,
@@ -252,6 +253,53 @@ async fn switch_over(writer: &Writer, choice: u64, token: u64) {
     let task = new_task(&id, Spec::Switchover(switches), desk, SWITCHOVER_MS_MAX);
     writer.new_task(&mut txn, &task);
     // Whoever asked asks again when there is no answer.
+    let _ = writer.commit(txn).await;
+}
+
+/// A replica of a shard goes to another host, if there is one and nobody else has the shard.
+async fn move_node(writer: &Writer, choice: u64, token: u64) {
+    let desk = &writer.desk;
+    let idem = Key::Idem(token.to_string());
+    let known = desk.store(StoreRequest::Get(idem.clone())).await;
+    if !matches!(known, Some(StoreReply::Got(None))) {
+        return;
+    }
+    let planned = {
+        let mirror = desk.mirror.borrow();
+        let picked = usize::try_from(choice / 7).unwrap_or(0);
+        let shard = mirror.shards.get(&(picked % mirror.shards.len().max(1)));
+        let Some(shard) = shard.filter(|_| !mirror.is_deleting).cloned() else {
+            return;
+        };
+        let others = shard.value.members.iter();
+        let others: Vec<_> = others.filter(|m| m.node != shard.value.primary).collect();
+        let nth = usize::try_from(choice).unwrap_or(0) % others.len().max(1);
+        let node = others.get(nth).map(|m| m.node.clone());
+        drop(mirror);
+        let host = super::driver::replace::place(desk, &shard.value);
+        let (Some(node), Some(host)) = (node, host) else {
+            return;
+        };
+        let id = TaskId::from(format!("m{token}").as_str());
+        let (why, now_ms) = (("an operator".to_owned(), true), desk.now_ms());
+        let task = replace::plan(id, &shard.value, &node, &host, why, now_ms);
+        task.map(|task| (shard, task))
+    };
+    let (shard, task) = match planned {
+        Ok(planned) => planned,
+        Err(why) => return desk.world.borrow_mut().say(|| format!("refused: {why}")),
+    };
+    {
+        let mut ctx = desk.world.borrow_mut();
+        ctx.say(|| format!("task {}: a node is to move: {:?}", task.id, task.spec));
+        ctx.checks.replacements += 1;
+    }
+    let mut txn = writer.leader_txn();
+    txn.compares.push(Compare::Absent(idem.clone()));
+    txn.compares.push(Compare::Absent(Key::Instance));
+    txn.puts.push((idem, Value::Idem(task.id.to_string())));
+    // Whoever asked asks again when there is no answer.
+    let txn = writer.put_replacement(txn, &shard, &task);
     let _ = writer.commit(txn).await;
 }
 
@@ -320,11 +368,11 @@ fn targets(shards: &[Shard], choice: u64) -> Vec<String> {
         .collect()
 }
 
-/// Tells every failover that waits for an operator what to do.
+/// Tells every task that waits for an operator, and has that on its menu, what to do.
 async fn choose(writer: &Writer, choice: Choice) {
     let tasks: Vec<Versioned<Task>> = {
         let mirror = writer.desk.mirror.borrow();
-        let parked = mirror.tasks.values().filter(|t| is_parked(&t.value));
+        let parked = mirror.tasks.values().filter(|t| is_asked(&t.value, choice));
         parked.cloned().collect()
     };
     for task in tasks {
@@ -334,6 +382,11 @@ async fn choose(writer: &Writer, choice: Choice) {
         };
         let _ = writer.task(&task, next).await;
     }
+}
+
+fn is_asked(task: &Task, choice: Choice) -> bool {
+    let waits = matches!(task.spec, Spec::Failover(_) | Spec::Replace(_)) && task.is_parked();
+    waits && schedule::menu(task).contains(&choice)
 }
 
 async fn cancel(writer: &Writer) {

@@ -46,7 +46,7 @@ impl std::fmt::Display for Step {
     }
 }
 
-const fn asks(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Step {
+pub(super) const fn asks(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Step {
     let is_answer = false;
     Step {
         name,
@@ -60,7 +60,13 @@ const fn asks(name: &'static str, call: Call, from: Role, to: Role, nth: u32) ->
     }
 }
 
-const fn answers(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Step {
+pub(super) const fn answers(
+    name: &'static str,
+    call: Call,
+    from: Role,
+    to: Role,
+    nth: u32,
+) -> Step {
     let is_answer = true;
     Step {
         name,
@@ -89,6 +95,7 @@ pub fn steps(kind: Kind) -> &'static [Step] {
         Kind::Switchover => &SWITCHOVER,
         Kind::Failover => &FAILOVER,
         Kind::Decommission => &DECOMMISSION,
+        Kind::Replace => &super::moves::REPLACE,
     }
 }
 

@@ -31,6 +31,19 @@ pub enum Story {
     /// The store is out, so that everybody promises; when it is back the host is cut off, and the
     /// leader that has declared its primary lost stands still.
     StoreOut,
+    /// The process of the node that joins, or joined last, dies.
+    JoinerDies,
+    /// Its host is lost.
+    JoinerLost,
+    /// The process of the node that leaves dies.
+    LeaverDies,
+    /// Its host is lost.
+    LeaverLost,
+    /// The primary's process dies while nodes come and go.
+    PrimaryDies,
+    /// The primary's agent is gone for a while, and hears what it was not told from a controller that
+    /// is behind.
+    PrimaryUntold,
 }
 
 const STORIES: [Story; 8] = [

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_task::{Phase, Spec, State as TaskState, failover::is_parked};
+use slotmesh_task::{Phase, Spec, State as TaskState, Task, failover::is_parked};
 use slotmesh_topology::Mode;
 
 use super::{Outcome, PLANNED_LIMIT, WAIT_LIMIT, World};
@@ -12,6 +12,7 @@ use crate::{client::Client, plan::Profile};
 
 impl World {
     pub(super) fn check_end(&mut self) {
+        self.check_strangers();
         let mut ctx = self.ctx.borrow_mut();
         for shard in 0..self.shape.shards {
             let record = self.shards().find(|s| s.index as usize == shard);
@@ -68,7 +69,7 @@ impl World {
         }
         let parked = self
             .tasks()
-            .find(|t| t.state == TaskState::NeedsOperator && is_parked(t));
+            .find(|t| is_parked(t) || super::is_replacement(t) && t.is_parked());
         if let Some(task) = parked {
             ctx.checks.fail(
                 "durable tasks: an operator's word ends what waits for it",
@@ -97,6 +98,8 @@ impl World {
             .collect();
         let count = |phase| phases.iter().filter(|p| **p == phase).count();
         let sum = |of: fn(&Client) -> usize| self.clients.iter().map(of).sum();
+        let replaced = |t: &Task| super::is_replacement(t) && t.state == TaskState::Done;
+        let replaced = self.tasks().filter(replaced).count();
         let ctx = self.ctx.borrow();
         Outcome {
             violation: ctx.checks.violation.clone(),
@@ -108,6 +111,7 @@ impl World {
             acknowledged: sum(|c| c.acknowledged.len()),
             ambiguous: sum(|c| c.ambiguous.len()),
             failovers: ctx.checks.failovers,
+            replacements: (ctx.checks.replacements, replaced),
             elections: ctx.checks.elections,
             compacted: ctx.checks.compacted,
             left_behind: (self.clients.iter().flat_map(|c| &c.acknowledged))

@@ -70,7 +70,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
         accounts: Vec::new(),
         durability: shape.durability,
         maintenance_window: String::new(),
-        replace_after_s: slotmesh_topology::instance::REPLACE_AFTER_S,
+        replace_after_s: shape.replace_after_s,
     }
 }
 
@@ -124,6 +124,8 @@ pub(super) fn shards(shape: Shape, instance: &Instance) -> (Vec<Node>, Vec<Shard
                 in_sync: false,
                 priority: slotmesh_topology::PRIORITY,
                 leaving: false,
+                engine: String::new(),
+                exchange: None,
             });
             nodes.push(Node::new(number, index, host, name));
         }
@@ -140,6 +142,12 @@ pub(super) fn shards(shape: Shape, instance: &Instance) -> (Vec<Node>, Vec<Shard
             departures: Vec::new(),
             roster: Default::default(),
         });
+    }
+    for host in 0..shape.hosts {
+        for shard in 0..shape.shards {
+            let spare = shape.spare_of(host, shard);
+            nodes.extend(spare.map(|n| Node::new(n, shard, host, format!("spare-{n}"))));
+        }
     }
     (nodes, shards)
 }

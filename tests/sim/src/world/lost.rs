@@ -22,6 +22,7 @@ impl World {
     /// What must hold at every instant.
     pub(super) fn check_now(&mut self) {
         self.check_failovers();
+        self.check_left();
         for shard in 0..self.shape.shards {
             let mut ctx = self.ctx.borrow_mut();
             let now = ctx.now();

@@ -28,8 +28,8 @@ const GO_ON: Micros = 6 * SEC;
 
 impl World {
     /// The mesh of a cell, with nothing started.
-    pub(crate) fn staged(trace: Trace) -> Self {
-        Self::of(matrix::shape(), Ctx::new(SEED, matrix::VARIANT, trace))
+    pub(crate) fn staged(kind: Kind, trace: Trace) -> Self {
+        Self::of(matrix::shape(kind), Ctx::new(SEED, matrix::VARIANT, trace))
     }
 
     /// Runs a cell to its end.
@@ -93,6 +93,10 @@ impl World {
             }),
             Kind::Failover => self.crash_node(0, Kept::All),
             Kind::Decommission => self.ask(&Ask::Decommission),
+            Kind::Replace => self.ask(&Ask::Move {
+                choice: FIRST_REPLICA,
+                token: 1,
+            }),
         }
     }
 
@@ -102,6 +106,7 @@ impl World {
             Kind::Switchover => matches!(t.spec, Spec::Switchover(_)),
             Kind::Failover => matches!(t.spec, Spec::Failover(_)),
             Kind::Decommission => matches!(t.spec, Spec::Decommission),
+            Kind::Replace => matches!(t.spec, Spec::Replace(_)),
         };
         self.tasks().filter(is_of).collect()
     }
@@ -138,7 +143,7 @@ impl World {
             What::Fault(step, role, fault) => {
                 let deed = match fault.tamper() {
                     Some(tamper) => Deed::Tamper(tamper),
-                    None => Deed::Script(Script::Befall(role, fault)),
+                    None => Deed::Script(Script::Befall(cell.kind, role, fault)),
                 };
                 match (step.moment, deed) {
                     (Moment::At(point, times), Deed::Script(script)) => {
@@ -146,7 +151,10 @@ impl World {
                         None
                     }
                     (Moment::At(..), Deed::Tamper(_)) => None,
-                    (moment, deed) => self.message(moment).map(|message| (message, deed)),
+                    (moment, deed) => {
+                        let message = self.message(cell.kind, moment);
+                        message.map(|message| (message, deed))
+                    }
                 }
             }
         };
@@ -160,7 +168,7 @@ impl World {
         }
     }
 
-    fn message(&self, moment: Moment) -> Option<Message> {
+    fn message(&self, kind: Kind, moment: Moment) -> Option<Message> {
         let Moment::Message {
             call,
             from,
@@ -171,7 +179,7 @@ impl World {
         else {
             return None;
         };
-        let (from, to) = (self.party(from), self.party(to));
+        let (from, to) = (self.party(kind, from), self.party(kind, to));
         let (from, to) = if is_answer { (to, from) } else { (from, to) };
         Some(Message {
             leg: Leg {
@@ -189,11 +197,20 @@ impl World {
         self.until(time + SEC, "time passes", |w| w.ctx.borrow().now() >= end);
     }
 
-    fn party(&self, role: Role) -> Party {
+    fn party(&self, kind: Kind, role: Role) -> Party {
         let leader = self.controllers.iter().position(|c| c.believes().is_some());
         // The first to come leads.
         let leader = leader.unwrap_or(0);
+        // The last host has no node before, and gets the first that it can.
+        let last = self.shape.hosts - 1;
         match role {
+            Role::OldAgent if kind == Kind::Replace => Party::Agent(1),
+            Role::NewAgent if kind == Kind::Replace => Party::Agent(last),
+            Role::Target if kind == Kind::Replace => {
+                Party::Node(self.shape.spare_of(last, 0).start)
+            }
+            Role::PrimaryAgent => Party::Agent(0),
+            Role::Leaver => Party::Node(1),
             Role::Leader => Party::Controller(leader),
             Role::Follower => Party::Controller((leader + 1) % self.controllers.len()),
             Role::OldAgent => Party::Agent(0),
@@ -206,8 +223,8 @@ impl World {
     }
 
     /// kill -9 or SIGSTOP.
-    pub(super) fn befall(&mut self, role: Role, fault: Fault) {
-        let party = self.party(role);
+    pub(super) fn befall(&mut self, kind: Kind, role: Role, fault: Fault) {
+        let party = self.party(kind, role);
         match (fault, party) {
             (Fault::Stall, party) => self.stall(party, STALL),
             (_, Party::Node(node)) => self.crash_node(node, Kept::All),

@@ -62,6 +62,22 @@ impl World {
             }
             Story::CutTwice => self.cut_twice(&cast, &mut rng),
             Story::StoreOut => self.store_out(&cast, &mut rng),
+            Story::JoinerDies | Story::JoinerLost => {
+                let joiner = record.members.last().map(|m| m.node.to_string());
+                self.strikes(joiner, story == Story::JoinerLost, &mut rng);
+            }
+            Story::LeaverDies | Story::LeaverLost => {
+                let leaver = record.members.iter().find(|m| m.leaving);
+                let leaver = leaver.map(|m| m.node.to_string());
+                self.strikes(leaver, story == Story::LeaverLost, &mut rng);
+            }
+            Story::PrimaryDies => self.later(0, Script::CrashNode(cast.primary, Kept::All)),
+            Story::PrimaryUntold => {
+                let long = rng.random_range(20 * MS..1_500 * MS);
+                self.later(0, Script::Crash(Party::Agent(cast.host), long));
+                let behind = Script::Lag(rng.random_range(0..self.shape.controllers), 5 * SEC);
+                self.later(0, behind);
+            }
         }
     }
 
@@ -109,6 +125,20 @@ impl World {
             both_ways(&primary, &proxies)
         };
         self.later(0, Script::Cut(by, long));
+    }
+
+    /// A node's process dies, or its host is lost for a while.
+    fn strikes(&self, name: Option<String>, whole_host: bool, rng: &mut SmallRng) {
+        let node = name.and_then(|name| self.nodes.iter().find(|n| n.name == name));
+        let Some(node) = node else { return };
+        let long = rng.random_range(SEC..12 * SEC);
+        self.later(
+            0,
+            match whole_host {
+                true => Script::CrashHost(node.host, Kept::All, long),
+                false => Script::CrashNode(node.index, Kept::All),
+            },
+        );
     }
 
     fn promised(&self, cast: &Cast, rng: &mut SmallRng) {
