@@ -8,6 +8,7 @@ pub mod check;
 pub(crate) mod client;
 mod fault;
 pub mod history;
+pub mod hold;
 pub mod linear;
 pub mod losses;
 pub(crate) mod mesh;
@@ -28,21 +29,21 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use rand::{SeedableRng as _, rngs::SmallRng};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::{
     check::{Checked, Finals, Finding, Promise},
     client::Load,
     fault::{Fault, Kind},
-    history::{History, Kind as Asked, Outcome, Record},
+    history::{History, Kind as Asked, Outcome, Record, now_us},
     mesh::{CONTROLLERS, HEAL_LIMIT, HOSTS, Mesh, OPS, STORE, Shape},
     net::Net,
     observers::Observers,
     timeline::Timeline,
 };
 
-/// Between two faults, when everything is well again.
+/// For so long everything must have been well before the next fault.
 const CALM: Duration = Duration::from_secs(2);
 /// Reading one key at the end.
 const READ_LIMIT: Duration = Duration::from_secs(30);
@@ -234,7 +235,7 @@ async fn run_and_judge(
     }
     let unwell = unwell?;
     let observed = observers.end(mesh).await?;
-    observed.save(dir)?;
+    observed.save(dir, &timeline)?;
     let finals = read_all(mesh, &history.with(keys_of)).await?;
     let promise = Promise {
         durable: args.durability > 0,
@@ -326,14 +327,12 @@ async fn torment(
             say(&format!("  could not be done: {error:#}"));
         }
         *happened.entry(fault.kind).or_default() += 1;
-        let healing = Instant::now();
-        match mesh.wait_healthy(HEAL_LIMIT).await {
-            Ok(()) => {
-                timeline.well();
-                say(&format!(
-                    "  well after {} ms",
-                    healing.elapsed().as_millis()
-                ));
+        let ended_us = now_us();
+        match mesh.wait_steady(CALM, HEAL_LIMIT).await {
+            Ok(took) => {
+                // The calm after it is peace, in which no promise is excused.
+                timeline.well(ended_us + took.as_micros() as u64);
+                say(&format!("  well after {} ms", took.as_millis()));
             }
             Err(error) => {
                 say(&format!("  NOT WELL: {error:#}"));
@@ -342,7 +341,6 @@ async fn torment(
                 break;
             }
         }
-        sleep(CALM).await;
     }
     say(&format!("faults: {happened:?}"));
     unwell.extend(mesh.complaints());

@@ -319,6 +319,7 @@ mod tests {
             kind,
             key: "k".into(),
             value,
+            place: 0,
             from_us: value * 10,
             to_us: value * 10 + 5,
             outcome,

@@ -24,6 +24,9 @@ const ERROR_PAUSE: Duration = Duration::from_millis(50);
 const LIST_MAX: u64 = 5_000;
 /// Operations on one register, by all its clients: what the search for an order can take.
 const REGISTER_SECONDS: u64 = 3;
+/// Requests that are sent at once, and every how many of a client: proxies must keep their order.
+const BURST: u64 = 8;
+const BURST_EVERY: u64 = 4;
 /// Clients that share a register.
 const REGISTER_CLIENTS: u32 = 4;
 
@@ -124,6 +127,9 @@ impl Client {
 
     /// One request of this client's kind; whether it was answered as asked.
     async fn ask(&mut self, mut connection: MultiplexedConnection) -> bool {
+        if self.number.is_multiple_of(5) && self.sequence.is_multiple_of(BURST_EVERY) {
+            return self.burst(connection).await;
+        }
         let (number, value) = (self.number, self.value());
         let part = self.sequence / LIST_MAX;
         let (kind, key) = match number % 5 {
@@ -147,9 +153,13 @@ impl Client {
         let from_us = now_us();
         let answer = send(&mut connection, kind, &key, value).await;
         let to_us = now_us();
-        let (outcome, value, error) = match answer {
-            Ok(read) => (Outcome::Acked, read.unwrap_or(value), None),
-            Err(error) => (outcome_of(&error), value, Some(error.to_string())),
+        let (outcome, read, error) = match answer {
+            Ok(read) => (Outcome::Acked, read, None),
+            Err(error) => (outcome_of(&error), None, Some(error.to_string())),
+        };
+        let (value, place) = match (kind, read) {
+            (Kind::Get, read) => (read.unwrap_or(value), 0),
+            (_, place) => (value, place.unwrap_or(0)),
         };
         let lost = error.is_some() && outcome == Outcome::Unknown;
         self.history.push(Record {
@@ -157,6 +167,7 @@ impl Client {
             kind,
             key,
             value,
+            place,
             from_us,
             to_us,
             outcome,
@@ -167,9 +178,58 @@ impl Client {
         }
         outcome == Outcome::Acked
     }
+
+    /// Several elements at once, each with an answer of its own; whether all were answered as asked.
+    async fn burst(&mut self, mut connection: MultiplexedConnection) -> bool {
+        let key = format!("add-{}-{}", self.number, self.sequence / LIST_MAX);
+        let mut asked = redis::pipe();
+        asked.ignore_errors();
+        let mut values = Vec::new();
+        for _ in 0..BURST {
+            asked.cmd("RPUSH").arg(&key).arg(self.value());
+            values.push(self.value());
+            self.sequence += 1;
+        }
+        let from_us = now_us();
+        let answers = asked.query_async(&mut connection).await;
+        let to_us = now_us();
+        let answers: Vec<RedisResult<u64>> = match answers {
+            Ok(answers) => answers,
+            // Nobody knows of any of them.
+            Err(error) => values
+                .iter()
+                .map(|_| Err(RedisError::clone(&error)))
+                .collect(),
+        };
+        let mut fine = answers.len() == values.len();
+        let mut lost = !fine;
+        for (value, answer) in values.into_iter().zip(answers) {
+            let (outcome, place, error) = match answer {
+                Ok(place) => (Outcome::Acked, place, None),
+                Err(error) => (outcome_of(&error), 0, Some(error.to_string())),
+            };
+            fine &= outcome == Outcome::Acked;
+            lost |= outcome == Outcome::Unknown;
+            self.history.push(Record {
+                client: self.number,
+                kind: Kind::Add,
+                key: key.clone(),
+                value,
+                place,
+                from_us,
+                to_us,
+                outcome,
+                error,
+            });
+        }
+        if !lost {
+            self.connection = Some(connection);
+        }
+        fine
+    }
 }
 
-/// Sends one request; gives what was read, if it reads.
+/// Sends one request; gives what was read, if it reads, or how long a list is with its element.
 async fn send(
     connection: &mut MultiplexedConnection,
     kind: Kind,
@@ -198,6 +258,9 @@ async fn send(
         Kind::Count | Kind::Get => command.arg(key),
         _ => command.arg(key).arg(value),
     };
+    if kind == Kind::Add {
+        return command.query_async(connection).await.map(Some);
+    }
     if kind == Kind::Get {
         let read: Option<u64> = command.query_async(connection).await?;
         return Ok(Some(read.unwrap_or(0)));

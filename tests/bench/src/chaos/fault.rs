@@ -19,7 +19,7 @@ use tokio::time::sleep;
 
 use self::{clock::Bend, delay::Detour};
 use super::{
-    mesh::{CONTROLLERS, HOSTS, Mesh, OPS, STORE, dir_of_node},
+    mesh::{CONTROLLERS, HOSTS, Mesh, OPS, STORE},
     net::run,
 };
 
@@ -77,7 +77,7 @@ pub(super) enum Kind {
     FreezeReplica,
     /// SIGKILL of a replica, and its files are gone when it starts again.
     EmptyReplica,
-    /// SIGKILL of a replica, and its files are damaged when it starts again; an operator removes them.
+    /// SIGKILL of a replica, and its files are damaged when it starts again.
     CorruptReplica,
     /// A primary's main thread sleeps.
     SleepPrimary,
@@ -262,13 +262,8 @@ async fn node(mesh: &Mesh, fault: Fault) -> anyhow::Result<()> {
             return engine::break_saves(pid, replica, lasts).await;
         }
         Kind::EmptyPrimary | Kind::EmptyReplica => engine::replace_data(pid, disk::wipe)?,
-        Kind::CorruptReplica => {
-            let dir = dir_of_node(pid)?;
-            engine::replace_data(pid, disk::spoil)?;
-            sleep(lasts).await;
-            // No engine starts on that, and no agent removes data: an operator does.
-            return disk::wipe(&dir);
-        }
+        // No engine starts on that: its agent has it copied.
+        Kind::CorruptReplica => engine::replace_data(pid, disk::spoil)?,
         _ => signals::kill(pid)?,
     }
     sleep(lasts).await;

@@ -53,6 +53,9 @@ pub struct Record {
     pub key: String,
     /// With which value, or what was read.
     pub value: u64,
+    /// Of an element: how long its list was with it, by the answer; 0: not known.
+    #[serde(default)]
+    pub place: u64,
     /// When it was sent, by the machine's monotonic clock.
     pub from_us: u64,
     /// When its answer, or the loss of the connection, was known.

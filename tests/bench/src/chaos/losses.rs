@@ -328,6 +328,7 @@ mod tests {
             kind,
             key: key.into(),
             value,
+            place: 0,
             from_us: value * SECOND,
             to_us: value * SECOND + 10,
             outcome: Outcome::Acked,

@@ -21,6 +21,7 @@ use slotmesh_proto::{
     store::v1::{InstanceState, NodeRole},
     task::v1::{EpochChange, ListEpochsRequest},
 };
+use tokio::time::{Instant, sleep};
 
 use super::{
     fault::{clock, disk},
@@ -43,6 +44,9 @@ const AGENT_PORT: u16 = 7100;
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// After the last fault: a lease, a failover, a full sync.
 pub(crate) const HEAL_LIMIT: Duration = Duration::from_secs(90);
+
+/// One look whether it is still so.
+const GLANCE: Duration = Duration::from_millis(500);
 
 /// The account of agents at their nodes.
 const ADMIN: &str = "slotmesh-admin";
@@ -286,6 +290,29 @@ impl Mesh {
             },
         )
         .await
+    }
+
+    /// Waits until the mesh is well and stays so for a while: a process that has just been started
+    /// again is looked for a second later, and until then the records say that nothing has happened.
+    /// Returns how long it took until then.
+    ///
+    /// # Errors
+    /// Says what is missing.
+    pub(crate) async fn wait_steady(
+        &mut self,
+        steady: Duration,
+        limit: Duration,
+    ) -> anyhow::Result<Duration> {
+        let began = Instant::now();
+        loop {
+            let left = limit.saturating_sub(began.elapsed());
+            self.wait_healthy(left).await?;
+            let took = began.elapsed();
+            sleep(steady).await;
+            if self.wait_healthy(GLANCE).await.is_ok() {
+                return Ok(took);
+            }
+        }
     }
 
     /// The pid of what runs in a place.

@@ -13,6 +13,7 @@ use tokio::sync::Mutex;
 use super::{
     check::{Checked, Finals, Finding},
     history::{Kind, Outcome, Record},
+    hold,
     losses::{self, Known},
     mesh::{HOSTS, Mesh},
     monitor::{Monitors, Seen},
@@ -116,7 +117,7 @@ fn acked(records: &[Record]) -> u64 {
 }
 
 impl Observed {
-    /// C5, C7, C8 and C10.
+    /// C5, C7, C8, C9 and C10.
     pub(super) fn judge(
         &self,
         records: &[Record],
@@ -156,6 +157,9 @@ impl Observed {
             topology::judge(&self.proxies, &self.seen.routed, &self.newest),
             pubsub::judge(&self.channels, &timeline),
             losses::judge(records, known, |key| self.shard_of(key)),
+            hold::judge(records, finals, &timeline, durable, |key| {
+                self.shard_of(key)
+            }),
         ] {
             findings.extend(found);
             checked.push(of);
@@ -170,11 +174,18 @@ impl Observed {
         found.map(|(_, _, shard)| shard.clone()).unwrap_or_default()
     }
 
-    /// Keeps the last lines of every node.
+    /// Keeps the last lines of every node, what subscribers missed, and when which fault was on.
     ///
     /// # Errors
     /// When they can't be written.
-    pub(super) fn save(&self, dir: &Path) -> anyhow::Result<()> {
-        self.seen.save(&dir.join("monitor"))
+    pub(super) fn save(&self, dir: &Path, timeline: &Timeline) -> anyhow::Result<()> {
+        self.seen.save(&dir.join("monitor"))?;
+        let mut lines: Vec<String> = timeline
+            .windows()
+            .iter()
+            .map(|w| format!("{w:?}"))
+            .collect();
+        lines.extend(self.channels.iter().flat_map(pubsub::Channel::gaps));
+        std::fs::write(dir.join("messages.txt"), lines.join("\n")).context("keep what was missed")
     }
 }

@@ -34,8 +34,9 @@ const AGAIN: Duration = Duration::from_millis(50);
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// For an answer to SUBSCRIBE; a proxy holds it no longer than other requests.
 const SUBSCRIBE_LIMIT: Duration = Duration::from_secs(8);
-/// After the last message, for what is still on its way.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// After the last message, for what is still on its way: a sender whose packets were lost for seconds
+/// without a word waits for as long again before it sends them once more.
+const LAST_WORDS: Duration = Duration::from_secs(12);
 /// All is well when shards serve and proxies answer; proxies then still have to reach nodes for
 /// messages again, and clients that were cut off to subscribe.
 const AFTERMATH_US: u64 = 1_500_000;
@@ -101,6 +102,33 @@ impl Channel {
     #[must_use]
     pub fn acked(&self) -> u64 {
         self.sent.iter().filter(|s| s.acked).count() as u64
+    }
+
+    /// A line for each run of messages that did not come, and for each time without a connection.
+    #[must_use]
+    pub(super) fn gaps(&self) -> Vec<String> {
+        let Heard {
+            channel,
+            missing,
+            away,
+            ..
+        } = &self.heard;
+        let at = |number: &u64| {
+            let sent = usize::try_from(*number).ok().and_then(|n| self.sent.get(n));
+            sent.map_or(0, |sent| sent.from_us)
+        };
+        let runs = missing.chunk_by(|one, next| one + 1 == *next);
+        let mut lines: Vec<String> = runs
+            .filter_map(|run| Some((run.first()?, run.last()?)))
+            .map(|(first, last)| {
+                let (from_us, to_us) = (at(first), at(last));
+                format!("{channel} missed {first} to {last}, sent at {from_us} to {to_us} us")
+            })
+            .collect();
+        lines.extend(away.iter().map(|(from_us, to_us)| {
+            format!("{channel} without a connection from {from_us} to {to_us} us")
+        }));
+        lines
     }
 }
 

@@ -42,10 +42,10 @@ impl Timeline {
         });
     }
 
-    /// All is well again.
-    pub fn well(&mut self) {
+    /// All has been well again since then.
+    pub fn well(&mut self, since_us: u64) {
         if let Some(last) = self.windows.last_mut() {
-            last.well_us = now_us();
+            last.well_us = since_us;
         }
     }
 
@@ -133,7 +133,7 @@ mod tests {
         let mut line = Timeline::default();
         line.begin("x".into(), false);
         assert!(line.is_troubled(now_us() + 1_000_000_000, now_us() + 1_000_000_001, 0));
-        line.well();
+        line.well(now_us());
         assert!(!line.is_troubled(now_us() + 1_000_000_000, now_us() + 1_000_000_001, 0));
     }
 }
