@@ -166,7 +166,7 @@ async fn a_task_for_the_maintenance_window_begins_in_it() {
         .as_secs()
         / 3_600)
         % 24;
-    let away = format!("{:02}:00-{:02}:30", (hour + 12) % 24, (hour + 12) % 24);
+    let away = format!("{:02}:00-{:02}:00", (hour + 12) % 24, (hour + 13) % 24);
     json(&mesh, &["instance", "maintain", &id, "--window", &away]).await;
     let task = schedule(&mesh, &replica, &["--in-window"]).await;
     assert_eq!(state_of(&mesh, &task).await, "pending");
