@@ -2,7 +2,7 @@
 //!
 //! Invariants: a client is served by one process at a time, and by one whenever one of them lives: who
 //! has its [`pb::Adopted`] written owns it, and who gives up waiting for one first makes sure that it
-//! cannot be written any more ([`giver`], [`taker`]). The process that gave everything away is the
+//! cannot be written any more (`giver`, `taker`). The process that gave everything away is the
 //! other's spare for a while: it still has the listener, and takes it up again if the other dies.
 //!
 //! | file | its part |

@@ -1,5 +1,7 @@
 //! One proxy takes over from another: what its clients notice, which is nothing.
 
+#![allow(clippy::unwrap_used)] // tests may, and so may what only tests use
+
 mod support;
 
 use std::net::SocketAddr;

@@ -1,6 +1,8 @@
 //! Either side of a hand-over dies: every client is answered by the other, or hears that its process
 //! is gone; nobody waits for ever, and new clients are served.
 
+#![allow(clippy::unwrap_used)] // tests may, and so may what only tests use
+
 mod support;
 
 use std::net::SocketAddr;

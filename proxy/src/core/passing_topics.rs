@@ -4,7 +4,7 @@
 //! published at every node concerned; each node says everything to both in the same order, so the
 //! marker cuts both streams at the same place. Invariant: of each node, the process that gives
 //! delivers what comes before the marker and the process that takes what comes after it. What the
-//! other one hears is kept ([`Cut::late`]) until it is known whether the client has gone, or dropped.
+//! other one hears is kept with its client until it is known whether the client has gone, or dropped.
 
 use std::collections::HashMap;
 use std::sync::Arc;
