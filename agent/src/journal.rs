@@ -62,7 +62,8 @@ struct Inner {
     len: u64,
     /// Grows with what matters, so that a big journal is not rewritten at every append.
     compact_at: u64,
-    /// After a failed write the end of the file is unknown, and nothing may be promised any more.
+    /// After a failed write the end of the file is unknown: nothing may be promised before it is
+    /// written anew.
     broken: bool,
     memory: Memory,
 }
@@ -165,8 +166,11 @@ impl Inner {
             source,
         };
         if self.broken {
-            let source = io::Error::other("an earlier write failed; restart the agent");
-            return Err(io(&self.path, source));
+            // What was made durable is in memory, so it is written as a new file; what the failed write
+            // left at the old one's end goes with it, and was promised to nobody.
+            self.compact().map_err(|source| io(&self.path, source))?;
+            self.broken = false;
+            tracing::warn!(path = %self.path.display(), "journal written anew after a write that failed");
         }
         let mut frames = Vec::new();
         for fact in facts {

@@ -195,3 +195,24 @@ async fn outcomes_are_kept_in_a_bounded_number() {
     }
     assert!(journal.read(|m| m.outcome(&key(1)).is_none() && m.outcome(&key(1_100)).is_some()));
 }
+
+#[tokio::test]
+async fn a_write_that_failed_is_forgotten_and_the_next_one_finds_a_journal_written_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path()).unwrap();
+    journal.append([epoch(3)]).await.unwrap();
+    {
+        // The disk is full in the middle of an entry.
+        let mut inner = journal.lock();
+        inner.file.write_all(&[7; 5]).unwrap();
+        inner.file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    }
+    journal.append([epoch(4)]).await.unwrap_err();
+    assert_eq!(summary(&journal).1, 3, "only what is durable is known");
+    journal.append([Fact::Term(9)]).await.unwrap();
+    let before = summary(&journal);
+    drop(journal);
+    let again = Journal::open(dir.path()).unwrap();
+    assert_eq!(summary(&again), before);
+    again.append([epoch(5)]).await.unwrap();
+}
