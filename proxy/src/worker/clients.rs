@@ -314,7 +314,9 @@ impl Clients {
                 continue;
             }
             core.counters.closed_backlog += u64::from(reason == CloseReason::Backlog);
-            if let Some(mut client) = self.sockets[slot as usize].take() {
+            // One that is awaited from another process has its place, and no socket yet.
+            let socket = self.sockets.get_mut(slot as usize);
+            if let Some(mut client) = socket.and_then(Option::take) {
                 deregister(registry, &mut client.socket);
             }
             core.close_client(slot);
