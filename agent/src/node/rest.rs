@@ -18,10 +18,17 @@ const CONTINUES: &str = "continues";
 const SAVED: [&str; 2] = ["Calling fsync() on the AOF file", "DB saved on disk"];
 const GOODBYE: &str = "is now ready to exit, bye bye";
 /// Something was not written.
-const FAILED: [&str; 3] = ["Fail to fsync", "Error ", "can't exit"];
+const FAILED: [&str; 5] = [
+    "Fail to fsync",
+    "Error ",
+    "hort write",
+    "can't exit",
+    "xit anyway",
+];
 
 impl NodeDir {
-    /// Writes down which process runs, for whoever starts after it.
+    /// Writes down which process runs, for whoever starts after it; with an empty run id for one whose
+    /// files lack something: its goodbye says nothing then.
     ///
     /// # Errors
     /// When the disk refuses; then nobody continues it.
@@ -31,6 +38,11 @@ impl NodeDir {
             return Ok(());
         }
         write_atomic(&self.path().join(RAN), text.as_bytes(), 0o600)
+    }
+
+    /// An agent of before has noted that this process's files lack something, and no more since.
+    pub fn lacked(&self, pid: u32) -> bool {
+        fs::read_to_string(self.path().join(RAN)).is_ok_and(|text| text == format!("{pid} "))
     }
 
     /// Before a start: from now on the present process is the one that begins.
@@ -68,12 +80,13 @@ impl NodeDir {
         entries.flatten().any(|entry| {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            // An empty directory of parts is no data.
+            // Without a mark an engine starts from its append-only file, whatever else is there. An
+            // empty directory of parts is no data.
             match name == "appendonlydir" {
                 true => fs::read_dir(entry.path()).is_ok_and(|mut parts| parts.next().is_some()),
-                false => name.ends_with(".rdb") || name.ends_with(".aof"),
+                false => name.ends_with(".aof"),
             }
-        })
+        }) || (self.resumes() && self.snapshot().exists())
     }
 }
 
@@ -118,7 +131,7 @@ mod tests {
     fn node() -> (tempfile::TempDir, NodeDir) {
         let home = tempfile::tempdir().unwrap();
         let dir = NodeDir::create(home.path(), "n").unwrap();
-        fs::write(dir.path().join("dump.rdb"), "data").unwrap();
+        fs::write(dir.path().join("appendonly.aof"), "data").unwrap();
         (home, dir)
     }
 
@@ -156,6 +169,10 @@ mod tests {
         assert_eq!(dir.continues(), "first", "while the second runs");
         dir.note_rest().unwrap();
         assert_eq!(dir.continues(), "", "nobody knows how the second has ended");
+        dir.note_run(12, "").unwrap();
+        assert!(dir.lacked(12) && !dir.lacked(13));
+        dir.note_rest().unwrap();
+        assert_eq!(dir.continues(), "", "its file lacked something");
     }
 
     #[test]
@@ -163,7 +180,8 @@ mod tests {
         let (_home, dir) = node();
         dir.note_run(12, "first").unwrap();
         fs::write(dir.log(), WHOLE).unwrap();
-        fs::remove_file(dir.path().join("dump.rdb")).unwrap();
+        fs::remove_file(dir.path().join("appendonly.aof")).unwrap();
+        fs::write(dir.path().join("dump.rdb"), "of a trial").unwrap();
         fs::create_dir(dir.path().join("appendonlydir")).unwrap();
         dir.note_rest().unwrap();
         assert_eq!(dir.continues(), "");

@@ -278,16 +278,21 @@ fn candidates<'a>(view: &View<'a>) -> impl Iterator<Item = (&'a Member, &'a Node
             }
             // The lost process itself, back and fenced, has everything.
             if m.node == *from {
-                return seen.run_id == *from_run_id || has_all_of(seen, from_run_id);
+                return seen.run_id == *from_run_id || has_all(view, m, seen);
             }
             // What it had is counted by process: a new one may lack some.
             seen.run_id == m.run_id && m.in_sync
         })
 }
 
-/// Another process than the lost one, but with everything that it had when it ended in order.
-fn has_all_of(seen: &NodeView, from_run_id: &str) -> bool {
-    !from_run_id.is_empty() && seen.continues_run_id == from_run_id && !seen.loading
+/// Another process than the lost one, but with everything that it had when it ended in order. An empty
+/// one is not believed where another member has keys.
+fn has_all(view: &View<'_>, member: &Member, seen: &NodeView) -> bool {
+    let lost = &view.failover.from_run_id;
+    let is_it = !lost.is_empty() && seen.continues_run_id == *lost && !seen.loading;
+    let others = view.shard.members.iter().filter(|m| m.node != member.node);
+    let mut others = others.filter_map(|m| view.scene.fleet.node(&m.node));
+    is_it && (seen.keys > 0 || others.all(|other| other.keys == 0))
 }
 
 /// Every member is back, and none as a process that is known to have caught up: there is nobody left
@@ -336,15 +341,26 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
             return Err(format!("{holder} holds data and has not let go yet"));
         }
     }
-    if durability > 0 && !loss && !finals.iter().any(|(m, _)| m.node == *from) {
-        let (replicas, needed) = quorum::needed(view, &finals);
-        if finals.len() < needed {
-            return Err(format!(
-                "{} of {replicas} replicas answer with what they had, {needed} are needed to have \
-                 every acknowledged write: bring their hosts back, or accept loss",
-                finals.len()
-            ));
-        }
+    let is_lost_one = |(m, seen): &(&Member, &NodeView)| {
+        m.node == *from && seen.run_id == view.failover.from_run_id
+    };
+    if durability > 0 && !loss && !finals.iter().any(is_lost_one) {
+        // Another process of the lost node counts its bytes anew, so it is compared with nobody; and
+        // replicas that have everything follow one of themselves without a full copy.
+        let (heir, replicas_left): (Vec<_>, Vec<_>) =
+            finals.into_iter().partition(|(m, _)| m.node == *from);
+        let (replicas, needed) = quorum::needed(view, &replicas_left);
+        finals = match replicas_left.len() >= needed {
+            true => replicas_left,
+            false if !heir.is_empty() => heir,
+            false => {
+                return Err(format!(
+                    "{} of {replicas} replicas answer with what they had, {needed} are needed to \
+                     have every acknowledged write: bring their hosts back, or accept loss",
+                    replicas_left.len()
+                ));
+            }
+        };
     }
     let tried = view.shard.failover().and_then(|f| f.target.as_ref());
     let lost_zone = lost_host(view).and_then(|host| zone(view, host));
@@ -377,10 +393,7 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
             lost_zone.is_some() && zone(view, &m.host) == lost_zone,
             Reverse(m.node.clone()),
         );
-        // Another process counts its bytes anew, so its offset says nothing of what it has.
-        let has_all =
-            durability > 0 && m.node == *from && has_all_of(seen, &view.failover.from_run_id);
-        (by_word, by_disk, has_all, may_pass_over, seen.offset, ties)
+        (by_word, by_disk, may_pass_over, seen.offset, ties)
     };
     let best = finals.into_iter().max_by_key(rank);
     best.ok_or_else(|| {

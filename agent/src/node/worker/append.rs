@@ -24,6 +24,8 @@ pub(super) struct Append {
     asked: Option<Instant>,
     /// The engine took the last request.
     accepted: bool,
+    /// As it was noted last; `None`: not yet.
+    whole: Option<bool>,
 }
 
 impl Append {
@@ -54,9 +56,38 @@ impl Append {
 }
 
 impl Worker {
+    /// Notes whether the process's files have all that it has: who starts on them after it continues it
+    /// only then. A file that waits for its first or next rewrite, after a full copy or a failure, does
+    /// not.
+    fn note_whole(&mut self, appending: Option<Appending>) {
+        if let (Some(dir), Some(process), None) = (&self.dir, self.process, self.run.append.whole) {
+            self.run.append.suspect |= dir.lacked(process.pid);
+        }
+        let is_whole = appending.is_some_and(|a| a.writes && a.rewritten && !a.rewrites)
+            && !self.run.append.suspect;
+        if self.run.append.whole == Some(is_whole) {
+            return;
+        }
+        let (Some(dir), Some(process)) = (&self.dir, self.process) else {
+            return;
+        };
+        let run_id = match is_whole {
+            true => self.run.run_id.as_str(),
+            false => "",
+        };
+        match dir.note_run(process.pid, run_id) {
+            Ok(()) => self.run.append.whole = Some(is_whole),
+            Err(error) => {
+                tracing::warn!(node = %self.node_id, %error, "process of node not noted; who starts after it is not known to continue it");
+            }
+        }
+    }
+
     /// Asks for a rewrite where one is due.
     pub(super) async fn renew_append_file(&mut self, seen: &Info) {
-        let Some(appending) = seen.appending() else {
+        let appending = seen.appending();
+        self.note_whole(appending);
+        let Some(appending) = appending else {
             return;
         };
         if !self.run.append.look(appending, Instant::now()) {

@@ -264,7 +264,11 @@ impl Worker {
             {
                 tracing::warn!(node = %self.node_id, %error, "first service of node not recorded");
             }
-            self.note_run();
+            self.report.continues_run_id = self
+                .dir
+                .as_ref()
+                .map(NodeDir::continues)
+                .unwrap_or_default();
         }
         info.fill(&mut self.report);
         self.report.detached &=
@@ -281,17 +285,6 @@ impl Worker {
         self.report.address = self.address();
         self.trouble = None;
         true
-    }
-
-    /// Which process runs, and which one it continues.
-    fn note_run(&mut self) {
-        let (Some(dir), Some(process)) = (&self.dir, self.process) else {
-            return;
-        };
-        if let Err(error) = dir.note_run(process.pid, &self.run.run_id) {
-            tracing::warn!(node = %self.node_id, %error, "process of node not noted; who starts after it is not known to continue it");
-        }
-        self.report.continues_run_id = dir.continues();
     }
 
     /// What the boot configuration says too, for a process that an older agent started.
