@@ -158,6 +158,9 @@ pub fn decide(view: View<'_>) -> Decision {
         Owner::Own => {}
         // A bake may take days: whatever has to be done to the shard meanwhile is done.
         _ if part.phase == UpgradePhase::Bake => {}
+        _ if part.phase == UpgradePhase::Parked => {
+            return wait(u64::MAX, "an operator's choice");
+        }
         Owner::Free => return Decision::Regain,
         Owner::Other(task) => return wait(u64::MAX, format!("task {task}, which has the shard")),
     }

@@ -3,7 +3,7 @@
 //! Invariant: record and phase change together, so that a successor finds them in step; the lock goes
 //! with the phases that need it.
 
-use slotmesh_topology::{Exchange, Shard, ShardId, TransitionError};
+use slotmesh_topology::{Exchange, Mode, Shard, ShardId, TransitionError};
 
 use super::{Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, fleet, nodes};
 use crate::spec::{Phase, Spec, State, Task};
@@ -174,7 +174,14 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 part.parked_in = Some(part.phase);
                 enter(part, UpgradePhase::Parked, now_ms);
             });
-            written(task, None, Lock::Keep, "Parked", words)
+            // Nothing of it is under way: whoever mends the shard, or replaces a node of it, may have it.
+            let is_still = view.shard.mode == Mode::Serving
+                && view.part.switch.as_ref().is_none_or(|s| s.phase.is_ended());
+            let lock = match is_still {
+                true => Lock::Free,
+                false => Lock::Keep,
+            };
+            written(task, None, lock, "Parked", words)
         }
     }))
 }
