@@ -103,7 +103,9 @@ async fn is_left_alone(mesh: &Mesh, times: usize) {
 
 /// The record names the new process, which then gets everything from `a`.
 async fn is_copied(mesh: &Mesh, old: &str) {
-    let is_new = |n: &slotmesh_proto::agent::v1::NodeReport| is_running(n) && n.run_id != old;
+    // One that is about to refuse its files answers for a moment in the middle of loading them.
+    let is_new =
+        |n: &slotmesh_proto::agent::v1::NodeReport| is_running(n) && !n.loading && n.run_id != old;
     let new = mesh.controller.until("a new process", 1, is_new).await;
     assert_eq!(new.keys, 0, "it has nothing of before");
     mesh.controller

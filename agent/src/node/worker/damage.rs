@@ -77,6 +77,14 @@ impl Worker {
         if self.damage.refusals < REFUSALS_MIN || !may_be_copied(spec, &self.node_id) {
             return;
         }
+        // A controller that is behind may not know yet who was promoted since.
+        let known = self
+            .host
+            .journal
+            .read(|memory| memory.epoch(&spec.instance_id, &spec.shard_id));
+        if spec.epoch < known {
+            return;
+        }
         if !is_served_elsewhere(spec).await {
             tracing::warn!(node = %self.node_id, "its files are damaged, and its primary does not answer: left as they are");
             return;
@@ -119,14 +127,17 @@ fn may_be_copied(spec: &NodeSpec, node_id: &str) -> bool {
         && !spec.primary_address.is_empty()
 }
 
-/// Whether the record's primary is one, and has its data, now.
+/// Whether the record's primary is one, and has data, now: an empty one may have lost it.
 async fn is_served_elsewhere(spec: &NodeSpec) -> bool {
     let (user, password) = (&spec.observer_user, &spec.observer_password);
     let Ok(mut primary) = Control::tcp(&spec.primary_address, user, password).await else {
         return false;
     };
     match Info::read(&mut primary, "default").await {
-        Ok(info) => info.role() == Some(Role::Primary) && info.text("loading") == "0",
+        Ok(info) => {
+            let is_primary = info.role() == Some(Role::Primary);
+            is_primary && info.text("loading") == "0" && info.keys() > 0
+        }
         Err(_) => false,
     }
 }

@@ -29,6 +29,9 @@ use crate::{
 /// An engine writes its snapshot at 100 megabytes a second or more; what takes longer than this is a
 /// disk that stands still. The next process then copies from its primary.
 const SAVE_MAX: Duration = Duration::from_secs(600);
+/// An engine that saves answers nobody, and one that waits for its replicas does so for 2 s: one that
+/// answers for longer than this has given up ending.
+const ENDING_MAX: Duration = Duration::from_secs(10);
 /// A process that was just started and does not even say that it loads.
 const SILENT_MAX: Duration = Duration::from_secs(30);
 /// For the engine to refuse; saving takes longer, and then there is no answer but the end.
@@ -75,6 +78,11 @@ impl Worker {
             return false;
         };
         if let Some(since) = self.exchange.ending {
+            if answers && since.elapsed() > ENDING_MAX {
+                tracing::warn!(node = %self.node_id, pid = process.pid, "it was asked to end and goes on; its log says why");
+                self.exchange.ending = None;
+                return false;
+            }
             if since.elapsed() > SAVE_MAX {
                 tracing::error!(node = %self.node_id, pid = process.pid, "no snapshot in time; killed");
                 process.signal(Signal::KILL);
