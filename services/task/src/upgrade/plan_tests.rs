@@ -1,32 +1,15 @@
 //! What is planned, and what is refused before anything is fetched.
 
-use slotmesh_topology::{Architecture, InstanceState, instance::REPLACE_AFTER_S};
-
 use super::*;
-use crate::detect::tests::{NOW, Stage};
+use crate::{
+    detect::tests::{NOW, Stage},
+    upgrade::story,
+};
 
 fn instance(durability: u32) -> Instance {
     Instance {
-        id: "r".into(),
-        name: "r".into(),
-        architecture: Architecture::Standard,
-        shard_count: 1,
-        replicas_per_shard: 2,
-        databases: 256,
-        engine: String::new(),
-        secret: vec![1; 32],
-        password_sha256: Vec::new(),
-        state: InstanceState::Running,
-        proxies: Vec::new(),
-        workers_per_proxy: 1,
-        created_unix_ms: 0,
-        parameters: Default::default(),
-        parameters_version: 0,
-        proxy_parameters: Default::default(),
-        accounts: Vec::new(),
         durability,
-        maintenance_window: String::new(),
-        replace_after_s: REPLACE_AFTER_S,
+        ..story::instance()
     }
 }
 
