@@ -138,7 +138,7 @@ async fn a_mesh_that_the_last_release_has_kept_serves_with_all_that_it_had() {
         .await
         .unwrap();
     let text = described.to_string();
-    for kept in ["23:30-01:30", "900", "150"] {
+    for kept in ["\"replace_after_s\":900", "\"priority\":150"] {
         assert!(text.contains(kept), "{kept} in {text}");
     }
     let parameters = mesh.ctl(&["parameters", "show", &instance]).await.unwrap();
