@@ -164,7 +164,7 @@ impl Worker {
             Pass::Cut(cutting) => self.begin_cutting(&mut passing, cutting, now_us),
             Pass::Reserve(reserve) => self.begin_reserving(&mut passing, reserve, now_us),
             Pass::EndCut(marker, unwanted) => {
-                self.core.end_cut(&marker);
+                self.begin_ending(&mut passing, marker, now_us);
                 for (slot, generation) in unwanted {
                     if self.core.sessions.get_same(slot, generation).is_some() {
                         self.core.close_client(slot);

@@ -32,16 +32,21 @@ pub(crate) struct Reserve {
     pub(crate) answer: SyncSender<Option<Vec<Key>>>,
 }
 
+/// A node that answers sends the marker within milliseconds; one that is gone never does.
+const ENDING_LIMIT_US: u64 = 2_000_000;
+
 /// What is under way.
 #[derive(Debug, Default)]
 pub(super) struct Topics {
     cutting: Option<(Cutting, Vec<Frozen>, u64)>,
     reserving: Option<(Reserve, Vec<Key>, u64)>,
+    /// Markers whose clients have come while the marker itself is still on its way here, and since when.
+    ending: Vec<(Vec<u8>, u64)>,
 }
 
 impl Topics {
     pub(super) fn are_under_way(&self) -> bool {
-        self.cutting.is_some() || self.reserving.is_some()
+        self.cutting.is_some() || self.reserving.is_some() || !self.ending.is_empty()
     }
 }
 
@@ -89,8 +94,25 @@ impl Worker {
         passing.topics.reserving = Some((wanted, keys, now_us));
     }
 
+    /// A cut is over for those who gave and took. What the nodes sent before the marker was delivered by
+    /// the process that gave, so it is kept from the clients until the marker has come here as well.
+    pub(super) fn begin_ending(&mut self, passing: &mut Passing, marker: Vec<u8>, now_us: u64) {
+        match self.core.is_cut_heard(&marker) {
+            true => self.core.end_cut(&marker),
+            false => passing.topics.ending.push((marker, now_us)),
+        }
+    }
+
     /// Once per turn.
     pub(super) fn go_on_with_topics(&mut self, passing: &mut Passing, now_us: u64) {
+        let core = &mut self.core;
+        passing.topics.ending.retain(|(marker, since_us)| {
+            let over = core.is_cut_heard(marker) || since_us + ENDING_LIMIT_US <= now_us;
+            if over {
+                core.end_cut(marker);
+            }
+            !over
+        });
         if let Some((cutting, frozen, since_us)) = passing.topics.cutting.take() {
             if self.core.is_cut_ready(&cutting.marker) {
                 self.core.publish_cut(&cutting.marker);
