@@ -68,6 +68,8 @@ struct State {
     refuse_commits: Mutex<bool>,
     /// The revision at which the leases of hosts began; `None`: none is kept.
     leases_since: Mutex<Option<u64>>,
+    /// By host: reports that have kept a lease.
+    kept: watch::Sender<HashMap<String, u64>>,
 }
 
 /// The fake; the server ends when the last clone is dropped.
@@ -105,6 +107,7 @@ impl Controller {
             registers: Mutex::default(),
             refuse_commits: Mutex::new(false),
             leases_since: Mutex::new(None),
+            kept: watch::Sender::new(HashMap::new()),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -142,6 +145,17 @@ impl Controller {
     /// From now on reports keep leases, or do not.
     pub(crate) fn keep_leases(&self, since: Option<u64>) {
         *self.state.leases_since.lock().unwrap() = since;
+    }
+
+    /// Waits until two more reports of the host have kept its lease: the agent that sends the second
+    /// one has the answer to the first.
+    pub(crate) async fn until_kept(&self, host: &str) {
+        let mut kept = self.state.kept.subscribe();
+        let count = |all: &HashMap<String, u64>| all.get(host).copied().unwrap_or_default();
+        let enough = count(&kept.borrow()) + 2;
+        let wait = kept.wait_for(|all| count(all) >= enough);
+        let waited = timeout(WAIT, wait).await;
+        assert!(waited.is_ok(), "waited for {host} to keep its lease");
     }
 
     pub(crate) fn register(&self, host: &str) -> Option<Register> {
@@ -359,6 +373,9 @@ impl ControlService for Service {
                         };
                         let message = Some(session_response::Message::LeaseKept(kept));
                         let _ = answers.send(Ok(SessionResponse { message })).await;
+                        state.kept.send_modify(|all| {
+                            *all.entry(reporter.clone()).or_default() += 1;
+                        });
                     }
                     state.reports.send_modify(|all| {
                         all.insert(reporter.clone(), report);

@@ -34,12 +34,15 @@ async fn granted(admin: &mut Control) -> bool {
 async fn leased() -> Mesh {
     let mesh = Mesh::provisioned("").await;
     mesh.controller.keep_leases(Some(1));
+    // A primary that comes to need a lease without one is fenced.
+    mesh.controller.until_kept("h-a").await;
     let agent = mesh.agent(1).address.clone();
     mesh.controller
         .change(|record| record.replica_agents = vec![agent]);
-    // Until the agent has the assignment, it needs no lease; then it has one.
+    // The agent has the assignment before it reports twice more.
+    mesh.controller.until_kept("h-a").await;
     mesh.controller
-        .until("the assignment", 0, |n| n.granted_epoch == 1)
+        .until("the grant", 0, |n| n.granted_epoch == 1)
         .await;
     mesh
 }
@@ -48,7 +51,6 @@ async fn leased() -> Mesh {
 async fn without_a_lease_and_promises_the_primary_is_fenced_in_time_and_the_lease_gives_it_back() {
     let mut mesh = leased().await;
     let mut admin = mesh.admin(0).await;
-    sleep(Duration::from_millis(600)).await;
     mesh.stop_agent(1).await;
     mesh.controller.keep_leases(None);
     let since = Instant::now();
