@@ -46,11 +46,7 @@ pub async fn drain(host_id: &str, controllers: &Controllers, limit: Duration) ->
                     tracing::info!("this host has no primary");
                     return Drained::All;
                 }
-                // What moves may be gone soon; what does not stays for good.
-                let hopeless = answer.task_ids.is_empty()
-                    && answer.busy == 0
-                    && answer.stays.iter().all(|stay| !stay.moving);
-                if hopeless || over {
+                if answer.settled || over {
                     return stays(&answer);
                 }
                 last = Some(answer);

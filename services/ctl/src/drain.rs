@@ -60,11 +60,8 @@ pub(crate) async fn on_drain(
                 async move { api.fleet().drain_host(request).await }
             })
             .await?;
-        let hopeless = answer.task_ids.is_empty()
-            && answer.busy == 0
-            && answer.stays.iter().all(|stay| !stay.moving);
         task_ids.extend(answer.task_ids);
-        if hopeless || Instant::now() >= until {
+        if answer.settled || Instant::now() >= until {
             break (answer.primaries, answer.stays);
         }
     };

@@ -218,6 +218,9 @@ impl FleetService for Fleet {
                 }),
             }
         }
+        answer.settled = answer.task_ids.is_empty()
+            && answer.busy == 0
+            && answer.stays.iter().all(|stay| !stay.moving);
         Ok(Response::new(answer))
     }
 }
