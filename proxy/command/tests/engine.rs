@@ -4,7 +4,8 @@
 mod support;
 
 use slotmesh_command::{Flag, all, lookup, resolve};
-use support::{Engine, Reply, calls};
+use slotmesh_engine::{Engine, Reply};
+use support::calls;
 
 fn check_entry(entry: &Reply) {
     let entry = entry.items();

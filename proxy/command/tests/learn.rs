@@ -12,7 +12,8 @@ use proptest::test_runner::{Config, TestRunner};
 use slotmesh_command::{
     Arguments, Class, Command, Flag, LearnError, Part, all, learn, lookup, resolve,
 };
-use support::{Engine, Reply, calls};
+use slotmesh_engine::{Engine, Reply};
+use support::calls;
 
 /// Their keys are found by the engine's code: it says so, and we refuse to guess.
 const BY_CODE: &[&str] = &["migrate", "sort", "sort_ro"];
@@ -35,7 +36,7 @@ fn engines() -> Vec<(String, PathBuf)> {
 
 fn part(reply: &Reply) -> Part {
     match reply {
-        Reply::Text(text) => Part::Text(text.as_bytes().to_vec()),
+        Reply::Text(text) => Part::Text(text.clone()),
         Reply::Error(text) => panic!("an error inside an entry: {text}"),
         Reply::Int(value) => Part::Int(*value),
         Reply::Nil => Part::Nil,

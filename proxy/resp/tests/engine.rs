@@ -3,79 +3,25 @@
 //! The engine is asked through ECHO and through bad input, since what it answers shows how it read.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::path::Path;
 
+use slotmesh_engine::Engine;
 use slotmesh_resp::{Args, Limits, Parsed, RequestParser, rewrite_inline, write};
 
-const TIMEOUT: Duration = Duration::from_secs(20);
-
-/// A redis-server from PATH on a private socket, gone when it is dropped.
-struct Engine {
-    child: Child,
-    socket: PathBuf,
-    _directory: tempfile::TempDir,
-}
-
-impl Engine {
-    fn start(options: &[&str]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("s");
-        let mut child = Command::new("redis-server")
-            .args(["--port", "0", "--save", "", "--unixsocket"])
-            .arg(&socket)
-            .arg("--dir")
-            .arg(directory.path())
-            .args(options)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("redis-server is on PATH");
-        let log = BufReader::new(child.stdout.take().unwrap());
-        let (ready, is_ready) = mpsc::sync_channel(1);
-        // Reads on to the end, so that the engine never waits for a full pipe.
-        std::thread::spawn(move || {
-            for line in log.lines().map_while(Result::ok) {
-                if line.to_lowercase().contains("ready to accept connections") {
-                    ready.send(()).unwrap();
-                }
-            }
-        });
-        is_ready
-            .recv_timeout(TIMEOUT)
-            .expect("redis-server says that it is ready");
-        Self {
-            child,
-            socket,
-            _directory: directory,
-        }
+/// Everything that the engine answers to these bytes, which nothing follows, or QUIT.
+fn answers(engine: &Engine, bytes: &[u8], end: &[u8]) -> Vec<u8> {
+    let mut stream = engine.connect();
+    // It may close before it has read everything; what it said is there all the same.
+    let _ = stream.write_all(&[bytes, end].concat());
+    if end.is_empty() {
+        // What is not whole would be waited for.
+        stream.shutdown(Shutdown::Write).unwrap();
     }
-
-    /// Everything that it answers to these bytes, which nothing follows, or QUIT.
-    fn answers(&self, bytes: &[u8], end: &[u8]) -> Vec<u8> {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        // It may close before it has read everything; what it said is there all the same.
-        let _ = stream.write_all(&[bytes, end].concat());
-        if end.is_empty() {
-            // What is not whole would be waited for.
-            stream.shutdown(Shutdown::Write).unwrap();
-        }
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        answer
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    answer
 }
 
 const QUIT: &[u8] = b"*1\r\n$4\r\nQUIT\r\n";
@@ -141,7 +87,7 @@ fn check(engine: &Engine, request: &[u8], end: &[u8], limits: Limits) {
     let request_shown = shown(&request[..request.len().min(60)]);
     let (ours, theirs) = (
         our_answers(request, end, limits),
-        engine.answers(request, end),
+        answers(engine, request, end),
     );
     if ours.len().max(theirs.len()) < 1000 {
         assert_eq!(shown(&ours), shown(&theirs), "{request_shown}");
@@ -156,7 +102,7 @@ fn check(engine: &Engine, request: &[u8], end: &[u8], limits: Limits) {
 
 #[test]
 fn the_engine_reads_every_request_as_we_do() {
-    let engine = Engine::start(&[]);
+    let engine = Engine::start();
     // Whether the engine minds a line of little more than 64 KiB depends on how its reads cut it; of
     // this one it sees more than that before it sees the end.
     let long = "a".repeat(300_000);
@@ -239,7 +185,7 @@ const NUMBERS: &[&str] = &[
 
 #[test]
 fn hostile_numbers_are_answered_as_the_engine_answers_them() {
-    let engine = Engine::start(&[]);
+    let engine = Engine::start();
     for number in NUMBERS {
         for request in [
             format!("*{number}\r\n"),
@@ -258,7 +204,7 @@ fn hostile_numbers_are_answered_as_the_engine_answers_them() {
     // Redis 6.2 refuses what Redis 7.0 waits for, and a node of either may be behind us.
     for count in ["1048577", "2147483647"] {
         let request = format!("*{count}\r\n");
-        assert!(engine.answers(request.as_bytes(), b"").is_empty());
+        assert!(answers(&engine, request.as_bytes(), b"").is_empty());
         let ours = our_answers(request.as_bytes(), b"", Limits::Authenticated);
         assert_eq!(ours, b"-ERR Protocol error: invalid multibulk length\r\n");
     }
@@ -266,7 +212,7 @@ fn hostile_numbers_are_answered_as_the_engine_answers_them() {
 
 #[test]
 fn a_wrong_type_byte_is_repeated_as_the_engine_repeats_it() {
-    let engine = Engine::start(&[]);
+    let engine = Engine::start();
     // To Redis a zero byte is the end of what has come, so it waits for more; we do not.
     for byte in 1..=u8::MAX {
         // An argument of another type, also of RESP3, and a nested array.
@@ -280,7 +226,7 @@ fn a_wrong_type_byte_is_repeated_as_the_engine_repeats_it() {
 
 #[test]
 fn a_line_that_is_no_array_is_a_command() {
-    let engine = Engine::start(&[]);
+    let engine = Engine::start();
     for line in [
         "$4\r\n",
         ":1\r\n",
@@ -323,7 +269,7 @@ fn a_line_that_is_no_array_is_a_command() {
 
 #[test]
 fn strangers_are_cut_where_the_engine_cuts_them() {
-    let engine = Engine::start(&["--requirepass", "x"]);
+    let engine = Engine::start_from(Path::new("redis-server"), &["--requirepass", "x"]);
     for request in [
         "*11\r\n",
         "*11\r\n$4\r\nECHO\r\n",
@@ -387,7 +333,7 @@ const TOKENS: &[&str] = &[
 
 #[test]
 fn made_up_streams_are_answered_as_the_engine_answers_them() {
-    let engine = Engine::start(&[]);
+    let engine = Engine::start();
     let mut state: u64 = 0x5107_3e5b;
     let mut below = |bound: usize| {
         state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);

@@ -3,12 +3,12 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Reply};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use slotmesh_acl::{matches, matches_nocase};
 use slotmesh_command::all;
+use slotmesh_engine::{Engine, Reply};
 
 fn config() -> Config {
     Config {

@@ -1,7 +1,7 @@
 //! ACL LOG against a real Redis.
 
-use crate::engine::{Engine, Reply};
 use slotmesh_acl::{AclLog, Context, Denial, Entry, Reason};
+use slotmesh_engine::{Engine, Reply};
 
 fn denial(reason: Reason, object: &str) -> Denial {
     Denial {

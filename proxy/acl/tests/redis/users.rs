@@ -2,7 +2,9 @@
 
 use std::cell::RefCell;
 
-use crate::engine::{Engine, Reply, settled, settled_line};
+use slotmesh_engine::{Engine, Reply};
+
+use crate::settled::{settled, settled_line};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
