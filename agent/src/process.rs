@@ -14,14 +14,19 @@ use std::{
 };
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, waitpid};
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::unix::AsyncFd,
     time::{Instant, timeout},
 };
 
+use crate::lease::Boot;
+
 /// A crash at start is tried again soon, and for ever, but not so often that it fills a disk.
 const RESTART_FIRST: Duration = Duration::from_millis(100);
 const RESTART_CAP: Duration = Duration::from_secs(10);
+/// In which Linux tells start times, on every architecture that is built today.
+const TICKS_PER_SECOND: u64 = 100;
 
 /// Where a process's output goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +38,7 @@ pub enum Output {
 }
 
 /// A running process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
     /// In clock ticks since boot.
@@ -92,6 +97,12 @@ impl Process {
         // State was field 3; start time is field 22.
         let start_time = fields.nth(18)?.parse().ok()?;
         Some((Self { pid, start_time }, state))
+    }
+
+    /// Since it was started, to the next tick.
+    pub fn age(&self) -> Duration {
+        let started = Boot(self.start_time.saturating_mul(1_000) / TICKS_PER_SECOND);
+        started.until(Boot::now())
     }
 
     /// Reads a record of [`Self::save`]; gives the process if it still runs.

@@ -1,8 +1,9 @@
 //! Takes a node's rights over a connection of its own, so that it works while the worker is busy.
 //!
-//! Invariant: when it returns, either nobody has the rights, or the process has been killed.
+//! Invariant: when it returns, either nobody has the rights, or the process has been killed. One that
+//! has just been started and does not listen yet has given none: nodes are born without users.
 
-use std::{path::Path, time::Duration};
+use std::{io, path::Path, time::Duration};
 
 use rustix::process::Signal;
 use tokio::time::timeout;
@@ -18,6 +19,9 @@ use crate::{
 const TRY_WITHIN: Duration = Duration::from_millis(200);
 /// Tries before the process is killed. Both fit twice into the margin by which a right ends early.
 const TRIES: usize = 2;
+/// From its start until a node listens, on a machine that is short of everything; usually
+/// milliseconds. It loads its data later than that.
+const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 
 /// How much is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +57,9 @@ pub async fn sever(nodes: &Path, node_id: &str, depth: Depth) -> Severed {
     for _ in 0..TRIES {
         match timeout(TRY_WITHIN, take(&dir, depth)).await {
             Ok(Ok(done)) => return done,
+            Ok(Err(error)) if is_deaf(&error) && process.age() < LISTENS_WITHIN => {
+                return Severed::Already;
+            }
             Ok(Err(error)) => {
                 let why = crate::handover::driver::chain(&error);
                 tracing::warn!(node = node_id, %why, "the node does not let itself be fenced");
@@ -62,6 +69,18 @@ pub async fn sever(nodes: &Path, node_id: &str, depth: Depth) -> Severed {
     }
     process.signal(Signal::KILL);
     Severed::Killed
+}
+
+/// Nobody listens at its socket.
+fn is_deaf(error: &ControlError) -> bool {
+    let kind = match error {
+        ControlError::Connect { source } => source.kind(),
+        _ => return false,
+    };
+    matches!(
+        kind,
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
 }
 
 async fn take(dir: &NodeDir, depth: Depth) -> Result<Severed, ControlError> {
@@ -84,4 +103,36 @@ async fn take(dir: &NodeDir, depth: Depth) -> Result<Severed, ControlError> {
         done = Severed::Taken;
     }
     Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Output;
+
+    #[tokio::test]
+    async fn a_process_that_does_not_listen_yet_has_no_rights_and_is_left_alone() {
+        let nodes = tempfile::tempdir().unwrap();
+        let dir = NodeDir::create(nodes.path(), "n").unwrap();
+        dir.admin_secret().unwrap();
+        let args = ["60".to_owned()];
+        let sleep = Path::new("sleep");
+        let process = Process::spawn(sleep, &args, dir.path(), "log", Output::Append).unwrap();
+        process.save(&dir.process_file()).unwrap();
+        assert!(process.age() < LISTENS_WITHIN);
+        let severed = sever(nodes.path(), "n", Depth::Hard).await;
+        assert_eq!(severed, Severed::Already);
+        std::os::unix::net::UnixListener::bind(dir.socket())
+            .map(drop)
+            .unwrap();
+        let severed = sever(nodes.path(), "n", Depth::Hard).await;
+        assert_eq!(severed, Severed::Already, "a socket of the process before");
+        assert!(process.is_alive());
+        let listener = std::os::unix::net::UnixListener::bind(dir.socket().with_extension("x"));
+        std::fs::rename(dir.socket().with_extension("x"), dir.socket()).unwrap();
+        let severed = sever(nodes.path(), "n", Depth::Hard).await;
+        assert_eq!(severed, Severed::Killed, "it listens, and says nothing");
+        drop(listener);
+        assert!(!process.is_alive());
+    }
 }
