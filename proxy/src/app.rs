@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Observed};
 use crate::controllers::Controllers;
 use crate::core::Identity;
-use crate::handover::{self, Door, Office, Role, Stance, TakeError};
+use crate::handover::{self, Door, Office, Report, Role, Stance, TakeError};
 use crate::listener::Listener;
 use crate::progress::Progress;
 use crate::routing::Routing;
@@ -56,6 +56,17 @@ pub enum StartError {
     Address(String),
 }
 
+impl StartError {
+    /// The status with which the process ends.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::TakeOver(error) => error.exit_status(),
+            _ => 1,
+        }
+    }
+}
+
 /// Everything, bound.
 #[derive(Debug)]
 pub struct App {
@@ -87,8 +98,22 @@ impl App {
             source,
         };
         std::fs::create_dir_all(&settings.data).map_err(data_error)?;
+        let report = Report::new(&settings.data);
+        if settings.take_over.is_some() {
+            report.begin();
+        }
         let door = Door::open(&settings.data).map_err(data_error)?;
-        let entrance = enter(&settings, &door).await?;
+        let entrance = match enter(&settings, &door).await {
+            Ok(entrance) => entrance,
+            Err(error) => {
+                match &error {
+                    StartError::TakeOver(error) => report.failed(error),
+                    other if settings.take_over.is_some() => report.give_up("", other.to_string()),
+                    _ => {}
+                }
+                return Err(error);
+            }
+        };
         let address = entrance.address;
         let (admin_socket, admin_address) = entrance.admin;
         let (notices_in, notices) = Shared::notices();
@@ -146,6 +171,9 @@ impl App {
             data: settings.data.clone(),
             workers: Arc::clone(&workers),
             clients: Arc::clone(&shared.clients),
+            audience: Arc::clone(&shared.audience),
+            report,
+            announced: AtomicBool::new(false),
             routing: Arc::clone(&routing),
             next_id: Arc::new(AtomicU64::new(1)),
             stance,
@@ -305,13 +333,10 @@ impl App {
         if timeout(STOP_LIMIT, ends).await.is_err() {
             tasks.shutdown().await;
         }
-        // The tasks had the other references, so this is the last one.
-        if let Some(mut workers) = Arc::into_inner(workers) {
-            let joined = tokio::task::spawn_blocking(move || {
-                workers.iter_mut().for_each(WorkerHandle::join);
-            });
-            let _ = joined.await;
-        }
+        let joined = tokio::task::spawn_blocking(move || {
+            workers.iter().for_each(WorkerHandle::join);
+        });
+        let _ = joined.await; // a panic of it was logged
         tracing::info!("stopped");
         let mut failure = failure;
         failure.try_recv().map_or(Ok(()), Err)

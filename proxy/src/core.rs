@@ -43,6 +43,7 @@ mod multi;
 pub mod outbox;
 pub mod passing;
 pub mod passing_lines;
+pub mod passing_looks;
 pub mod passing_topics;
 mod pause;
 mod pool;
@@ -306,6 +307,8 @@ impl Core {
         }
         self.restore(slot);
         self.restore_topics(slot);
+        self.restore_sources(slot);
+        self.restore_tracking(slot);
         slot
     }
 

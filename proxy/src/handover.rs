@@ -12,11 +12,15 @@
 //! | `giver` | hands over |
 //! | `taker` | takes over, after a trial |
 //! | `listening` | both, for clients that listen to channels |
+//! | `spare` | what has given everything stands by, and serves again |
 //! | `told` | how a client's connections to nodes are told |
+//! | `report` | what whoever started a process that takes over can read |
 
 mod door;
 mod giver;
 mod listening;
+mod report;
+mod spare;
 mod taker;
 mod told;
 mod wire;
@@ -24,6 +28,7 @@ mod wire;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use slotmesh_proto::handover::v1 as pb;
 use tokio::net::TcpListener;
@@ -31,17 +36,22 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::core::call::PeerRequest;
+use crate::core::pubsub_count::Audience;
 use crate::routing::Routing;
 use crate::saved::{self, SavedError};
 use crate::worker::{Pass, WorkerHandle};
 
 pub(crate) use self::door::Door;
+pub(crate) use self::report::Report;
 pub use self::taker::TakeError;
 pub(crate) use self::taker::{inquire, relieve};
 pub use self::wire::WireError;
 
 /// Versions of the conversation that this release knows.
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
+
+/// Names the process that serves, and where it is asked to hand over.
+const PROXY_JSON: &str = "proxy.json";
 
 /// What a process is at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +96,11 @@ pub(crate) struct Office {
     pub(crate) data: PathBuf,
     pub(crate) workers: Arc<Vec<WorkerHandle>>,
     pub(crate) clients: Arc<AtomicUsize>,
+    pub(crate) audience: Arc<Audience>,
+    /// What is said of taking over.
+    pub(crate) report: Report,
+    /// proxy.json names this process.
+    pub(crate) announced: AtomicBool,
     pub(crate) routing: Arc<Routing>,
     /// Id of the next client.
     pub(crate) next_id: Arc<AtomicU64>,
@@ -119,8 +134,29 @@ impl Office {
                 stance.socket = Some(socket);
             }
         });
+        self.announced.store(false, Ordering::Relaxed);
+        self.announce_again();
+    }
+
+    /// Tells the agent that this process serves, if it was not told yet. False: it still is not.
+    fn announce_again(&self) -> bool {
+        if self.announced.load(Ordering::Relaxed) || self.role() != Role::Serving {
+            return true;
+        }
         if let Err(error) = self.announce() {
             tracing::error!(%error, "proxy.json is not written: the agent may lose this process");
+            return false;
+        }
+        self.announced.store(true, Ordering::Relaxed);
+        true
+    }
+
+    /// Does not return before the agent was told, unless the process ends.
+    fn insist(&self) {
+        /// A disk that is full has room again some day.
+        const AGAIN: Duration = Duration::from_secs(1);
+        while !self.announce_again() && !self.stop.is_cancelled() {
+            std::thread::park_timeout(AGAIN);
         }
     }
 
@@ -139,7 +175,7 @@ impl Office {
             "handover": self.door,
         });
         let text = format!("{addresses}\n");
-        saved::write_private(&self.data.join("proxy.json"), text.as_bytes())
+        saved::write_private(&self.data.join(PROXY_JSON), text.as_bytes())
     }
 
     fn ask(&self) -> pb::Ask {
@@ -193,22 +229,27 @@ impl Office {
         (left.unsigned_abs(), left < 0)
     }
 
-    /// A CLIENT PAUSE of another process goes on here.
-    fn pause(&self, pause: &pb::Pause) {
-        let mode: &[u8] = if pause.writes_only { b"write" } else { b"all" };
-        for worker in self.workers.iter() {
-            let words = vec![
-                b"pause".to_vec(),
-                pause.remaining_ms.to_string().into_bytes(),
-                mode.to_vec(),
-            ];
-            let request = PeerRequest {
-                client_id: 0,
-                words,
-            };
-            let done = worker.ask(request);
-            if done.is_none_or(|done| done.blocking_recv().is_err()) {
-                tracing::warn!("CLIENT PAUSE was not taken over by a worker");
+    /// The CLIENT PAUSE of another process, or that it has none, is what counts here from now on: this
+    /// process may have one of before, that was ended there.
+    fn pause(&self, pause: Option<&pb::Pause>) {
+        let end = (0, false);
+        let begin = pause.map(|pause| (pause.remaining_ms, pause.writes_only));
+        for (ms, writes_only) in std::iter::once(end).chain(begin) {
+            let mode: &[u8] = if writes_only { b"write" } else { b"all" };
+            for worker in self.workers.iter() {
+                let words = vec![
+                    b"pause".to_vec(),
+                    ms.to_string().into_bytes(),
+                    mode.to_vec(),
+                ];
+                let request = PeerRequest {
+                    client_id: 0,
+                    words,
+                };
+                let done = worker.ask(request);
+                if done.is_none_or(|done| done.blocking_recv().is_err()) {
+                    tracing::warn!("CLIENT PAUSE was not taken over by a worker");
+                }
             }
         }
     }

@@ -47,13 +47,13 @@ async fn run() -> ExitCode {
     match App::bind(settings).await {
         Ok(app) => match app.run(stop).await {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(error.into()),
+            Err(error) => fail(error.exit_status(), error.into()),
         },
-        Err(error) => fail(error.into()),
+        Err(error) => fail(error.exit_status(), error.into()),
     }
 }
 
-fn fail(error: anyhow::Error) -> ExitCode {
+fn fail(status: u8, error: anyhow::Error) -> ExitCode {
     eprintln!("slotmesh-proxy: {error:#}");
-    ExitCode::FAILURE
+    ExitCode::from(status)
 }

@@ -121,7 +121,7 @@ pub struct WorkerHandle {
     /// Given and not yet taken.
     waiting: Arc<AtomicU64>,
     pub published: Arc<Published>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
 /// What all workers of a process share.
@@ -214,7 +214,7 @@ pub fn start(index: usize, shared: Shared) -> Result<WorkerHandle, StartError> {
         waker,
         waiting,
         published,
-        thread: Some(thread),
+        thread: Mutex::new(Some(thread)),
     })
 }
 

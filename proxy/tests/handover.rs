@@ -285,7 +285,9 @@ async fn who_does_not_take_what_it_asked_for_leaves_everybody_where_they_were() 
         };
         assert_eq!((offer.address, offer.clients), (address.to_string(), 11));
         assert!(matches!(peer.hear(), Some(Heard::Listener(_))));
-        // It says nothing about the listener, so the conversation ends.
+        // It says nothing about the listener, so that is withdrawn and the conversation ends.
+        let withdrawn = Heard::Withdrawn(pb::Withdrawn { number: 0 });
+        assert_eq!(peer.hear(), Some(withdrawn));
         assert_eq!(peer.hear(), None);
     });
     talks.await.unwrap();

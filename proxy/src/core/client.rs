@@ -11,11 +11,15 @@ use slotmesh_proto::handover::v1 as pb;
 use slotmesh_resp::{Protocol, RequestParser};
 
 use super::extra::Extra;
+use super::passing_looks::Looks;
 use super::stash::Stash;
 
 /// Highest schema of the written form that is understood. A state says the lowest that has room for
 /// it, so that a process of an earlier release takes what it can keep.
-pub const SCHEMA: u32 = 4;
+pub const SCHEMA: u32 = 5;
+/// What every client takes of a message, and each name in it, beside its own bytes.
+pub(super) const STATE_BYTES: usize = 160;
+pub(super) const NAME_BYTES: usize = 8;
 /// The account of clients that name none.
 pub const DEFAULT_USER: &str = "default";
 
@@ -57,6 +61,8 @@ pub struct ClientState {
     pub transaction: Option<Box<Transaction>>,
     /// Channels, patterns and shard channels, of a client that is between two processes.
     pub subscriptions: Option<Box<[Vec<Vec<u8>>; 3]>>,
+    /// What it monitors and tracks, of a client that is between two processes.
+    pub looks: Option<Box<Looks>>,
     /// Received and not executed.
     pub input: Vec<u8>,
     /// Replies that were not sent yet.
@@ -100,6 +106,7 @@ impl ClientState {
             names: None,
             transaction: None,
             subscriptions: None,
+            looks: None,
             input: Vec::new(),
             output: Vec::new(),
             connected_unix_ms,
@@ -116,7 +123,30 @@ impl ClientState {
     /// The schema that its written form needs.
     #[must_use]
     pub fn schema(&self) -> u32 {
-        if self.skips_reply { 2 } else { 1 }
+        match (&self.looks, self.skips_reply) {
+            (Some(_), _) => 5,
+            (None, true) => 2,
+            (None, false) => 1,
+        }
+    }
+
+    /// Bytes that its written form takes, as good as.
+    #[must_use]
+    pub fn bytes_len(&self) -> usize {
+        let queued = self.transaction.as_ref().map_or(0, |t| t.frames.len());
+        let names = self.names.as_ref();
+        let names = names.map_or(0, |n| {
+            n.name.len() + n.library_name.len() + n.library_version.len()
+        });
+        let subscribed = self.subscriptions.as_ref().map_or(0, |names| {
+            names
+                .iter()
+                .flatten()
+                .map(|name| NAME_BYTES + name.len())
+                .sum()
+        });
+        let looks = self.looks.as_ref().map_or(0, |looks| looks.bytes_len());
+        STATE_BYTES + self.input.len() + self.output.len() + queued + names + subscribed + looks
     }
 
     /// The account that it logged in with.
@@ -177,6 +207,12 @@ impl ClientState {
             skips_reply: self.skips_reply,
             idle_ms: self.idle_ms,
             last_command: self.last_command.as_deref().unwrap_or_default().to_owned(),
+            sources: self
+                .looks
+                .as_deref()
+                .map(Looks::sources)
+                .unwrap_or_default(),
+            tracking: self.looks.as_deref().and_then(Looks::tracking),
         }
     }
 
@@ -242,6 +278,7 @@ impl ClientState {
             last_command: Some(state.last_command.as_str())
                 .filter(|name| !name.is_empty())
                 .map(Box::from),
+            looks: Looks::read(state.sources, state.tracking)?,
             subscriptions: Some(Box::new([
                 state.channels,
                 state.patterns,
@@ -404,6 +441,7 @@ mod tests {
         state.input = b"*2\r\n$3\r\nGE".to_vec();
         state.output = vec![0xff, 0, b'\r'];
         state.subscriptions = Some(Box::new([vec![b"a".to_vec()], vec![], vec![vec![0xff]]]));
+        state.looks = Some(Box::new(Looks::example()));
         state.transaction = Some(Box::new(Transaction {
             frames: b"*1\r\n$4\r\nPING\r\n".to_vec(),
             commands: 1,
@@ -414,6 +452,25 @@ mod tests {
             mixed: true,
         }));
         assert_eq!(ClientState::decode(&state.encode()).unwrap(), state);
+    }
+
+    #[test]
+    fn a_state_is_as_large_as_all_that_it_carries() {
+        let mut state = ClientState::new(7, None, 1);
+        state.input = vec![0; 1000];
+        state.output = vec![0; 2000];
+        state.names_mut().name = vec![0; 3000];
+        state.subscriptions = Some(Box::new([vec![vec![0; 4000]], vec![], vec![vec![0; 5000]]]));
+        state.transaction = Some(Box::new(Transaction {
+            frames: vec![0; 6000],
+            ..Transaction::default()
+        }));
+        state.looks = Some(Box::new(Looks::example()));
+        let (counted, written) = (state.bytes_len(), state.encode().len());
+        assert!(
+            (written..written + 500).contains(&counted),
+            "{counted} {written}"
+        );
     }
 
     #[test]

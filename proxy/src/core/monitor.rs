@@ -19,6 +19,7 @@ use super::client::Pause;
 use super::dispatch::{Flow, NOT_SERVED};
 use super::line::{LineEvent, LineNo, Opening, Use};
 use super::monitor_line::Shown;
+use super::passing_topics::{Origin, divert};
 use super::sessions::NoOutlet;
 use super::spec::Request;
 use super::subscriber_limits::Limits;
@@ -43,7 +44,7 @@ pub struct Source {
 /// Of one client.
 #[derive(Debug)]
 pub(super) struct Monitoring {
-    sources: Vec<Source>,
+    pub(super) sources: Vec<Source>,
     /// Where its `+OK` belongs, until all its nodes are watched; and until when that may take.
     waiting: Option<((u32, u32), u64)>,
 }
@@ -93,13 +94,29 @@ impl Core {
         let Some(client) = self.sessions.get_mut(slot) else {
             return Flow::Taken;
         };
-        let (generation, ticket) = (client.generation, client.ticket());
+        let ticket = client.ticket();
         client.pause = Pause::Quiet;
+        self.watch_sources(slot, sources, Some((ticket, until_us)));
+        self.confirm_monitoring(slot);
+        Flow::Taken
+    }
+
+    /// A client is shown what these nodes execute, once its `+OK` is there, if it waits for one.
+    pub(super) fn watch_sources(
+        &mut self,
+        slot: u32,
+        sources: Vec<Source>,
+        waiting: Option<((u32, u32), u64)>,
+    ) {
+        let Some(client) = self.sessions.get_mut(slot) else {
+            return;
+        };
+        let generation = client.generation;
         client.extra_mut().monitoring = Some(Box::new(Monitoring {
             sources: sources.clone(),
-            waiting: Some((ticket, until_us)),
+            waiting,
         }));
-        self.monitors.waiting += 1;
+        self.monitors.waiting += usize::from(waiting.is_some());
         self.pubsub.audience.monitor_began();
         for source in sources {
             let watched = self.monitors.sources.entry(source).or_insert(Watched {
@@ -113,8 +130,12 @@ impl Core {
             self.steer_source(source);
         }
         self.out.unsteady = true;
-        self.confirm_monitoring(slot);
-        Flow::Taken
+    }
+
+    /// True if a node is watched, and will be by the same connection.
+    pub(super) fn is_watched(&self, source: &Source) -> bool {
+        let watched = self.monitors.sources.get(source);
+        watched.is_some_and(|watched| watched.up && watched.next.is_none())
     }
 
     fn sources_of(
@@ -221,6 +242,7 @@ impl Core {
             protocol: Protocol::Resp2,
         });
         self.write_line(line, |out| write::encode_command(out, &[b"MONITOR"]));
+        self.cut_renewed(Origin::Node(source));
         if let Some(watched) = self.monitors.sources.get_mut(&source) {
             match watched.line {
                 None => watched.line = Some((line, address)),
@@ -250,6 +272,7 @@ impl Core {
                 let watched = self.monitors.sources.get(&source);
                 let line = watched.and_then(|watched| watched.line);
                 if line.is_some_and(|(line, _)| line == no) {
+                    self.cut_shown(source, reply);
                     self.show(source, reply);
                 }
             }
@@ -388,6 +411,10 @@ impl Core {
             let extra = client.and_then(|client| client.extra.as_ref());
             let own = extra.and_then(|extra| extra.monitoring.as_ref());
             if own.is_some_and(|own| own.waiting.is_none()) {
+                let (cuts, origin) = (&mut self.pubsub.cuts, Origin::Node(source));
+                if !cuts.is_empty() && divert(cuts, origin, (slot, generation), &self.scratch) {
+                    continue;
+                }
                 let (slow, bytes) = (&mut self.pubsub.slow, &self.scratch);
                 let client = (slot, generation);
                 if slow.push(&mut self.sessions, client, bytes, limits, self.now_us) {

@@ -7,7 +7,7 @@
 
 use std::collections::HashSet;
 
-use slotmesh_resp::write;
+use slotmesh_resp::{Protocol, write};
 
 use super::Core;
 use super::client::{Client, ClientState, Names, Pause};
@@ -32,6 +32,12 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    /// Its slot and generation.
+    #[must_use]
+    pub fn key(&self) -> (u32, u32) {
+        (self.slot, self.generation)
+    }
+
     /// When it was stopped, on the worker's clock.
     #[must_use]
     pub fn since_us(&self) -> u64 {
@@ -65,12 +71,11 @@ impl Client {
     /// Whether all that it has can be told to a process that knows schemas up to this.
     fn may_travel(&self, schema_max: u32, listens: bool) -> Result<(), Stay> {
         let extra = self.extra.as_deref();
-        let pinned = extra.is_some_and(|extra| {
-            extra.subscriber.is_some() != listens
-                || extra.monitoring.is_some()
-                || extra.tracking.is_some()
-        });
-        let pinned = pinned || (listens && (extra.is_none() || schema_max < 4));
+        let subscribes = extra.is_some_and(|extra| extra.subscriber.is_some());
+        let looks = self.is_monitoring() || self.is_tracking();
+        let pinned = (subscribes || self.is_monitoring()) != listens
+            || (subscribes && schema_max < 4)
+            || (looks && schema_max < 5);
         let at_nodes = extra.is_some_and(|extra| extra.wait.is_some() || extra.watching.is_some());
         let skips = extra.is_some_and(|extra| extra.skips_reply);
         if self.pause == Pause::Leaving {
@@ -86,9 +91,10 @@ impl Client {
         {
             return Err(Stay::State);
         }
-        let queued = self.state.transaction.as_ref();
-        let queued = queued.map_or(0, |transaction| transaction.frames.len());
-        if self.state.input.len() + self.backlog() + queued > TRAVEL_BYTES_MAX {
+        let stashed = self.backlog() - self.unsent();
+        let subscribed = extra.and_then(|extra| extra.subscriber.as_ref());
+        let subscribed = subscribed.map_or(0, |subscriber| subscriber.bytes_len());
+        if self.state.bytes_len() + stashed + subscribed > TRAVEL_BYTES_MAX {
             return Err(Stay::Size);
         }
         Ok(())
@@ -96,13 +102,29 @@ impl Client {
 }
 
 impl Core {
+    /// Whether all that a client has can be told now.
+    pub(super) fn may_travel(&self, slot: u32, schema_max: u32, listens: bool) -> Result<(), Stay> {
+        let client = self.sessions.get(slot).ok_or(Stay::Leaving)?;
+        client.may_travel(schema_max, listens)?;
+        let (wait_bytes, is_silent) = self.wait_facts(slot);
+        if wait_bytes > TRAVEL_BYTES_MAX {
+            return Err(Stay::Size);
+        }
+        // Who redirects to it goes first, or what it is told until then would be lost.
+        let follows = client.redirection() <= 0 && self.pubsub.audience.is_target(client.state.id);
+        if follows || (is_silent && schema_max < 5) {
+            return Err(Stay::State);
+        }
+        Ok(())
+    }
+
     /// Stops a client: nothing more of it is read or executed.
     ///
     /// # Errors
     /// Why it stays; then it was not stopped.
     pub fn freeze(&mut self, slot: u32, schema_max: u32, listens: bool) -> Result<Frozen, Stay> {
+        self.may_travel(slot, schema_max, listens)?;
         let client = self.sessions.get_mut(slot).ok_or(Stay::Leaving)?;
-        client.may_travel(schema_max, listens)?;
         if client.pause == Pause::Frozen {
             return Err(Stay::State);
         }
@@ -193,6 +215,7 @@ impl Core {
                 let copied = |at: usize| names[at].iter().map(|name| name.to_vec()).collect();
                 Some(Box::new([0, 1, 2].map(copied)))
             }),
+            looks: self.looks_of(slot),
             ..client.state.clone()
         })
     }
@@ -234,13 +257,19 @@ impl Core {
 
 /// The trial of a process before it takes over.
 impl Core {
-    /// Opens a client that has no socket and may do everything, and asks for one key of every shard.
-    /// `None`: no topology is in force.
-    pub fn begin_trial(&mut self) -> Option<u32> {
+    /// Opens a client of each protocol that has no socket and may do everything, and asks for one key of
+    /// every shard: so all connections stand when others' clients come. None: no topology is in force.
+    pub fn begin_trial(&mut self) -> Vec<u32> {
         if !self.ready || self.table.all_shards().is_empty() {
-            return None;
+            return Vec::new();
         }
+        let protocols = [Protocol::Resp2, Protocol::Resp3];
+        protocols.map(|protocol| self.open_trial(protocol)).into()
+    }
+
+    fn open_trial(&mut self, protocol: Protocol) -> u32 {
         let mut state = ClientState::new(0, None, self.now_unix_us / 1000);
+        state.protocol = protocol;
         state.names = Some(Box::new(Names {
             name: b"slotmesh-trial".to_vec(),
             ..Names::default()
@@ -262,7 +291,7 @@ impl Core {
             }
         }
         self.client_bytes(slot, &frames);
-        Some(slot)
+        slot
     }
 
     /// The replies to a trial, once all are there.

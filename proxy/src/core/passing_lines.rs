@@ -6,7 +6,7 @@
 
 use super::Core;
 use super::answer::{SHARD_REMOVED, error_line};
-use super::client::Pause;
+use super::client::{NOBODY, Pause, STATE_BYTES};
 use super::hold::SETTLE_LIMIT_US;
 use super::line::{LineNo, LooseLine, Use};
 use super::tails::Tails;
@@ -30,6 +30,8 @@ pub struct LooseWait {
     pub repeatable: bool,
     /// The argument that says how long, whether it counts milliseconds, and how many are left.
     pub timeout: Option<(u32, bool, u64)>,
+    /// Its reply goes nowhere.
+    pub silent: bool,
     /// Where its reply belongs, as long as it has not left its process.
     pub ticket: Option<(u32, u32)>,
 }
@@ -45,6 +47,18 @@ impl Pins {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.watch.is_none() && self.wait.is_none()
+    }
+
+    /// Bytes that it takes of a message, as good as.
+    #[must_use]
+    pub fn bytes_len(&self) -> usize {
+        let line = |line: &LooseLine| STATE_BYTES + line.input.len() + line.output.len();
+        let watch = self.watch.as_ref().and_then(|watch| watch.line.as_ref());
+        let wait = self
+            .wait
+            .as_ref()
+            .map(|wait| line(&wait.line) + wait.frame.len());
+        watch.map_or(0, line) + wait.unwrap_or(0)
     }
 
     /// Connections that belong to it.
@@ -86,6 +100,18 @@ impl Core {
         let number = self.sessions.get(slot)?.extra.as_ref()?.wait?;
         let wait = self.waits.all.get(number as usize)?.as_ref()?;
         Some(wait.is_settled())
+    }
+
+    /// Of a command that waits: bytes of its frame, and whether its reply goes nowhere although its
+    /// client wants replies.
+    pub(super) fn wait_facts(&self, slot: u32) -> (usize, bool) {
+        let client = self.sessions.get(slot);
+        let number = client.and_then(|client| client.extra.as_ref()?.wait);
+        let wait = number.and_then(|number| self.waits.all.get(number as usize)?.as_ref());
+        let muted = client.is_some_and(|client| client.is_muted());
+        wait.map_or((0, false), |wait| {
+            (wait.frame.len(), wait.ticket.0 == NOBODY && !muted)
+        })
     }
 
     /// The connections that a client has at nodes, watch before wait.
@@ -139,6 +165,7 @@ impl Core {
                 frame: wait.tails.rewrite(&wait.frame).unwrap_or(wait.frame),
                 repeatable: wait.repeatable,
                 timeout: wait.timeout.map(|timeout| timeout.parts(self.now_us)),
+                silent: wait.ticket.0 == NOBODY,
                 ticket: Some(wait.ticket),
             });
         }
@@ -192,7 +219,10 @@ impl Core {
         let client = self.sessions.get_mut(slot)?;
         let generation = client.generation;
         let (protocol, db) = (client.state.protocol, client.state.db);
-        let ticket = loose.ticket.unwrap_or_else(|| client.ticket());
+        let ticket = loose.ticket.unwrap_or_else(|| match loose.silent {
+            true => (NOBODY, 0),
+            false => client.ticket(),
+        });
         if client.pause == Pause::None {
             client.pause = Pause::Blocked;
         }

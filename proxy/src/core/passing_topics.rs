@@ -1,4 +1,4 @@
-//! What a client on its way listens to: no message is lost, and none comes twice.
+//! What a client on its way listens to, or monitors: no message is lost, and none comes twice.
 //!
 //! Both processes listen for the client for a while. A *marker*, a message on a channel of ours, is
 //! published at every node concerned; each node says everything to both in the same order, so the
@@ -12,8 +12,10 @@ use std::sync::Arc;
 use slotmesh_resp::{Protocol, write};
 
 use super::Core;
-use super::client::{ClientState, Pause};
+use super::client::{Client, ClientState, NAME_BYTES, Pause, STATE_BYTES};
 use super::lane::lane_no;
+use super::monitor::Source;
+use super::passing_looks::{Looks, LooseSource};
 use super::pubsub_topics::{Name, TopicKind};
 use super::queue::{Entry, Kind};
 use crate::routing::ShardNo;
@@ -28,6 +30,58 @@ pub struct Listening {
     pub protocol: Protocol,
     /// Channels, patterns and shard channels.
     pub names: [Vec<Vec<u8>>; 3],
+    /// Nodes that it monitors.
+    pub sources: Vec<LooseSource>,
+}
+
+impl Listening {
+    /// Bytes that it takes of a message, as good as.
+    fn bytes_len(&self) -> usize {
+        let names = self
+            .names
+            .iter()
+            .flatten()
+            .map(|name| NAME_BYTES + name.len());
+        let sources = self
+            .sources
+            .iter()
+            .map(|source| NAME_BYTES + source.shard_id.len());
+        STATE_BYTES + names.sum::<usize>() + sources.sum::<usize>()
+    }
+}
+
+/// Which clients that listen are wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    pub clients_max: usize,
+    /// Of what they listen to, passed by one client at most.
+    pub bytes_max: usize,
+    pub schema_max: u32,
+}
+
+/// Where messages come from: a shard, or a node of which everything is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Messages(ShardNo),
+    Node(Source),
+}
+
+/// A place where a marker is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    origin: Origin,
+    /// The marker came.
+    heard: bool,
+    /// The connection is another one than when the marker was first asked for.
+    renewed: bool,
+}
+
+impl Client {
+    /// True if it is listened for it here, and another process still has it.
+    pub(super) fn is_awaited(&self) -> bool {
+        // Who listens has logged in, and its account comes with it.
+        self.pause == Pause::Frozen && !self.state.authenticated
+    }
 }
 
 /// One marker and the clients for which it matters.
@@ -35,8 +89,8 @@ pub struct Listening {
 pub(super) struct Cut {
     marker: Name,
     uid: u64,
-    /// Shards whose nodes they listen to, and whether the marker came from there.
-    shards: Vec<(ShardNo, bool)>,
+    /// Where they listen.
+    places: Vec<Place>,
     /// Slots and generations, with what came behind the marker, at the process that gives.
     clients: HashMap<(u32, u32), Vec<u8>>,
     gives: bool,
@@ -44,9 +98,10 @@ pub(super) struct Cut {
 }
 
 /// What is done with a message for a client. True: not delivered now.
-pub(super) fn divert(cuts: &mut [Cut], shard: ShardNo, client: (u32, u32), bytes: &[u8]) -> bool {
+pub(super) fn divert(cuts: &mut [Cut], origin: Origin, client: (u32, u32), bytes: &[u8]) -> bool {
     for cut in cuts {
-        let heard = cut.shards.iter().any(|(no, heard)| *no == shard && *heard);
+        let heard = |place: &Place| place.origin == origin && place.heard;
+        let heard = cut.places.iter().any(heard);
         let Some(late) = cut.clients.get_mut(&client) else {
             continue;
         };
@@ -59,23 +114,54 @@ pub(super) fn divert(cuts: &mut [Cut], shard: ShardNo, client: (u32, u32), bytes
 }
 
 impl Core {
-    /// Clients that listen and might travel, up to so many.
+    /// What a client listens to, if it does.
     #[must_use]
-    pub fn listening(&self, max: usize, may: impl Fn(u32, u32) -> bool) -> Vec<(u32, Listening)> {
-        let clients = self.sessions.numbered();
-        let found = clients.filter_map(|(slot, client)| {
-            let subscriber = client.extra.as_ref()?.subscriber.as_ref()?;
-            let copied = |at: usize| subscriber.names[at].iter().map(|name| name.to_vec());
-            may(slot, client.generation).then(|| {
-                let listening = Listening {
-                    id: client.state.id,
-                    protocol: client.state.protocol,
-                    names: [0, 1, 2].map(|at| copied(at).collect()),
-                };
-                (slot, listening)
-            })
+    pub fn listening_of(&self, slot: u32) -> Option<Listening> {
+        let client = self.sessions.get(slot)?;
+        let subscriber = client.extra.as_ref()?.subscriber.as_ref();
+        if subscriber.is_none() && !client.is_monitoring() {
+            return None;
+        }
+        let copied = |at: usize| -> Vec<Vec<u8>> {
+            let names = subscriber.map(|subscriber| subscriber.names[at].iter());
+            names
+                .into_iter()
+                .flatten()
+                .map(|name| name.to_vec())
+                .collect()
+        };
+        Some(Listening {
+            id: client.state.id,
+            protocol: client.state.protocol,
+            names: [0, 1, 2].map(copied),
+            sources: self.loose_sources(slot),
+        })
+    }
+
+    /// Clients that listen and can be told, in turn from a slot on.
+    #[must_use]
+    pub fn listening(
+        &self,
+        wanted: Wanted,
+        from: u32,
+        may: impl Fn(u32, u32) -> bool,
+    ) -> Vec<(u32, Listening)> {
+        let mut slots: Vec<u32> = self.sessions.slots().collect();
+        let first = slots.partition_point(|slot| *slot < from);
+        slots.rotate_left(first);
+        let mut bytes = 0;
+        let found = slots.into_iter().filter_map(|slot| {
+            let generation = self.sessions.get(slot)?.generation;
+            let travels = self.may_travel(slot, wanted.schema_max, true).is_ok();
+            let wanted = travels && may(slot, generation);
+            wanted.then(|| Some((slot, self.listening_of(slot)?)))?
         });
-        found.take(max).collect()
+        let fits = found.take_while(|(_, listening)| {
+            let before = bytes;
+            bytes += listening.bytes_len();
+            before < wanted.bytes_max
+        });
+        fits.take(wanted.clients_max).collect()
     }
 
     /// Opens a client that another process still has, so that it is listened for it here.
@@ -83,12 +169,17 @@ impl Core {
         let mut state = ClientState::new(listening.id, None, self.now_unix_us / 1000);
         state.protocol = listening.protocol;
         state.subscriptions = Some(Box::new(listening.names));
+        state.looks = Some(Box::new(Looks {
+            sources: listening.sources,
+            tracking: None,
+        }));
         let slot = self.sessions.open(state);
         if let Some(client) = self.sessions.get_mut(slot) {
             client.pause = Pause::Frozen;
             client.heard_us = self.now_us;
         }
         self.restore_topics(slot);
+        self.restore_sources(slot);
         slot
     }
 
@@ -101,7 +192,11 @@ impl Core {
         };
         let after = std::mem::take(&mut client.state.output);
         state.output.extend_from_slice(&after);
-        state.subscriptions = None; // they are the client's already
+        // They are the client's already.
+        state.subscriptions = None;
+        if let Some(looks) = &mut state.looks {
+            looks.sources.clear();
+        }
         let muted = state.muted;
         client.state = state;
         client.sent = 0;
@@ -111,6 +206,7 @@ impl Core {
             self.log_in(slot, &user);
         }
         self.restore(slot);
+        self.restore_tracking(slot);
         self.sessions.touch(slot);
         true
     }
@@ -118,21 +214,24 @@ impl Core {
     /// Begins to listen for a marker wherever these clients (slots, generations) listen. False: not
     /// now, because a shard is on its way to another primary.
     pub fn begin_cut(&mut self, marker: &[u8], clients: &[(u32, u32)], gives: bool) -> bool {
-        let shards = self.shards_heard_by(clients);
-        let settled =
-            |feed: &super::subscriber::Feed| feed.current.is_some() && feed.next.is_none();
-        if gives && !shards.iter().all(|shard| settled(self.feed(*shard))) {
+        let origins = self.origins_of(clients);
+        if gives && !origins.iter().all(|origin| self.is_steady(*origin)) {
             return false;
         }
         let marker: Name = marker.into();
         let uid = FIRST_UID + self.pubsub.audience.next_serial();
-        for shard in &shards {
-            self.ask_marker(*shard, &marker, uid, true);
+        for origin in &origins {
+            self.ask_marker(*origin, &marker, uid, true);
         }
+        let place = |origin| Place {
+            origin,
+            heard: false,
+            renewed: false,
+        };
         self.pubsub.cuts.push(Cut {
             marker,
             uid,
-            shards: shards.into_iter().map(|shard| (shard, false)).collect(),
+            places: origins.into_iter().map(place).collect(),
             clients: clients.iter().map(|key| (*key, Vec::new())).collect(),
             gives,
             published: false,
@@ -140,14 +239,29 @@ impl Core {
         true
     }
 
-    fn ask_marker(&mut self, shard: ShardNo, marker: &Name, uid: u64, on: bool) {
+    /// True if a connection stands there, and is not about to be replaced.
+    fn is_steady(&mut self, origin: Origin) -> bool {
+        match origin {
+            Origin::Messages(shard) => {
+                let feed = self.feed(shard);
+                feed.current.is_some() && feed.next.is_none()
+            }
+            Origin::Node(source) => self.is_watched(&source),
+        }
+    }
+
+    /// Where everything is shown, a marker is too.
+    fn ask_marker(&mut self, origin: Origin, marker: &Name, uid: u64, on: bool) {
+        let Origin::Messages(shard) = origin else {
+            return;
+        };
         let line = self.feed(shard).current.as_ref().map(|side| side.line);
         if let Some(line) = line {
             self.ask_side(shard, line, TopicKind::Channel, marker, uid, on);
         }
     }
 
-    fn shards_heard_by(&mut self, clients: &[(u32, u32)]) -> Vec<ShardNo> {
+    fn origins_of(&self, clients: &[(u32, u32)]) -> Vec<Origin> {
         let mut shards = Vec::new();
         let all = self.table.all_shards();
         for topic in self.pubsub.topics.iter() {
@@ -159,7 +273,23 @@ impl Core {
                 shards.dedup();
             }
         }
+        let mut sources: Vec<Source> = Vec::new();
+        for (slot, _) in clients {
+            sources.extend(self.sources_shown_to(*slot));
+        }
+        sources.sort_unstable();
+        sources.dedup();
+        let shards = shards.into_iter().map(Origin::Messages);
         shards
+            .chain(sources.into_iter().map(Origin::Node))
+            .collect()
+    }
+
+    /// The nodes that a client monitors.
+    pub(super) fn sources_shown_to(&self, slot: u32) -> &[Source] {
+        let extra = self.sessions.get(slot).and_then(|c| c.extra.as_ref());
+        let own = extra.and_then(|extra| extra.monitoring.as_ref());
+        own.map_or(&[], |own| &own.sources)
     }
 
     /// True if the nodes have confirmed the marker, and at the process that takes everything that its
@@ -169,7 +299,7 @@ impl Core {
         let Some(cut) = self.pubsub.cuts.iter().find(|cut| *cut.marker == *marker) else {
             return false;
         };
-        let (uid, shards) = (cut.uid, cut.shards.clone());
+        let (uid, places) = (cut.uid, cut.places.clone());
         let (gives, clients) = (cut.gives, &cut.clients);
         let count = self.table.shards.len();
         let known = |topic: &super::pubsub_topics::Topic| {
@@ -180,11 +310,15 @@ impl Core {
         if !gives && !self.pubsub.topics.iter().all(known) {
             return false;
         }
-        shards.iter().all(|(shard, _)| {
-            let feed = self.feed(*shard);
-            let current = feed.current.as_ref();
-            let asked = current.is_some_and(|side| !side.pending.contains(&uid));
-            asked && feed.next.is_none()
+        places.iter().all(|place| {
+            let asked = match place.origin {
+                Origin::Messages(shard) => {
+                    let current = self.feed(shard).current.as_ref();
+                    current.is_some_and(|side| !side.pending.contains(&uid))
+                }
+                Origin::Node(_) => true,
+            };
+            asked && self.is_steady(place.origin)
         })
     }
 
@@ -197,19 +331,63 @@ impl Core {
         cut.published = true;
         let mut frame = Vec::new();
         write::encode_command(&mut frame, &[b"PUBLISH", marker, b""]);
-        for (shard, _) in cut.shards.clone() {
+        let shard = |place: &Place| match place.origin {
+            Origin::Messages(shard) => shard,
+            Origin::Node(source) => source.shard, // replicas execute it too
+        };
+        let mut shards: Vec<ShardNo> = cut.places.iter().map(shard).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in shards {
             // It may be sent twice, so it may be repeated; only the first one counts.
             let lane = &mut self.lanes[lane_no(shard, Protocol::Resp2) as usize];
             lane.submit(Entry::own(Kind::Single), &frame, self.now_us, &mut self.out);
         }
     }
 
-    /// The marker came from a shard.
-    pub(super) fn cut_heard(&mut self, shard: ShardNo, channel: &[u8]) {
+    /// The marker came.
+    pub(super) fn cut_heard(&mut self, origin: Origin, channel: &[u8]) {
         for cut in &mut self.pubsub.cuts {
             if *cut.marker == *channel {
-                let own = cut.shards.iter_mut().filter(|(no, _)| *no == shard);
-                own.for_each(|(_, heard)| *heard = true);
+                let own = cut.places.iter_mut().filter(|place| place.origin == origin);
+                own.for_each(|place| place.heard = true);
+            }
+        }
+    }
+
+    /// A node shows a command: perhaps the one that publishes a marker. Nobody can guess one.
+    pub(super) fn cut_shown(&mut self, source: Source, line: &[u8]) {
+        for cut in &mut self.pubsub.cuts {
+            let mut places = cut.places.iter_mut();
+            let place = places.find(|place| place.origin == Origin::Node(source));
+            if let Some(place) = place.filter(|place| !place.heard) {
+                place.heard = memchr::memmem::find(line, &cut.marker).is_some();
+            }
+        }
+    }
+
+    /// Another connection is opened. Returns the markers that must be asked for on it, with their
+    /// numbers.
+    pub(super) fn cut_renewed(&mut self, origin: Origin) -> Vec<(Name, u64)> {
+        let mut asked = Vec::new();
+        for cut in &mut self.pubsub.cuts {
+            let mut places = cut.places.iter_mut();
+            let place = places.find(|place| place.origin == origin && !place.heard);
+            if let Some(place) = place {
+                place.renewed = true;
+                asked.push((Arc::clone(&cut.marker), cut.uid));
+            }
+        }
+        asked
+    }
+
+    /// The other process has heard the marker everywhere. On a connection that was made after it was
+    /// published it never comes: there everything comes behind it.
+    pub fn forgive_renewed(&mut self, marker: &[u8]) {
+        for cut in &mut self.pubsub.cuts {
+            if *cut.marker == *marker && !cut.gives {
+                let renewed = cut.places.iter_mut().filter(|place| place.renewed);
+                renewed.for_each(|place| place.heard = true);
             }
         }
     }
@@ -219,7 +397,15 @@ impl Core {
     pub fn is_cut_heard(&self, marker: &[u8]) -> bool {
         let mut cuts = self.pubsub.cuts.iter();
         let cut = cuts.find(|cut| *cut.marker == *marker);
-        cut.is_some_and(|cut| cut.shards.iter().all(|(_, heard)| *heard))
+        cut.is_some_and(|cut| cut.places.iter().all(|place| place.heard))
+    }
+
+    /// True if this process is the one that gives, or knows no such marker.
+    #[must_use]
+    pub fn gives_cut(&self, marker: &[u8]) -> bool {
+        let mut cuts = self.pubsub.cuts.iter();
+        cuts.find(|cut| *cut.marker == *marker)
+            .is_none_or(|cut| cut.gives)
     }
 
     /// The marker has done its work. Clients that are still here get what came behind it.
@@ -231,13 +417,77 @@ impl Core {
             .position(|cut| *cut.marker == *marker);
         let Some(at) = at else { return };
         let cut = self.pubsub.cuts.swap_remove(at);
-        for (shard, _) in &cut.shards {
-            self.ask_marker(*shard, &Arc::clone(&cut.marker), cut.uid, false);
+        for place in &cut.places {
+            self.ask_marker(place.origin, &Arc::clone(&cut.marker), cut.uid, false);
         }
         for ((slot, generation), late) in cut.clients {
             if !late.is_empty() {
                 self.sessions.push(slot, generation, &late);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::Identity;
+
+    const FEED: Origin = Origin::Messages(3);
+
+    fn core_with_cut(gives: bool) -> Core {
+        let identity = Identity {
+            run_id: String::new(),
+            port: 1,
+            pid: 1,
+            advertise: None,
+        };
+        let mut core = Core::new(Arc::new(identity), Arc::default());
+        core.pubsub.cuts.push(Cut {
+            marker: b"m"[..].into(),
+            uid: FIRST_UID,
+            places: vec![Place {
+                origin: FEED,
+                heard: false,
+                renewed: false,
+            }],
+            clients: HashMap::from([((1, 1), Vec::new())]),
+            gives,
+            published: false,
+        });
+        core
+    }
+
+    #[test]
+    fn a_marker_is_asked_for_again_on_a_new_connection_and_not_waited_for_in_vain() {
+        let mut core = core_with_cut(false);
+        core.forgive_renewed(b"m");
+        assert!(!core.is_cut_heard(b"m"), "it may come yet");
+        assert_eq!(core.cut_renewed(FEED), [(b"m"[..].into(), FIRST_UID)]);
+        assert_eq!(core.cut_renewed(Origin::Messages(4)), []);
+        assert!(
+            divert(&mut core.pubsub.cuts, FEED, (1, 1), b"x"),
+            "before it"
+        );
+        core.forgive_renewed(b"m");
+        assert!(core.is_cut_heard(b"m"));
+        assert!(
+            !divert(&mut core.pubsub.cuts, FEED, (1, 1), b"x"),
+            "behind it"
+        );
+    }
+
+    #[test]
+    fn who_gives_waits_for_the_marker_itself() {
+        let mut core = core_with_cut(true);
+        core.cut_renewed(FEED);
+        core.forgive_renewed(b"m");
+        assert!(!core.is_cut_heard(b"m") && core.gives_cut(b"m"));
+        core.cut_heard(FEED, b"other");
+        assert!(!core.is_cut_heard(b"m"));
+        core.cut_heard(FEED, b"m");
+        assert!(core.is_cut_heard(b"m"));
+        assert!(divert(&mut core.pubsub.cuts, FEED, (1, 1), b"late"));
+        assert_eq!(core.pubsub.cuts[0].clients[&(1, 1)], b"late");
     }
 }

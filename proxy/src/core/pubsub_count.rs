@@ -4,8 +4,8 @@
 //! Invariant: a topic is counted here exactly as long as the worker's connection has it confirmed,
 //! with the clients that it has then. Nothing is locked as long as nobody subscribes.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::pubsub_topics::{Name, TopicKind};
@@ -26,6 +26,10 @@ pub struct Audience {
     /// Clients of the process that monitor.
     monitors: AtomicU64,
     counts: Mutex<[HashMap<Name, Count>; 3]>,
+    /// Ids that clients of the process redirect their invalidations to, and how many do.
+    targets: Mutex<BTreeMap<u64, u32>>,
+    /// Clients of another process may come.
+    expects: AtomicBool,
 }
 
 impl Audience {
@@ -45,6 +49,37 @@ impl Audience {
     /// True if a client of any worker monitors.
     pub(super) fn is_monitored(&self) -> bool {
         self.monitors.load(Ordering::Relaxed) > 0
+    }
+
+    /// A client redirects its invalidations to another one from now on.
+    pub(super) fn redirect_began(&self, target: u64) {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        *targets.entry(target).or_default() += 1;
+    }
+
+    pub(super) fn redirect_ended(&self, target: u64) {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = targets.get_mut(&target) {
+            *count -= 1;
+            if *count == 0 {
+                targets.remove(&target);
+            }
+        }
+    }
+
+    /// True if a client of the process redirects its invalidations to this one.
+    pub(super) fn is_target(&self, id: u64) -> bool {
+        let targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.contains_key(&id)
+    }
+
+    /// Whether clients of another process may come: one that is not here may be on its way.
+    pub(crate) fn expect_clients(&self, expects: bool) {
+        self.expects.store(expects, Ordering::Relaxed);
+    }
+
+    pub(super) fn expects_clients(&self) -> bool {
+        self.expects.load(Ordering::Relaxed)
     }
 
     /// So many clients and connections more, or fewer.

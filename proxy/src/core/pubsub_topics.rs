@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
+use super::client::NAME_BYTES;
 use crate::routing::ShardNo;
 
 /// A channel or pattern. Shared by all that mention it.
@@ -152,6 +153,12 @@ pub(super) struct Subscriber {
 impl Subscriber {
     pub(super) fn is_empty(&self) -> bool {
         self.names.iter().all(BTreeSet::is_empty)
+    }
+
+    /// Bytes that its names take of a message, as good as.
+    pub(super) fn bytes_len(&self) -> usize {
+        let names = self.names.iter().flatten();
+        names.map(|name| NAME_BYTES + name.len()).sum()
     }
 
     /// The number in a confirmation: shard channels are counted apart.

@@ -13,7 +13,7 @@ use slotmesh_resp::{Protocol, write};
 
 use super::Core;
 use super::line::{LineEvent, LineNo, Opening, Use};
-use super::passing_topics::{Cut, divert};
+use super::passing_topics::{Cut, Origin, divert};
 use super::pubsub_count::Audience;
 use super::pubsub_frame::Heard;
 use super::pubsub_topics::{Name, Spread, Topic, TopicKind, Topics, Waiters};
@@ -326,6 +326,16 @@ impl Core {
             });
             write::encode_command(&mut asked, &[topic.kind.subscribe(), &topic.name]);
         }
+        for (marker, uid) in self.cut_renewed(Origin::Messages(shard)) {
+            side.pending.insert(uid);
+            write::encode_command(&mut asked, &[TopicKind::Channel.subscribe(), &marker]);
+            side.expected.push_back(Expected {
+                uid,
+                kind: TopicKind::Channel,
+                name: marker,
+                subscribes: true,
+            });
+        }
         self.write_line(line, |out| out.extend_from_slice(&asked));
         side
     }
@@ -446,7 +456,12 @@ impl Core {
                 Protocol::Resp3 => &self.scratch,
             };
             if !self.pubsub.cuts.is_empty()
-                && divert(&mut self.pubsub.cuts, shard, (slot, generation), bytes)
+                && divert(
+                    &mut self.pubsub.cuts,
+                    Origin::Messages(shard),
+                    (slot, generation),
+                    bytes,
+                )
             {
                 continue;
             }

@@ -17,6 +17,7 @@ use slotmesh_resp::{Protocol, write};
 
 use super::Core;
 use super::lane::lane_no;
+use super::passing_topics::Origin;
 use super::pubsub_frame::{HIDDEN, Heard};
 use super::pubsub_topics::{Name, TopicKind};
 use super::queue::{Entry, Kind};
@@ -215,7 +216,7 @@ impl Core {
 
     fn marker_heard(&mut self, shard: ShardNo, is_next: bool, channel: &[u8]) {
         if !is_next {
-            self.cut_heard(shard, channel);
+            self.cut_heard(Origin::Messages(shard), channel);
         }
         let now_us = self.now_us;
         let feed = self.feed(shard);

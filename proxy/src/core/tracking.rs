@@ -124,6 +124,10 @@ impl Core {
         let (generation, extra) = (client.generation, client.extra.as_mut());
         let before = extra.and_then(|extra| extra.tracking.take());
         let is_new = before.is_none();
+        let redirects = [
+            before.as_ref().map(|own| own.options.redirect),
+            Some(options.redirect),
+        ];
         let (own, prefixes) = match before {
             Some(before) => (before.own, before.options.prefixes),
             None => (self.open_own_lane(slot), BTreeSet::new()),
@@ -137,6 +141,7 @@ impl Core {
         self.trackers.waiting += usize::from(waiting.is_some());
         self.trackers.by_ear += usize::from(is_new && by_ear);
         self.trackers.clients.insert(slot, generation);
+        self.count_redirects(redirects);
         if let Some(client) = self.sessions.get_mut(slot) {
             client.extra_mut().tracking = Some(Box::new(Tracking {
                 options,
@@ -168,6 +173,7 @@ impl Core {
         client.tidy_extra();
         self.trackers.waiting -= usize::from(own.waiting.is_some());
         self.trackers.clients.remove(&slot);
+        self.count_redirects([Some(own.options.redirect), None]);
         if let Some(own) = own.own {
             return self.release_own_lane(&own);
         }
@@ -411,7 +417,7 @@ impl Core {
         let now_us = self.now_us;
         let mut due = None::<u64>;
         let retry = self.retry_ears().into_iter().chain(self.retry_mails());
-        let retry = retry.min();
+        let retry = retry.chain(self.redirects_due()).min();
         let mut sooner = |at: u64| due = Some(due.map_or(at, |due| due.min(at)));
         retry.into_iter().for_each(&mut sooner);
         let mut late = Vec::new();

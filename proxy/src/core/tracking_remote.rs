@@ -18,6 +18,11 @@ use super::tracking_table::ClientNo;
 pub(super) const REDIRECTED: u32 = u32::MAX;
 /// Notices that wait for one client; past it, it is told to forget everything.
 const WAITING_BYTES_MAX: usize = 1024 * 1024;
+/// Clients come from another process one batch after the other, and who is told behind who tells: a
+/// client that is not here may come within this.
+const ARRIVAL_LIMIT_US: u64 = 5_000_000;
+/// Between looks whether it has come.
+const ARRIVAL_LOOK_US: u64 = 20_000;
 /// Names no key but all.
 const NULL: &[u8] = b"$-1\r\n";
 const CHANNEL: &[u8] = b"__redis__:invalidate";
@@ -33,6 +38,8 @@ struct Batch {
     /// On its way.
     sent: Vec<u8>,
     number: u32,
+    /// Since when its client was not found, and when to look again.
+    missing_us: Option<(u64, u64)>,
 }
 
 /// What a worker has for clients by their ids.
@@ -49,7 +56,7 @@ impl Core {
     fn client_by_id(&mut self, id: u64) -> Option<ClientNo> {
         if let Some(&(slot, generation)) = self.trackers.remote.local.get(&id) {
             let same = self.sessions.get_same(slot, generation);
-            if same.is_some_and(|client| client.state.id == id) {
+            if same.is_some_and(|client| client.state.id == id && !client.is_awaited()) {
                 return Some((slot, generation));
             }
             self.trackers.remote.local.remove(&id);
@@ -57,7 +64,7 @@ impl Core {
         let (slot, client) = self
             .sessions
             .numbered()
-            .find(|(_, client)| client.state.id == id)?;
+            .find(|(_, client)| client.state.id == id && !client.is_awaited())?;
         let no = (slot, client.generation);
         self.trackers.remote.local.insert(id, no);
         Some(no)
@@ -102,10 +109,12 @@ impl Core {
 
     /// Sends what waits for clients of other workers.
     pub(super) fn send_redirected(&mut self) {
+        let now_us = self.now_us;
         let Remote { batches, made, .. } = &mut self.trackers.remote;
+        let due = |batch: &Batch| batch.missing_us.is_none_or(|(_, at_us)| at_us <= now_us);
         for (id, batch) in batches
             .iter_mut()
-            .filter(|(_, batch)| batch.sent.is_empty())
+            .filter(|(_, batch)| batch.sent.is_empty() && due(batch))
         {
             *made = made.wrapping_add(1);
             batch.number = *made;
@@ -122,11 +131,34 @@ impl Core {
         }
     }
 
+    /// When to look again for a client that is not here yet.
+    pub(super) fn redirects_due(&self) -> Option<u64> {
+        let batches = self.trackers.remote.batches.values();
+        let missing = batches.filter(|batch| batch.sent.is_empty());
+        missing
+            .filter_map(|b| b.missing_us.map(|(_, at_us)| at_us))
+            .min()
+    }
+
+    /// So many redirections less and more.
+    pub(super) fn count_redirects(&self, [before, now]: [Option<u64>; 2]) {
+        if before == now {
+            return;
+        }
+        if let Some(target) = before.filter(|target| *target != 0) {
+            self.pubsub.audience.redirect_ended(target);
+        }
+        if let Some(target) = now.filter(|target| *target != 0) {
+            self.pubsub.audience.redirect_began(target);
+        }
+    }
+
     /// The answer of all workers to a batch.
     pub(super) fn redirect_answered(&mut self, number: u32, answer: &[u8]) {
         if number == 0 {
             return; // nobody waits for it
         }
+        let (now_us, expects) = (self.now_us, self.pubsub.audience.expects_clients());
         let batches = &mut self.trackers.remote.batches;
         let Some((&id, batch)) = batches.iter_mut().find(|(_, batch)| batch.number == number)
         else {
@@ -144,6 +176,15 @@ impl Core {
             return;
         }
         batch.sent.clear();
+        let since_us = batch.missing_us.map_or(now_us, |(since_us, _)| since_us);
+        let may_come = expects && since_us + ARRIVAL_LIMIT_US > now_us;
+        if !taken && may_come {
+            batch.missing_us = Some((since_us, now_us + ARRIVAL_LOOK_US));
+            batch.waiting = NULL.to_vec();
+            self.out.unsteady = true;
+            return;
+        }
+        batch.missing_us = None;
         if !taken {
             batches.remove(&id);
             self.redirect_broken(id);

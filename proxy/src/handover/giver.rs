@@ -1,9 +1,9 @@
 //! Hands a process's listener and clients to another one.
 //!
 //! Invariants: what was sent is the other's once its `Adopted` was read, and this process's again if
-//! that cannot come any more. A client that cannot be told stays, is served, and is tried again. When
-//! nothing is left, the process stays as a spare for a while: if the other dies, it accepts clients
-//! again.
+//! that cannot come any more, which the other one is told first. A client that cannot be told stays, is
+//! served, and is tried again. When nothing is left, the process stays as a spare for a while: if the
+//! other dies, it accepts clients again.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ use slotmesh_proto::handover::v1::to_giver::Message as Heard;
 use slotmesh_proto::handover::v1::to_taker::Message as Said;
 
 use super::wire::{FDS_MAX, Wire, WireError};
-use super::{Office, Role, common_version, taker, told};
+use super::{Office, Role, common_version, spare, told};
 use crate::worker::{Collect, Collected, Parcel, Pass};
 
 /// The first message of a conversation.
@@ -24,14 +24,15 @@ const FIRST_LIMIT: Duration = Duration::from_secs(2);
 /// How long clients wait for the other process to say that it has them. It takes milliseconds; on a
 /// machine without time to spare more, and the next try would not be better.
 pub(super) const ACK_LIMIT: Duration = Duration::from_millis(500);
-/// For what was said before the ear was closed.
-const LAST_WORDS_LIMIT: Duration = Duration::from_millis(50);
+/// For what was said before the ear was closed. It is there or never comes, so that nobody waits for it;
+/// but this thread may be kept from reading it by others.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 /// Clients per message.
 pub(super) const BATCH: usize = 200;
 /// Bytes of clients per message, passed by one client of each worker at most.
 pub(super) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Between looks at clients that could not travel yet.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Signs of life.
 const REST_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the process stays as a spare once everybody has travelled.
@@ -56,7 +57,7 @@ pub(super) fn converse(office: &Arc<Office>, wire: &Wire) {
         }
         Some(Heard::Ask(ask)) => serve_ask(office, wire, &ask),
         Some(Heard::TakeBack(_)) => {
-            let problem = taker::take_back(office).err().unwrap_or_default();
+            let problem = spare::take_back(office).err().unwrap_or_default();
             if let Err(error) = say(wire, Said::TakenBack(pb::TakenBack { problem }), &[]) {
                 tracing::debug!(%error, "whoever wanted this process back is gone");
             }
@@ -77,11 +78,12 @@ fn serve_ask(office: &Office, wire: &Wire, ask: &pb::Ask) {
         Ok(offer) => offer,
         Err(reason) => {
             tracing::warn!(%reason, pid = ask.pid, "a hand-over was refused");
+            drop(turn); // whoever hears that may ask again at once
             let _ = say(wire, refusal(reason), &[]);
             return;
         }
     };
-    office.talks.fetch_add(1, Ordering::Relaxed);
+    let talks = office.talks.fetch_add(1, Ordering::Relaxed) + 1;
     let giver = Giver {
         office,
         wire,
@@ -92,29 +94,9 @@ fn serve_ask(office: &Office, wire: &Wire, ask: &pb::Ask) {
     if let Err(error) = giver.give(offer, ask) {
         office.counts.failed.fetch_add(1, Ordering::Relaxed);
         tracing::warn!(%error, pid = ask.pid, "a hand-over ended early");
-        let talks = office.talks.load(Ordering::Relaxed);
-        drop(turn);
-        watch_successor(office, wire, talks);
     }
-}
-
-/// The other process has stopped talking: it comes again, or it ends, or this one does.
-fn watch_successor(office: &Office, wire: &Wire, talks: u64) {
-    wire.hang_up();
-    let until = Instant::now() + DRAIN_LIMIT;
-    let same = || {
-        let first = office.talks.load(Ordering::Relaxed) == talks;
-        first && office.role() == Role::Relieved && !office.stop.is_cancelled()
-    };
-    while same() {
-        if wire.peer_ends(LOOK_AGAIN) {
-            tracing::warn!("the process that had taken over is gone; this one serves again");
-            return office.serve(None);
-        }
-        if Instant::now() >= until {
-            return office.stop.cancel();
-        }
-    }
+    drop(turn);
+    spare::stand_by(office, wire, talks);
 }
 
 fn refusal(reason: String) -> Said {
@@ -266,7 +248,7 @@ impl Giver<'_> {
             let (mut bytes, mut fds) = (0, 0);
             let fits = parcels.iter().take_while(|parcel| {
                 let before = bytes;
-                bytes += parcel.state.input.len() + parcel.state.output.len();
+                bytes += parcel.bytes_len();
                 fds += 1 + parcel.lines.len();
                 before < BATCH_BYTES && fds <= FDS_MAX
             });
@@ -350,15 +332,16 @@ impl Giver<'_> {
     fn adopted_after(&self, sent: Result<(), WireError>, number: u64) -> Option<Vec<u32>> {
         match sent {
             Ok(()) => self.adopted(number),
-            // It cannot have all of it.
+            // It cannot have all of it, and nothing may be sent behind a part of it.
             Err(error) => {
                 tracing::debug!(%error, "a batch was not sent");
+                self.wire.hang_up();
                 None
             }
         }
     }
 
-    /// Waits for the other's word. After `None` it can no longer be given.
+    /// Waits for the other's word. After `None` it can no longer be given, and the other side can know.
     fn adopted(&self, number: u64) -> Option<Vec<u32>> {
         let word = |limit| match self.wire.receive::<pb::ToGiver>(limit) {
             Ok((message, _)) => match message.message {
@@ -371,8 +354,22 @@ impl Giver<'_> {
             if let Err(error) = self.wire.hear_no_more() {
                 tracing::debug!(%error, "the conversation was over already");
             }
-            word(LAST_WORDS_LIMIT)
+            let word = word(LAST_WORDS_LIMIT);
+            if word.is_none() {
+                self.withdraw(number);
+            }
+            word
         })
+    }
+
+    /// Says that what was sent is this process's again, before it is: should this process die now, the
+    /// other one would otherwise take it for its own, as it was then.
+    fn withdraw(&self, number: u64) {
+        self.wire.make_room();
+        let word = Said::Withdrawn(pb::Withdrawn { number });
+        if let Err(error) = say(self.wire, word, &[]) {
+            tracing::debug!(%error, "the other process is gone, or stands still");
+        }
     }
 
     pub(super) fn return_all(&self, parcels: Vec<Parcel>) {

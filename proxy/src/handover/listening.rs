@@ -1,9 +1,10 @@
-//! Clients that listen to channels: announced first, so that the other process listens for them too,
-//! then cut from one process to the other by a marker.
+//! Clients that listen to channels, or monitor nodes: announced first, so that the other process listens
+//! for them too, then cut from one process to the other by a marker.
 //!
 //! Invariant: whatever was announced is ended at both sides: the client came, or its place is given up.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,8 @@ use slotmesh_resp::Protocol;
 use super::Office;
 use super::giver::{BATCH_BYTES, Giver, say};
 use super::wire::WireError;
-use crate::core::passing_topics::Listening;
+use crate::core::passing_looks::LooseSource;
+use crate::core::passing_topics::{Listening, Wanted};
 use crate::worker::{Accepted, Cutting, Pass, Reserve};
 
 /// Clients per announcement: each may have two connections to nodes, and a message has room for 250
@@ -32,41 +34,52 @@ impl Giver<'_> {
         if self.schema_max < 4 || self.listening_at > Instant::now() {
             return Ok(0);
         }
-        let mut given = 0;
+        let (mut given, mut tried) = (0, 0);
         for worker in 0..self.office.workers.len() {
-            given += self.give_listening_of(worker)?;
+            let (gave, found) = self.give_listening_of(worker)?;
+            (given, tried) = (given + gave, tried + found);
         }
-        if given == 0 {
+        // Those who could not be cut are passed over for a while, so that others have their turn.
+        if tried == 0 {
             self.listening_at = Instant::now() + TRY_AGAIN;
         }
         Ok(given)
     }
 
-    fn give_listening_of(&mut self, worker: usize) -> Result<usize, WireError> {
+    /// How many went, of how many that were tried.
+    fn give_listening_of(&mut self, worker: usize) -> Result<(usize, usize), WireError> {
         let (answer, answered) = sync_channel(1);
-        self.office
-            .pass(worker, Pass::Listening(ANNOUNCED_MAX, answer));
-        let found = answered.recv().unwrap_or_default();
-        if found.is_empty() {
-            return Ok(0);
+        let wanted = Wanted {
+            clients_max: ANNOUNCED_MAX,
+            bytes_max: BATCH_BYTES,
+            schema_max: self.schema_max,
+        };
+        self.office.pass(worker, Pass::Listening(wanted, answer));
+        let clients = answered.recv().unwrap_or_default();
+        let tried = clients.len();
+        if tried == 0 {
+            return Ok((0, 0));
         }
         let marker = self.office.new_marker();
-        let (keys, clients): (Vec<_>, Vec<_>) = found.into_iter().unzip();
         let announce = pb::Announce {
             marker: marker.clone(),
-            clients: clients.into_iter().map(told).collect(),
+            clients: clients.iter().map(|(_, one)| told(one.clone())).collect(),
         };
         say(self.wire, Said::Announce(announce), &[])?;
         let (ready, _) = self.wire.receive::<pb::ToGiver>(READY_LIMIT)?;
         match ready.message {
             Some(Answer::Ready(ready)) if ready.ready => {}
-            Some(Answer::Ready(_)) => return Ok(0),
+            Some(Answer::Ready(_)) => {
+                let keys = clients.into_iter().map(|(key, _)| key).collect();
+                self.office.pass(worker, Pass::PutOff(keys));
+                return Ok((0, tried));
+            }
             _ => return Err(WireError::Nonsense("neither ready nor not")),
         }
         let (answer, answered) = sync_channel(1);
         let cutting = Cutting {
             marker: marker.clone(),
-            keys,
+            clients,
             schema_max: self.schema_max,
             answer,
         };
@@ -76,14 +89,14 @@ impl Giver<'_> {
         let mut bytes = 0;
         let fits = parcels.iter().take_while(|parcel| {
             let before = bytes;
-            bytes += parcel.state.input.len() + parcel.state.output.len();
+            bytes += parcel.bytes_len();
             before < BATCH_BYTES
         });
         let rest = parcels.split_off(fits.count());
         self.return_all(rest);
         let given = self.give_batch(parcels, true);
         self.office.pass(worker, Pass::EndCut(marker, Vec::new()));
-        given
+        Ok((given?, tried))
     }
 }
 
@@ -95,6 +108,11 @@ fn told(listening: Listening) -> pb::Listening {
         channels,
         patterns,
         shard_channels,
+        sources: listening
+            .sources
+            .iter()
+            .map(LooseSource::to_message)
+            .collect(),
     }
 }
 
@@ -111,6 +129,11 @@ fn heard(listening: pb::Listening) -> Listening {
             listening.patterns,
             listening.shard_channels,
         ],
+        sources: listening
+            .sources
+            .into_iter()
+            .filter_map(LooseSource::read)
+            .collect(),
     }
 }
 
@@ -159,6 +182,10 @@ impl Announced {
         let mut next = Some(client);
         while let Some(client) = next {
             next = office.workers[self.worker].give(client);
+            if next.is_some() && office.stop.is_cancelled() {
+                office.clients.fetch_sub(1, Ordering::Relaxed);
+                return; // as with any other client
+            }
             if next.is_some() {
                 std::thread::yield_now(); // there is room once it has turned
             }

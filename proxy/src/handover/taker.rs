@@ -8,9 +8,9 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{channel, sync_channel};
-use std::sync::{Arc, PoisonError};
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use slotmesh_proto::handover::v1 as pb;
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 
 use super::listening::Announced;
 use super::wire::{Wire, WireError};
-use super::{Office, Role, door, told};
+use super::{Office, door, told};
 use crate::core::client::ClientState;
 use crate::worker::{Accepted, Pass};
 
@@ -29,20 +29,15 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// The other process shows signs of life every second.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Between looks at whether this process was told to stop.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long a topology may take to come, from the disk or a controller.
 const TOPOLOGY_LIMIT: Duration = Duration::from_secs(10);
-/// A word that could not be written: is it because the other process has ended? Its end shows
-/// milliseconds after its sockets are closed.
+/// A word that could not be written: what were the other process's last words, and has it ended? Its
+/// end shows milliseconds after its sockets are closed.
 const END_LIMIT: Duration = Duration::from_secs(2);
-/// Conversations that end early are begun anew for those who are left, so often.
+/// Conversations that end early are begun anew for those who are left, so often without one that came,
+/// after waits that double from [`LOOK_INTERVAL`] on.
 const TRIES: u32 = 5;
-/// For the spare to end its own conversation before it takes back.
-const BACK_LIMIT: Duration = Duration::from_secs(5);
-
-/// For the way back as a whole, with the trial.
-const TAKEN_LIMIT: Duration = Duration::from_secs(30);
-
 /// Why a process could not take over.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
@@ -54,8 +49,34 @@ pub enum TakeError {
     Unfit(String),
     #[error(transparent)]
     Wire(#[from] WireError),
-    #[error("this process was told to stop")]
+    #[error("this process was told to stop before it had anything")]
     Stopped,
+}
+
+impl TakeError {
+    /// A word for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Connect { .. } => "connect",
+            Self::Refused(_) => "refused",
+            Self::Unfit(_) => "unfit",
+            Self::Wire(_) => "wire",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    /// The status with which the process ends.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Connect { .. } => 3,
+            Self::Refused(_) => 4,
+            Self::Unfit(_) => 5,
+            Self::Wire(_) => 6,
+            Self::Stopped => 7,
+        }
+    }
 }
 
 /// Asks a process where it listens, and whether it would hand over.
@@ -96,25 +117,56 @@ fn say(wire: &Wire, message: Said) -> Result<(), WireError> {
 /// # Errors
 /// Nothing was taken: the other process serves as before.
 pub(crate) fn relieve(office: &Office, path: &Path) -> Result<(), TakeError> {
-    try_out(office)?;
-    take_over(office, path, &|| {})
+    let fit = match office.report.is_written() {
+        true => try_out(office),
+        // Nor could proxy.json be, and the agent would never know that this process serves.
+        false => Err(TakeError::Unfit(
+            "its data directory cannot be written".to_owned(),
+        )),
+    };
+    let ended = fit.and_then(|()| take_over(office, path, &|| {}));
+    office.insist();
+    if let Err(error) = &ended {
+        office.report.failed(error);
+    }
+    ended
 }
 
 /// As [`relieve`], without the trial. Says when everybody has come who can.
-fn take_over(office: &Office, path: &Path, settled: &dyn Fn()) -> Result<(), TakeError> {
+pub(super) fn take_over(office: &Office, path: &Path, settled: &dyn Fn()) -> Result<(), TakeError> {
     let mut tries = 0;
-    let has_listener = Cell::new(false);
+    let progress = Progress::default();
+    let taken = || office.counts.taken.load(Ordering::Relaxed);
+    let taken_before = taken();
+    let note = || {
+        let left = u64::from(progress.left.get());
+        office.report.settled(taken() - taken_before, left);
+    };
+    let settled = || {
+        note();
+        settled();
+        office.announce_again();
+    };
     loop {
-        let ended = try_take(office, path, &has_listener, settled);
+        let taken_then = taken();
+        let ended = try_take(office, path, &progress, &settled);
+        office.audience.expect_clients(false);
+        if taken() > taken_then {
+            tries = 0;
+        }
         match ended {
-            Err(error) if !has_listener.get() => return Err(error),
-            Ok(()) => return Ok(()),
+            Err(error) if !progress.has_listener.get() => return Err(error),
+            // Told to stop, it takes no more: the other process goes on with the rest.
+            Ok(()) | Err(TakeError::Stopped) => return Ok(()),
             Err(error) if tries < TRIES => {
                 tracing::warn!(%error, "a hand-over ended early; the rest is asked for again");
+                // The other process takes back what it had sent, or catches up, before it hears.
+                pause(office, LOOK_INTERVAL * (1 << tries));
                 tries += 1;
             }
             Err(error) => {
                 tracing::warn!(%error, "some clients stay with the process that served before");
+                note();
                 return Ok(());
             }
         }
@@ -124,11 +176,15 @@ fn take_over(office: &Office, path: &Path, settled: &dyn Fn()) -> Result<(), Tak
 fn try_take(
     office: &Office,
     path: &Path,
-    has_listener: &Cell<bool>,
+    progress: &Progress,
     settled: &dyn Fn(),
 ) -> Result<(), TakeError> {
     let began = Instant::now();
     let wire = connect(path)?;
+    if !progress.has_listener.get() {
+        office.report.asking();
+    }
+    office.audience.expect_clients(true);
     say(&wire, Said::Ask(office.ask()))?;
     let (answer, _) = wire.receive::<pb::ToTaker>(ANSWER_LIMIT)?;
     let offer = offer_of(answer)?;
@@ -138,13 +194,15 @@ fn try_take(
         clients = offer.clients,
         "takes over"
     );
+    progress.left.set(offer.clients);
     let mut taker = Taker {
         office,
         wire: &wire,
+        progress,
         taken: 0,
         announced: None,
     };
-    let ended = taker.listen(has_listener, settled);
+    let ended = taker.listen(settled);
     if let Some(announced) = taker.announced.take() {
         announced.end(office);
     }
@@ -152,23 +210,40 @@ fn try_take(
     ended
 }
 
+/// What is known of the other process, over all conversations.
+#[derive(Debug, Default)]
+struct Progress {
+    has_listener: Cell<bool>,
+    /// Clients that it still has.
+    left: Cell<u32>,
+}
+
+/// Waits, unless this process is told to stop.
+fn pause(office: &Office, time: Duration) {
+    let until = Instant::now() + time;
+    while Instant::now() < until && !office.stop.is_cancelled() {
+        std::thread::park_timeout(LOOK_INTERVAL);
+    }
+}
+
 struct Taker<'a> {
     office: &'a Office,
     wire: &'a Wire,
+    progress: &'a Progress,
     taken: u64,
     /// Clients that are to come.
     announced: Option<Announced>,
 }
 
 impl Taker<'_> {
-    fn listen(&mut self, has_listener: &Cell<bool>, settled: &dyn Fn()) -> Result<(), TakeError> {
+    fn listen(&mut self, settled: &dyn Fn()) -> Result<(), TakeError> {
         let (office, wire) = (self.office, self.wire);
         loop {
             let (message, fds) = next(office, wire)?;
             match message.message {
                 Some(Heard::Listener(listener)) => {
                     take_listener(office, wire, &listener, fds)?;
-                    has_listener.set(true);
+                    self.progress.has_listener.set(true);
                 }
                 Some(Heard::Announce(announce)) => {
                     if let Some(before) = self.announced.take() {
@@ -180,6 +255,7 @@ impl Taker<'_> {
                 }
                 Some(Heard::Batch(batch)) => self.take_batch(batch, fds)?,
                 Some(Heard::Rest(rest)) => {
+                    self.progress.left.set(rest.clients);
                     settled();
                     if rest.over {
                         let (taken, left) = (self.taken, rest.clients);
@@ -207,6 +283,8 @@ impl Taker<'_> {
         }
         let count = clients.len() as u64;
         self.taken += count;
+        let left = &self.progress.left;
+        left.set(left.get().saturating_sub(count as u32));
         office.counts.taken.fetch_add(count, Ordering::Relaxed);
         if !is_announced {
             office.clients.fetch_add(clients.len(), Ordering::Relaxed);
@@ -239,10 +317,24 @@ fn next(office: &Office, wire: &Wire) -> Result<(pb::ToTaker, Vec<OwnedFd>), Tak
     Ok(wire.receive(ANSWER_LIMIT)?)
 }
 
-/// Says that what came with this number is adopted. False: the other process goes on with it.
+/// Says that what came with this number is adopted. False: the other process goes on with it, or went
+/// on before it died.
 fn adopt(wire: &Wire, number: u64, refused: Vec<u32>) -> bool {
     let said = say(wire, Said::Adopted(pb::Adopted { number, refused }));
-    said.is_ok() || wire.peer_ends(END_LIMIT)
+    if said.is_ok() {
+        return true;
+    }
+    let until = Instant::now() + END_LIMIT;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match wire.receive::<pb::ToTaker>(left) {
+            // It has what it sent again since then; what was sent is old.
+            Ok((word, _)) if matches!(word.message, Some(Heard::Withdrawn(_))) => return false,
+            Ok(_) => {}
+            Err(WireError::Gone) => return wire.peer_ends(left),
+            Err(_) => return false,
+        }
+    }
 }
 
 fn take_listener(
@@ -262,13 +354,12 @@ fn take_listener(
     office
         .next_id
         .fetch_max(listener.next_client_id, Ordering::Relaxed);
-    if let Some(pause) = &listener.pause {
-        office.pause(pause);
-    }
+    office.pause(listener.pause.as_ref());
     if !adopt(wire, 0, Vec::new()) {
         return Err(WireError::Gone.into());
     }
     office.serve(Some(Arc::new(socket)));
+    office.report.serving();
     Ok(())
 }
 
@@ -324,6 +415,10 @@ fn place_anywhere(office: &Office, client: Accepted) {
     while let Some(client) = next {
         let least = office.workers.iter().min_by_key(|worker| worker.load());
         next = least.and_then(|worker| worker.give(client));
+        if next.is_some() && office.stop.is_cancelled() {
+            office.clients.fetch_sub(1, Ordering::Relaxed);
+            return; // nobody takes it any more: it is closed, as all are
+        }
         if next.is_some() {
             std::thread::yield_now(); // there is room once it has turned
         }
@@ -334,7 +429,7 @@ fn place_anywhere(office: &Office, client: Accepted) {
 ///
 /// # Errors
 /// What is wrong with this process.
-fn try_out(office: &Office) -> Result<(), TakeError> {
+pub(super) fn try_out(office: &Office) -> Result<(), TakeError> {
     let until = Instant::now() + TOPOLOGY_LIMIT;
     while !office.routing.load().is_complete() {
         if office.stop.is_cancelled() {
@@ -354,50 +449,68 @@ fn try_out(office: &Office) -> Result<(), TakeError> {
     let asked: Vec<_> = (0..office.workers.len()).map(ask).collect();
     for answered in asked {
         // A worker answers in time, or has ended.
-        let ended = || TakeError::Unfit("a worker has ended".to_owned());
+        let ended = || match office.stop.is_cancelled() {
+            true => TakeError::Stopped,
+            false => TakeError::Unfit("a worker has ended".to_owned()),
+        };
         let result = answered.recv().map_err(|_| ended())?;
         result.map_err(TakeError::Unfit)?;
     }
     Ok(())
 }
 
-/// Makes this process, a spare, serve again: the same hand-over backwards. Returns when everybody has
-/// come who can.
-///
-/// # Errors
-/// Why the other process goes on to serve, for the operator.
-pub(super) fn take_back(office: &Arc<Office>) -> Result<(), String> {
-    if office.role() != Role::Relieved {
-        return Err("this process is no spare".to_owned());
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+    use super::*;
+
+    /// A conversation with a process that has ended, and its end of it.
+    fn with_the_dead() -> (Wire, Wire) {
+        let mut ended = std::process::Command::new("true").spawn().unwrap();
+        let peer = pidfd_open(Pid::from_child(&ended), PidfdFlags::empty()).unwrap();
+        ended.wait().unwrap();
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        (Wire::new(theirs).unwrap(), Wire::with_peer(ours, peer))
     }
-    let successor = office
-        .successor
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
-    let path = successor.ok_or("nobody has relieved this process")?;
-    office.wants_back.store(true, Ordering::Relaxed);
-    let until = Instant::now() + BACK_LIMIT;
-    // The conversation in which it gives must end first.
-    while office.turn.try_lock().is_err() {
-        if Instant::now() >= until {
-            return Err("the hand-over before did not end in time".to_owned());
-        }
-        std::thread::park_timeout(LOOK_INTERVAL);
-    }
-    let (told, settled) = channel();
-    let taking = Arc::clone(office);
-    office.runtime.spawn_blocking(move || {
-        let tell = told.clone();
-        let first = move || {
-            let _ = tell.send(Ok(())); // only the first is waited for
+
+    fn withdraw(wire: &Wire) {
+        wire.hear_no_more().unwrap();
+        wire.make_room();
+        let word = pb::ToTaker {
+            message: Some(Heard::Withdrawn(pb::Withdrawn { number: 1 })),
         };
-        let ended = try_out(&taking).and_then(|()| take_over(&taking, &path, &first));
-        if let Err(error) = &ended {
-            tracing::warn!(%error, "the spare does not serve again");
-        }
-        let _ = told.send(ended.map_err(|error| error.to_string()));
-    });
-    let ended = settled.recv_timeout(TAKEN_LIMIT);
-    ended.unwrap_or_else(|_| Err("the hand-over takes too long; look at the log".to_owned()))
+        wire.send(&word, &[], ANSWER_LIMIT).unwrap();
+    }
+
+    #[test]
+    fn what_a_process_had_given_when_it_died_is_adopted() {
+        let (theirs, ours) = with_the_dead();
+        drop(theirs);
+        assert!(adopt(&ours, 1, Vec::new()));
+    }
+
+    #[test]
+    fn what_a_process_had_withdrawn_before_it_died_is_old_and_not_adopted() {
+        let (theirs, ours) = with_the_dead();
+        withdraw(&theirs);
+        drop(theirs);
+        assert!(!adopt(&ours, 1, Vec::new()));
+        // However much was left unread before.
+        let (theirs, ours) = with_the_dead();
+        let bulk = pb::ToTaker {
+            message: Some(Heard::Refused(pb::Refused {
+                reason: "x".repeat(1000),
+            })),
+        };
+        let brief = Duration::from_millis(10);
+        while theirs.send(&bulk, &[], brief).is_ok() {}
+        theirs.hear_no_more().unwrap();
+        theirs.make_room();
+        let sent = theirs.send(&pb::ToTaker::default(), &[], brief);
+        assert!(sent.is_ok(), "{sent:?}");
+        drop((theirs, ours));
+    }
 }

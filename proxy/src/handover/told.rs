@@ -37,6 +37,7 @@ pub(super) fn wait(wait: &LooseWait) -> pb::Wait {
         left_ms,
         timeout_at,
         timeout_in_ms,
+        silent: wait.silent,
     }
 }
 
@@ -62,6 +63,7 @@ pub(super) fn pins(watch: Option<pb::Watch>, wait: Option<pb::Wait>) -> Option<P
                 wait.timeout_in_ms,
                 wait.left_ms,
             )),
+            silent: wait.silent,
             ticket: None,
         }),
         None => None,
@@ -103,6 +105,7 @@ mod tests {
             output: vec![0xff],
         };
         for (line, timeout) in [(Some(told.clone()), Some((2, true, 40))), (None, None)] {
+            let line_is_told = line.is_some();
             let pins_told = Pins {
                 watch: Some(LooseWatch {
                     shard_id: "s1".to_owned(),
@@ -113,6 +116,7 @@ mod tests {
                     frame: b"x".to_vec(),
                     repeatable: true,
                     timeout,
+                    silent: line_is_told,
                     ticket: None,
                 }),
             };

@@ -23,6 +23,10 @@ pub(super) const FDS_MAX: usize = 250;
 /// that travels.
 pub(super) const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 const HEADER_BYTES: usize = 4;
+/// A look at what is there already.
+const LOOK: Duration = Duration::from_millis(1);
+/// What a socket may hold unread on systems that nobody has tuned; the kernel allows no more.
+const ROOM_BYTES: usize = 212_992;
 
 /// Why a conversation ended.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +60,12 @@ impl Wire {
         }
         let peer = rustix::process::pidfd_open(peer.pid, PidfdFlags::empty())?;
         Ok(Self { stream, peer })
+    }
+
+    /// As if it were the process of this descriptor that is talked to.
+    #[cfg(test)]
+    pub(super) fn with_peer(stream: UnixStream, peer: OwnedFd) -> Self {
+        Self { stream, peer }
     }
 
     /// Sends a message with descriptors, all within `limit`.
@@ -100,7 +110,7 @@ impl Wire {
         }
     }
 
-    /// The next message, all of it within `limit`.
+    /// The next message, all of it within `limit`, or there by then.
     pub(super) fn receive<M: Message + Default>(
         &self,
         limit: Duration,
@@ -127,7 +137,10 @@ impl Wire {
     ) -> Result<(), WireError> {
         let mut filled = 0;
         while filled < bytes.len() {
-            self.stream.set_read_timeout(Some(rest_of(until)?))?;
+            // What is there is taken however late it is: a word that was written counts, and a thread
+            // that found no processor in time must not leave half of one.
+            let rest = rest_of(until).unwrap_or(LOOK);
+            self.stream.set_read_timeout(Some(rest))?;
             filled += self.receive_some(&mut bytes[filled..], fds)?;
             if fds.len() > FDS_MAX {
                 return Err(WireError::Nonsense("descriptors over the bound"));
@@ -167,6 +180,14 @@ impl Wire {
     /// From now on the other process can write nothing more; what it wrote before is still read.
     pub(super) fn hear_no_more(&self) -> io::Result<()> {
         self.stream.shutdown(std::net::Shutdown::Read)
+    }
+
+    /// Makes sure that a short message finds room, however much the other side has left unread.
+    pub(super) fn make_room(&self) {
+        // The kernel doubles what it is told, and a conversation begins with half of this.
+        if let Err(error) = socket2::SockRef::from(&self.stream).set_send_buffer_size(ROOM_BYTES) {
+            tracing::debug!(%error, "the last words of a conversation may find no room");
+        }
     }
 
     /// Ends the conversation; whether the other process lives can still be seen.
@@ -275,6 +296,14 @@ mod tests {
             !here.peer_ends(Duration::from_millis(1)),
             "it is this process"
         );
+    }
+
+    #[test]
+    fn a_word_that_is_there_is_heard_however_late_it_is_read() {
+        let (here, there) = pair();
+        there.send(&text(70_000), &[], LIMIT).unwrap();
+        let (heard, _): (Refused, _) = here.receive(Duration::ZERO).unwrap();
+        assert_eq!(heard.reason.len(), 70_000);
     }
 
     #[test]

@@ -48,6 +48,7 @@ impl Clients {
         registry: &Registry,
     ) -> Option<u32> {
         let mut socket = TcpStream::from_std(new.socket);
+        let counts = new.reserved.is_some(); // since it was awaited
         let slot = match new.reserved {
             None => core.open_client(new.state),
             Some((slot, generation)) if core.arrive(slot, generation, new.state) => slot,
@@ -59,7 +60,11 @@ impl Clients {
         let interest = Interest::READABLE | Interest::WRITABLE;
         if let Err(error) = registry.register(&mut socket, Token(slot as usize), interest) {
             tracing::warn!(%error, "a client cannot be watched");
-            core.close_client(slot);
+            if counts {
+                core.sessions.doom(slot, CloseReason::Done);
+            } else {
+                core.close_client(slot);
+            }
             return None;
         }
         self.keep_socket(slot, socket);

@@ -2,6 +2,7 @@
 //!
 //! Invariant: nothing here waits; what finds no room comes back to whoever gave it.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::oneshot;
@@ -75,11 +76,11 @@ impl WorkerHandle {
         }
     }
 
-    /// Waits for its end, once it was told to stop.
-    pub fn join(&mut self) {
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+    /// Waits for its end, once it was told to stop. Whoever else has the handle does not matter.
+    pub fn join(&self) {
+        let thread = self.thread.lock();
+        let thread = thread.unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a worker ended by a panic");
         }
     }

@@ -15,7 +15,7 @@ use super::{Ordering, Worker};
 use crate::core::client::ClientState;
 use crate::core::passing::{Frozen, QUIET_LIMIT_US, Settled};
 use crate::core::passing_lines::Pins;
-use crate::core::passing_topics::Listening;
+use crate::core::passing_topics::{Listening, Wanted};
 
 /// Some clients can be told and others not yet: how long the former wait for company. Replies of a
 /// node on the same network take less.
@@ -42,8 +42,10 @@ pub(crate) enum Pass {
     Forget(Vec<(u32, u32)>),
     /// Is everything as it must be to take over?
     Trial(Verdict),
-    /// Which clients listen to channels? So many at most; with slots.
-    Listening(usize, SyncSender<Vec<((u32, u32), Listening)>>),
+    /// Which clients listen and can be told?
+    Listening(Wanted, SyncSender<Vec<(Key, Listening)>>),
+    /// These could not be told for now.
+    PutOff(Vec<Key>),
     Cut(Cutting),
     Reserve(Reserve),
     /// A marker has done its work; these, that were reserved, do not come.
@@ -82,7 +84,12 @@ pub(crate) struct Parcel {
 
 impl Parcel {
     pub(crate) fn key(&self) -> (u32, u32) {
-        (self.frozen.slot, self.frozen.generation)
+        self.frozen.key()
+    }
+
+    /// What it takes of a message, as good as.
+    pub(crate) fn bytes_len(&self) -> usize {
+        self.state.bytes_len() + self.pins.bytes_len()
     }
 }
 
@@ -95,7 +102,8 @@ pub(super) struct Passing {
     away: usize,
     /// Those that could not be told, by slot: their generation, and when to try again.
     later: HashMap<u32, (u32, u64)>,
-    trial: Option<(u32, u64, Verdict)>,
+    /// Slots of the clients that try, and until when.
+    trial: Option<(Vec<u32>, u64, Verdict)>,
     pub(super) topics: Topics,
 }
 
@@ -109,15 +117,14 @@ impl Passing {
     }
 
     /// True if a client could not be told a moment ago.
-    fn waits(&self, slot: u32, generation: u32, now_us: u64) -> bool {
+    pub(super) fn waits(&self, slot: u32, generation: u32, now_us: u64) -> bool {
         let later = self.later.get(&slot);
         later.is_some_and(|(of, until_us)| *of == generation && *until_us > now_us)
     }
 
     /// A client that could not be told is tried again, but not at once.
-    pub(super) fn put_off(&mut self, frozen: &Frozen, now_us: u64) {
-        let later = (frozen.generation, now_us + RETRY_US);
-        self.later.insert(frozen.slot, later);
+    pub(super) fn put_off(&mut self, (slot, generation): Key, now_us: u64) {
+        self.later.insert(slot, (generation, now_us + RETRY_US));
     }
 
     fn is_over(&self) -> bool {
@@ -152,15 +159,13 @@ impl Worker {
                 }
                 self.shared.clients.fetch_sub(gone, Ordering::Relaxed);
             }
-            Pass::Listening(max, answer) => {
-                let may = |slot, generation| !passing.waits(slot, generation, now_us);
-                let found = self.core.listening(max, may);
-                let found = found.into_iter().filter_map(|(slot, listening)| {
-                    let generation = self.core.sessions.get(slot)?.generation;
-                    Some(((slot, generation), listening))
-                });
-                let _ = answer.try_send(found.collect()); // whoever asked waits for it
+            Pass::Listening(wanted, answer) => {
+                let found = self.find_listening(&mut passing, wanted, now_us);
+                let _ = answer.try_send(found); // whoever asked waits for it
             }
+            Pass::PutOff(keys) => keys
+                .into_iter()
+                .for_each(|key| passing.put_off(key, now_us)),
             Pass::Cut(cutting) => self.begin_cutting(&mut passing, cutting, now_us),
             Pass::Reserve(reserve) => self.begin_reserving(&mut passing, reserve, now_us),
             Pass::EndCut(marker, unwanted) => {
@@ -172,31 +177,30 @@ impl Worker {
                     }
                 }
             }
-            Pass::Trial(answer) => match self.core.begin_trial() {
-                Some(slot) => passing.trial = Some((slot, now_us + TRIAL_LIMIT_US, answer)),
-                None => {
+            Pass::Trial(answer) => {
+                let slots = self.core.begin_trial();
+                if slots.is_empty() {
                     // Whoever asked may have stopped waiting.
                     let _ = answer.try_send(Err("no topology is in force".to_owned()));
+                } else {
+                    passing.trial = Some((slots, now_us + TRIAL_LIMIT_US, answer));
                 }
-            },
+            }
         }
         self.passing = Some(passing);
     }
 
     /// Stops as many clients as are wanted.
     fn stop_clients(&mut self, passing: &mut Passing, collect: &Collect, now_us: u64) {
-        let trial = passing.trial.as_ref().map(|(slot, ..)| *slot);
         let slots: Vec<u32> = self.core.sessions.slots().collect();
         for slot in slots {
             if passing.frozen.len() >= collect.clients_max {
                 break;
             }
-            let generation = self.core.sessions.get(slot).map(|c| c.generation);
-            let waits = passing
-                .later
-                .get(&slot)
-                .is_some_and(|(of, until_us)| Some(*of) == generation && *until_us > now_us);
-            if waits || trial == Some(slot) || !self.clients.has(slot) {
+            let Some(client) = self.core.sessions.get(slot) else {
+                continue;
+            };
+            if passing.waits(slot, client.generation, now_us) || !self.clients.has(slot) {
                 continue;
             }
             if let Ok(frozen) = self.core.freeze(slot, collect.schema_max, false) {
@@ -215,7 +219,7 @@ impl Worker {
             .put_back(slot, parcel.socket, &mut self.core, registry);
         self.take_pins(slot, parcel.pins, parcel.lines);
         self.core.thaw(&parcel.frozen);
-        passing.later.insert(slot, (generation, now_us + RETRY_US));
+        passing.put_off((slot, generation), now_us);
     }
 
     /// Gives a client what it had at nodes.
@@ -250,13 +254,15 @@ impl Worker {
                 self.core.thaw(&frozen);
             }
         }
-        if let Some((slot, until_us, answer)) = passing.trial.take() {
-            match self.trial_result(slot, until_us <= now_us) {
+        if let Some((slots, until_us, answer)) = passing.trial.take() {
+            match self.trial_result(&slots, until_us <= now_us) {
                 Some(result) => {
                     let _ = answer.try_send(result);
-                    self.core.close_client(slot);
+                    for slot in slots {
+                        self.core.close_client(slot);
+                    }
                 }
-                None => passing.trial = Some((slot, until_us, answer)),
+                None => passing.trial = Some((slots, until_us, answer)),
             }
         }
         self.go_on_with_topics(&mut passing, now_us);
@@ -282,7 +288,7 @@ impl Worker {
                 Settled::NotYet => waiting += 1,
                 Settled::No => {
                     self.core.thaw(&frozen);
-                    passing.put_off(&frozen, now_us);
+                    passing.put_off(frozen.key(), now_us);
                     continue;
                 }
             }
@@ -301,7 +307,7 @@ impl Worker {
                 continue;
             }
             if let Some(parcel) = self.pack(frozen) {
-                bytes += parcel.state.input.len() + parcel.state.output.len();
+                bytes += parcel.bytes_len();
                 parcels.push(parcel);
             }
         }
@@ -359,12 +365,19 @@ impl Worker {
         }
     }
 
-    fn trial_result(&self, slot: u32, is_late: bool) -> Option<Result<(), String>> {
-        match self.core.trial_replies(slot) {
-            Some(replies) => Some(judge(replies)),
-            None if is_late => Some(Err("a shard does not answer this process".to_owned())),
-            None => None,
+    fn trial_result(&self, slots: &[u32], is_late: bool) -> Option<Result<(), String>> {
+        for slot in slots {
+            match self.core.trial_replies(*slot).map(judge) {
+                Some(Ok(())) => {}
+                Some(Err(words)) => return Some(Err(words)),
+                None if is_late => {
+                    let words = "a shard does not answer this process";
+                    return Some(Err(words.to_owned()));
+                }
+                None => return None,
+            }
         }
+        Some(Ok(()))
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 use super::passing::{Collected, Key, Passing};
 use super::{Ordering, Worker};
 use crate::core::passing::{Frozen, QUIET_LIMIT_US, Settled};
-use crate::core::passing_topics::Listening;
+use crate::core::passing_topics::{Listening, Wanted};
 
 /// For nodes to confirm what other clients listened to. They answer in milliseconds; clients are
 /// served meanwhile.
@@ -18,7 +18,8 @@ const RESERVE_LIMIT_US: u64 = 2_000_000;
 #[derive(Debug)]
 pub(crate) struct Cutting {
     pub(crate) marker: Vec<u8>,
-    pub(crate) keys: Vec<Key>,
+    /// With what was announced of each: whoever listens to something else by now stays.
+    pub(crate) clients: Vec<(Key, Listening)>,
     pub(crate) schema_max: u32,
     pub(crate) answer: SyncSender<Collected>,
 }
@@ -42,6 +43,8 @@ pub(super) struct Topics {
     reserving: Option<(Reserve, Vec<Key>, u64)>,
     /// Markers whose clients have come while the marker itself is still on its way here, and since when.
     ending: Vec<(Vec<u8>, u64)>,
+    /// Where the next clients that listen are looked for, so that all have their turn.
+    next_slot: u32,
 }
 
 impl Topics {
@@ -52,28 +55,52 @@ impl Topics {
 
 impl Worker {
     pub(super) fn begin_cutting(&mut self, passing: &mut Passing, cutting: Cutting, now_us: u64) {
-        let same = |key: &&(u32, u32)| {
-            let client = self.core.sessions.get(key.0);
-            client.is_some_and(|client| client.generation == key.1)
-        };
-        let slots: Vec<u32> = cutting.keys.iter().filter(same).map(|key| key.0).collect();
         let mut frozen = Vec::new();
-        for slot in slots {
-            let with_socket = self.clients.has(slot);
-            if with_socket && let Ok(one) = self.core.freeze(slot, cutting.schema_max, true) {
-                frozen.push(one);
+        for (key, listening) in &cutting.clients {
+            let may = self.is_as_announced(*key, listening) && self.clients.has(key.0);
+            let stopped = || self.core.freeze(key.0, cutting.schema_max, true).ok();
+            match may.then(stopped).flatten() {
+                Some(one) => frozen.push(one),
+                None => passing.put_off(*key, now_us),
             }
         }
-        let keys: Vec<_> = frozen.iter().map(|f| (f.slot, f.generation)).collect();
+        let keys: Vec<_> = frozen.iter().map(Frozen::key).collect();
         if !keys.is_empty() && self.core.begin_cut(&cutting.marker, &keys, true) {
             passing.topics.cutting = Some((cutting, frozen, now_us));
             return;
         }
         for one in &frozen {
             self.core.thaw(one);
-            passing.put_off(one, now_us);
+            passing.put_off(one.key(), now_us);
         }
         self.send_parcels(passing, Vec::new(), &cutting.answer);
+    }
+
+    /// Some clients that listen and can be told.
+    pub(super) fn find_listening(
+        &self,
+        passing: &mut Passing,
+        wanted: Wanted,
+        now_us: u64,
+    ) -> Vec<(Key, Listening)> {
+        let may =
+            |slot, generation| !passing.waits(slot, generation, now_us) && self.clients.has(slot);
+        let found = self.core.listening(wanted, passing.topics.next_slot, may);
+        if let Some((last, _)) = found.last() {
+            passing.topics.next_slot = last + 1;
+        }
+        let found = found.into_iter().filter_map(|(slot, listening)| {
+            let generation = self.core.sessions.get(slot)?.generation;
+            Some(((slot, generation), listening))
+        });
+        found.collect()
+    }
+
+    /// True if a client listens to what the other process was told, and is told it so.
+    fn is_as_announced(&self, (slot, generation): Key, announced: &Listening) -> bool {
+        let client = self.core.sessions.get(slot);
+        let same = client.is_some_and(|client| client.generation == generation);
+        same && self.core.listening_of(slot).as_ref() == Some(announced)
     }
 
     pub(super) fn begin_reserving(
@@ -97,7 +124,8 @@ impl Worker {
     /// A cut is over for those who gave and took. What the nodes sent before the marker was delivered by
     /// the process that gave, so it is kept from the clients until the marker has come here as well.
     pub(super) fn begin_ending(&mut self, passing: &mut Passing, marker: Vec<u8>, now_us: u64) {
-        match self.core.is_cut_heard(&marker) {
+        self.core.forgive_renewed(&marker);
+        match self.core.is_cut_heard(&marker) || self.core.gives_cut(&marker) {
             true => self.core.end_cut(&marker),
             false => passing.topics.ending.push((marker, now_us)),
         }
@@ -107,6 +135,7 @@ impl Worker {
     pub(super) fn go_on_with_topics(&mut self, passing: &mut Passing, now_us: u64) {
         let core = &mut self.core;
         passing.topics.ending.retain(|(marker, since_us)| {
+            core.forgive_renewed(marker);
             let over = core.is_cut_heard(marker) || since_us + ENDING_LIMIT_US <= now_us;
             if over {
                 core.end_cut(marker);
@@ -166,11 +195,14 @@ impl Worker {
         let mut parcels = Vec::new();
         for one in frozen {
             let settled = self.core.settled(&one, cutting.schema_max, &under_way);
-            if heard && settled == Settled::Yes {
+            // A SUBSCRIBE that was under way when it was stopped has its effect all the same.
+            let announced = cutting.clients.iter().find(|(key, _)| *key == one.key());
+            let same = announced.is_some_and(|(key, told)| self.is_as_announced(*key, told));
+            if heard && same && settled == Settled::Yes {
                 parcels.extend(self.pack(one));
             } else {
                 self.core.thaw(&one);
-                passing.put_off(&one, now_us);
+                passing.put_off(one.key(), now_us);
             }
         }
         self.send_parcels(passing, parcels, &cutting.answer);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use prost::Message as _;
 use slotmesh_proto::handover::v1 as pb;
 
+use super::node::{Node, snapshot};
 use super::raw::http_get;
 use super::{LIMIT, Proxy};
 
@@ -16,6 +17,20 @@ pub(crate) fn door(data: &Path) -> PathBuf {
     let text = std::fs::read_to_string(data.join("proxy.json")).unwrap();
     let known: serde_json::Value = serde_json::from_str(&text).unwrap();
     PathBuf::from(known["handover"].as_str().unwrap())
+}
+
+/// What the process that takes over has said of it last.
+pub(crate) fn take_over_report(data: &Path) -> serde_json::Value {
+    let text = std::fs::read_to_string(data.join("take-over.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// Two shards of one node each, and where they are for a proxy with this directory.
+pub(crate) fn mesh(data: &Path) -> Vec<Node> {
+    let nodes: Vec<Node> = (0..2).map(|_| Node::start_with_epoch(1)).collect();
+    let routes = (0..2).map(|i| nodes[i as usize].route(i, 2, 1)).collect();
+    slotmesh_proxy::saved::save(data, &snapshot(1, routes)).unwrap();
+    nodes
 }
 
 /// A second proxy that takes over from the one that serves.
@@ -69,10 +84,14 @@ impl Peer {
     }
 
     pub(crate) fn ask(&mut self, version: u32, proxy_id: &str) {
+        self.ask_with(version, proxy_id, 3);
+    }
+
+    pub(crate) fn ask_with(&mut self, version: u32, proxy_id: &str, schema_max: u32) {
         self.say(pb::to_giver::Message::Ask(pb::Ask {
             version_min: version,
             version_max: version,
-            schema_max: 3,
+            schema_max,
             proxy_id: proxy_id.to_owned(),
             instance_id: "i1".to_owned(),
             release: "0.0.0-test".to_owned(),
@@ -149,6 +168,12 @@ impl Process {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     }
 
     pub(crate) fn kill(&mut self) {

@@ -59,11 +59,8 @@ impl Raw {
     /// Reads a bulk string.
     pub(crate) async fn bulk(&mut self) -> String {
         let line = self.line().await;
-        let len: usize = line
-            .strip_prefix('$')
-            .expect("a bulk string")
-            .parse()
-            .unwrap();
+        let len = line.strip_prefix('$').and_then(|len| len.parse().ok());
+        let len: usize = len.unwrap_or_else(|| panic!("wanted a bulk string, got {line:.200}"));
         let mut bytes = vec![0; len + 2];
         let read = timeout(LIMIT, self.stream.read_exact(&mut bytes)).await;
         read.expect("waited for a bulk string").unwrap();
