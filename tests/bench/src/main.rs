@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use slotmesh_bench::{calm, chaos, durable, failover, proxy, split, switchover};
+use slotmesh_bench::{
+    calm, chaos, durable, failover, proxy, proxy_upgrade, split, switchover, upgrade,
+};
 
 /// Measures a mesh with foreign clients.
 #[derive(Debug, Parser)]
@@ -17,6 +19,10 @@ struct Cli {
 enum Command {
     /// Switchovers back and forth under load: what is lost, what clients notice.
     Switchover(switchover::Args),
+    /// Engines exchanged under load, there and back: what is lost, what clients notice.
+    Upgrade(upgrade::Args),
+    /// A proxy with thousands of clients handed over again and again: what each kind of them notices.
+    ProxyUpgrade(proxy_upgrade::Args),
     /// What a request costs in our proxy, beside a direct connection and twemproxy.
     Proxy(proxy::ProxyArgs),
     /// Faults against a mesh in network namespaces of its own: what clients were told must be so.
@@ -37,6 +43,8 @@ enum Command {
 async fn main() -> anyhow::Result<ExitCode> {
     let kept = match Cli::parse().command {
         Command::Switchover(args) => Box::pin(switchover::main(args)).await,
+        Command::Upgrade(args) => Box::pin(upgrade::main(args)).await,
+        Command::ProxyUpgrade(args) => Box::pin(proxy_upgrade::main(args)).await,
         Command::Proxy(args) => Box::pin(proxy::run(args)).await,
         Command::Chaos(args) => Box::pin(chaos::main(args)).await,
         Command::Calm(args) => Box::pin(calm::main(args)).await,

@@ -9,11 +9,10 @@ pub(crate) mod load;
 pub(crate) mod report;
 pub(crate) mod targets;
 
-use std::io::Write as _;
-
 use anyhow::Context;
 use slotmesh_harness::{Mesh, MeshOptions};
 
+use crate::report::Output;
 use load::Cell;
 use report::{Report, Sample};
 use targets::{PeerSpec, SLOTMESH, Servers, TWEMPROXY, Target};
@@ -75,23 +74,13 @@ pub struct ProxyArgs {
     output: Output,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Output {
-    Text,
-    Json,
-}
-
 /// Runs the comparison and prints it; says whether `--at-most` was kept.
 ///
 /// # Errors
 /// A program is missing, or a target does not serve.
 pub async fn run(args: ProxyArgs) -> anyhow::Result<bool> {
     let report = Box::pin(measure(&args)).await?;
-    let mut out = std::io::stdout().lock();
-    match args.output {
-        Output::Text => write!(out, "{}", report.text())?,
-        Output::Json => writeln!(out, "{}", serde_json::to_string(&report)?)?,
-    }
+    args.output.print(&report, Report::text)?;
     let above = args
         .at_most
         .map_or(Vec::new(), |limit| report.above(TWEMPROXY, limit));

@@ -6,11 +6,13 @@
 mod audit;
 mod client;
 mod ledger;
+mod load;
 mod report;
+mod told;
 
 use std::{io::Write, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use slotmesh_ctl::{
     api::Api,
     failure::Failure,
@@ -24,9 +26,9 @@ use slotmesh_proto::{
 };
 use tokio::time::{Instant, sleep, timeout};
 
-use self::client::Clients;
-pub use self::client::connect;
-pub use self::report::{Percentiles, Report};
+pub(crate) use self::load::Load;
+pub use self::{client::connect, report::Report, told::Told};
+use crate::args::LoadArgs;
 
 /// A switchover's task has deadlines of its own that are shorter.
 const TASK_LIMIT: Duration = Duration::from_secs(60);
@@ -47,15 +49,9 @@ pub struct Args {
     /// Engine of the nodes, as `slotmesh up --engine`.
     #[arg(long, value_name = "NAME|PATH")]
     pub engine: Option<String>,
-    /// Clients, of five kinds in turn: plain, pipelined, script, transaction, reader.
-    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub clients: u32,
     /// Shards of the mesh that is started.
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub shards: u32,
-    /// Pause of a client between two requests, in microseconds.
-    #[arg(long, default_value_t = 1_000, value_name = "US")]
-    pub pace_us: u64,
     /// Pause between two switchovers, in milliseconds.
     #[arg(long, default_value_t = 100, value_name = "MS")]
     pub pause_ms: u64,
@@ -65,14 +61,8 @@ pub struct Args {
     /// Endpoint to use instead of those of the instance; may be repeated.
     #[arg(long = "proxy", value_name = "ADDR", requires = "controller")]
     pub proxies: Vec<String>,
-    #[arg(long, value_enum, default_value = "text")]
-    pub output: Output,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Output {
-    Text,
-    Json,
+    #[command(flatten)]
+    pub load: LoadArgs,
 }
 
 /// What is measured.
@@ -121,8 +111,8 @@ impl Default for Options {
 pub async fn main(args: Args) -> anyhow::Result<bool> {
     let options = Options {
         count: args.count,
-        clients: args.clients,
-        pace: Duration::from_micros(args.pace_us),
+        clients: args.load.clients,
+        pace: args.load.pace(),
         pause: Duration::from_millis(args.pause_ms),
     };
     let report = if let Some(controller) = &args.controller {
@@ -139,11 +129,7 @@ pub async fn main(args: Args) -> anyhow::Result<bool> {
         mesh.stop().await?;
         report
     };
-    let text = match args.output {
-        Output::Json => serde_json::to_string_pretty(&report)?,
-        Output::Text => report.text(),
-    };
-    writeln!(std::io::stdout().lock(), "{text}")?;
+    args.load.output.print(&report, Report::text)?;
     Ok(report.kept_every_promise())
 }
 
@@ -179,28 +165,17 @@ async fn running(controller: &str, proxies: Vec<String>) -> anyhow::Result<Targe
 /// When the measurement itself failed; broken promises are in the report.
 pub async fn run(target: &Target, options: &Options) -> anyhow::Result<Report> {
     let mut api = Api::connect(&target.controller).await?;
-    let run_id = uuid::Uuid::now_v7().simple().to_string();
     let mut report = Report {
-        clients: options.clients,
+        engine_version: engine_version(&mut api, target).await?,
         ..Report::default()
     };
-    report.engine_version = engine_version(&mut api, target).await?;
-    let clients = Clients::start(target, options, &run_id[24..])
-        .await
-        .context("start clients")?;
-    let started = Instant::now();
+    let load = Load::start(target, options.clients, options.pace).await?;
     sleep(QUIET).await;
     let switched = switch_all(&mut api, target, options, &mut report).await;
     sleep(QUIET).await;
-    let ledgers = clients.stop().await?;
-    report.seconds = started.elapsed().as_secs_f64();
+    let told = load.audit().await?;
     switched?;
-    for ledger in &ledgers {
-        report.add(ledger);
-    }
-    audit::audit(target, &ledgers, &mut report)
-        .await
-        .context("audit what was acknowledged")?;
+    report.told.merge(told);
     report.finish();
     Ok(report)
 }
@@ -236,7 +211,9 @@ async fn switch_all(
             }
             Err(failure) => {
                 report.failed_switchovers += 1;
-                report.sample(format!("switchover {turn} to {replica}: {failure}"));
+                report
+                    .told
+                    .sample(format!("switchover {turn} to {replica}: {failure}"));
                 if report.failed_switchovers >= FAILURES_MAX {
                     return Ok(());
                 }
@@ -312,10 +289,10 @@ impl Watcher for Silent {
 mod tests {
     use slotmesh_harness::{RedisServer, engines};
 
-    use super::*;
+    use super::{client::Clients, *};
 
     /// A load of half a second on a plain server, and something done to the data before the audit.
-    async fn audited(spoil: &[(&str, &str)]) -> Report {
+    async fn audited(spoil: &[(&str, &str)]) -> Told {
         let server = RedisServer::start(&engines::find("").unwrap(), &[])
             .await
             .unwrap();
@@ -324,15 +301,12 @@ mod tests {
             proxies: vec![server.address.clone()],
             instance: String::new(),
         };
-        let options = Options {
-            clients: 10,
-            ..Options::default()
-        };
-        let clients = Clients::start(&target, &options, "t").await.unwrap();
+        let pace = Options::default().pace;
+        let clients = Clients::start(&target, 10, pace, "t").await.unwrap();
         sleep(Duration::from_millis(500)).await;
         let ledgers = clients.stop().await.unwrap();
-        let mut report = Report::default();
-        ledgers.iter().for_each(|ledger| report.add(ledger));
+        let mut told = Told::default();
+        ledgers.iter().for_each(|ledger| told.add(ledger));
         let mut connection = client::connect(&server.address, false).await.unwrap();
         for (command, key) in spoil {
             let mut change = redis::cmd(command);
@@ -347,31 +321,31 @@ mod tests {
                 .await
                 .unwrap();
         }
-        audit::audit(&target, &ledgers, &mut report).await.unwrap();
-        report
+        audit::audit(&target, &ledgers, &mut told).await.unwrap();
+        told
     }
 
     #[tokio::test]
     async fn a_server_that_loses_nothing_passes_the_audit() {
-        let report = audited(&[]).await;
-        assert!(report.acknowledged > 100, "{report:?}");
-        assert!(report.kept_every_promise(), "{report:?}");
+        let told = audited(&[]).await;
+        assert!(told.acknowledged > 100, "{told:?}");
+        assert!(told.is_true(), "{told:?}");
     }
 
     #[tokio::test]
     async fn a_lost_key_and_a_lost_list_are_found() {
-        let report = audited(&[("DEL", "bench:t:0:id:0"), ("DEL", "bench:{t:3}:list:0")]).await;
-        assert!(report.lost > 1, "{report:?}");
-        assert_eq!(report.duplicated, 0);
+        let told = audited(&[("DEL", "bench:t:0:id:0"), ("DEL", "bench:{t:3}:list:0")]).await;
+        assert!(told.lost > 1, "{told:?}");
+        assert_eq!(told.duplicated, 0);
     }
 
     #[tokio::test]
     async fn a_write_done_twice_is_found() {
-        let report = audited(&[
+        let told = audited(&[
             ("INCRBY", "bench:{t:2}:counter"),
             ("RPUSH", "bench:t:1:list:0"),
         ])
         .await;
-        assert_eq!((report.lost, report.duplicated), (0, 4), "{report:?}");
+        assert_eq!((told.lost, told.duplicated), (0, 4), "{told:?}");
     }
 }

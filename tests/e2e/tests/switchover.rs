@@ -22,7 +22,7 @@ async fn nobody_notices_on(engine: Option<&str>) {
     assert!(report.kept_every_promise(), "{}", report.text());
     assert_eq!(report.switchovers, 10);
     assert!(
-        report.acknowledged > 1_000,
+        report.told.acknowledged > 1_000,
         "hardly any load:\n{}",
         report.text()
     );

@@ -277,6 +277,16 @@ impl Mesh {
         Ok(nodes.collect())
     }
 
+    /// Copies in full that the nodes have ever taken, by their logs.
+    pub fn full_copies(&self) -> usize {
+        let inside = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+        let hosts = inside(self.data().join("hosts"));
+        let nodes = hosts.flat_map(|host| inside(host.path().join("nodes")));
+        let logs = nodes.map(|node| fs::read_to_string(node.path().join("redis.log")));
+        logs.map(|log| log.unwrap_or_default().matches("Full resync from").count())
+            .sum()
+    }
+
     /// Pids that processes of ours wrote down when they were bound: controller and agents.
     ///
     /// # Errors

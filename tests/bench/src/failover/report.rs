@@ -6,6 +6,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, time::SystemTime};
 
 use super::{How, fault::Hit, load::Sample, timeline::Event};
+use crate::report::at_rank;
 
 /// What other shards' requests may take longer, 99 of 100 times.
 const OTHERS_US_MAX: f64 = 1_000.0;
@@ -172,16 +173,11 @@ impl Spread {
     fn of(values: &[f64]) -> Self {
         let mut values = values.to_vec();
         values.sort_by(f64::total_cmp);
-        let at = |part: f64| {
-            let rank = (part * values.len() as f64).ceil() as usize;
-            let value = values.get(rank.saturating_sub(1));
-            value.copied().unwrap_or_default()
-        };
         Self {
             count: values.len(),
-            p50: at(0.5),
-            p99: at(0.99),
-            max: at(1.0),
+            p50: at_rank(&values, 0.5),
+            p99: at_rank(&values, 0.99),
+            max: at_rank(&values, 1.0),
         }
     }
 }

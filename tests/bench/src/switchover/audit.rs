@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use redis::{RedisResult, aio::MultiplexedConnection};
 
 use super::{
-    Report, Target,
+    Target, Told,
     client::connect,
     ledger::{Ids, Keys, LIST_LENGTH, Ledger},
 };
@@ -19,14 +19,14 @@ const BATCH: u64 = 500;
 pub(super) async fn audit(
     target: &Target,
     ledgers: &[Ledger],
-    report: &mut Report,
+    told: &mut Told,
 ) -> anyhow::Result<()> {
     for (ledger, proxy) in ledgers.iter().zip(target.proxies.iter().cycle()) {
         let mut connection = connect(proxy, false).await?;
-        counter(&mut connection, ledger, report).await?;
-        register(&mut connection, ledger, report).await?;
-        report.lost += missing_keys(&mut connection, &ledger.keys, &ledger.set).await?;
-        lists(&mut connection, &ledger.keys, &ledger.pushed, report).await?;
+        counter(&mut connection, ledger, told).await?;
+        register(&mut connection, ledger, told).await?;
+        told.lost += missing_keys(&mut connection, &ledger.keys, &ledger.set).await?;
+        lists(&mut connection, &ledger.keys, &ledger.pushed, told).await?;
     }
     Ok(())
 }
@@ -34,7 +34,7 @@ pub(super) async fn audit(
 async fn counter(
     connection: &mut MultiplexedConnection,
     ledger: &Ledger,
-    report: &mut Report,
+    told: &mut Told,
 ) -> RedisResult<()> {
     let mut get = redis::cmd("GET");
     let value: Option<u64> = get
@@ -42,22 +42,22 @@ async fn counter(
         .query_async(connection)
         .await?;
     let value = value.unwrap_or_default();
-    report.lost += ledger.counted.saturating_sub(value);
-    report.duplicated += value.saturating_sub(ledger.counted + ledger.counted_ambiguous);
+    told.lost += ledger.counted.saturating_sub(value);
+    told.duplicated += value.saturating_sub(ledger.counted + ledger.counted_ambiguous);
     Ok(())
 }
 
 async fn register(
     connection: &mut MultiplexedConnection,
     ledger: &Ledger,
-    report: &mut Report,
+    told: &mut Told,
 ) -> RedisResult<()> {
     let mut get = redis::cmd("GET");
     let value: Option<u64> = get
         .arg(ledger.keys.register())
         .query_async(connection)
         .await?;
-    report.lost += u64::from(value.unwrap_or_default() < ledger.register);
+    told.lost += u64::from(value.unwrap_or_default() < ledger.register);
     Ok(())
 }
 
@@ -88,7 +88,7 @@ async fn lists(
     connection: &mut MultiplexedConnection,
     keys: &Keys,
     ids: &Ids,
-    report: &mut Report,
+    told: &mut Told,
 ) -> RedisResult<()> {
     for first in (0..ids.next).step_by(LIST_LENGTH as usize) {
         let list = keys.list(first);
@@ -107,8 +107,8 @@ async fn lists(
         }
         for id in first..ids.next.min(first + LIST_LENGTH) {
             let there = times.get(&id).copied().unwrap_or_default();
-            report.lost += u64::from(there == 0 && !ids.ambiguous.contains(&id));
-            report.duplicated += there.saturating_sub(1);
+            told.lost += u64::from(there == 0 && !ids.ambiguous.contains(&id));
+            told.duplicated += there.saturating_sub(1);
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Options, Target,
+    Target,
     ledger::{Kind, Ledger},
 };
 
@@ -40,12 +40,13 @@ impl Clients {
     /// Connects all of them before the first one starts to write.
     pub(super) async fn start(
         target: &Target,
-        options: &Options,
+        count: u32,
+        pace: Duration,
         run: &str,
     ) -> anyhow::Result<Self> {
         let mut clients = Vec::new();
-        for number in 0..options.clients {
-            clients.push(Client::connect(target, options, run, number).await?);
+        for number in 0..count {
+            clients.push(Client::connect(target, pace, run, number).await?);
         }
         let (mut workers, stop) = (JoinSet::new(), CancellationToken::new());
         for client in clients {
@@ -93,7 +94,7 @@ struct Client {
 impl Client {
     async fn connect(
         target: &Target,
-        options: &Options,
+        pace: Duration,
         run: &str,
         number: u32,
     ) -> anyhow::Result<Self> {
@@ -108,7 +109,7 @@ impl Client {
             second: connect(&addresses[1], resp3).await?,
             addresses,
             resp3,
-            pace: options.pace,
+            pace,
             ledger: Ledger::new(run, number),
         })
     }
