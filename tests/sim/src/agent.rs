@@ -4,6 +4,7 @@
 //! Invariant: what survives a crash is what was journaled; everything else is dropped in the middle
 //! of whatever it did.
 
+mod exchange;
 pub mod fencer;
 mod guard;
 mod handover;
@@ -69,6 +70,8 @@ pub(crate) struct Seat {
     pub(crate) name: String,
     /// It was started once, so there is something to start again.
     pub(crate) ran: Rc<Cell<bool>>,
+    /// With which engine last.
+    pub(crate) engine: Rc<RefCell<String>>,
 }
 
 /// A step on its way to a worker.
@@ -97,6 +100,8 @@ pub(crate) struct Host {
     pub(crate) rights: RefCell<guard::Rights>,
     pub(crate) controllers: usize,
     pub(crate) preferred: RefCell<Option<usize>>,
+    /// Trials of engines, by step and attempt, and when they are over.
+    pub(crate) trials: RefCell<BTreeMap<(String, u32), Micros>>,
 }
 
 impl Host {
@@ -169,6 +174,7 @@ impl Agent {
             node,
             name,
             ran: ran(),
+            engine: Rc::default(),
         });
         Self {
             index,
@@ -212,6 +218,7 @@ impl Agent {
             rights: RefCell::new(guard::Rights::since(now)),
             controllers: self.controllers,
             preferred: RefCell::default(),
+            trials: RefCell::default(),
         });
         self.revision = 0;
         self.sent = (0, Vec::new());
@@ -412,7 +419,12 @@ impl Agent {
     fn step(&mut self, host: &Rc<Host>, from: Party, call: u64, request: ExecuteStepRequest) {
         self.world.borrow_mut().point(Point::StepReceived);
         let me = self.party();
-        if let Some(response) = settled(host, &request) {
+        // Beside the node, and not journaled.
+        let staged = match &request.act {
+            Some(Act::StageEngine(order)) => Some(host.stage(&request, order)),
+            _ => settled(host, &request),
+        };
+        if let Some(response) = staged {
             let response = Box::new(response);
             self.world
                 .borrow_mut()

@@ -5,6 +5,7 @@
 
 mod failover;
 mod membership;
+mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -55,6 +56,8 @@ pub struct Checks {
     pub data_was_lost: bool,
     /// An operator has said that data may be lost.
     pub loss_was_accepted: bool,
+    /// An operator has said that whoever answers is to be promoted.
+    pub anybody_may_lead: bool,
     /// Operations that an asynchronous failover left behind with a lost primary.
     pub left_behind: BTreeSet<u64>,
     /// Operations of lost primaries that were kept in a file.
@@ -67,6 +70,8 @@ pub struct Checks {
     pub failovers: usize,
     /// Replacements that were begun.
     pub replacements: usize,
+    /// Upgrades that were begun.
+    pub upgrades: usize,
     /// Failovers that a record told of since the last look: shard, the lost primary, its successor.
     pub failed_over: Vec<(usize, String, String)>,
     /// Failovers that were declared since the last look: shard, primary, its process.
@@ -78,6 +83,8 @@ pub struct Checks {
     /// Nodes that have left their shard since the last look.
     pub left: Vec<(usize, String)>,
     expected: Vec<failover::Expected>,
+    /// Processes that have refused a command of their primary since they copied its data.
+    diverged: BTreeSet<String>,
     /// Writes that nodes had and lost when they followed another, before anybody had kept them.
     replaced: BTreeMap<u64, String>,
     /// What nodes had that were removed, and nobody else then.
@@ -274,6 +281,9 @@ impl Checks {
                     match wire::shard_from(record) {
                         Ok(new) => {
                             self.record(*index, old.as_ref(), &new, txn);
+                            if let Some(old) = &old {
+                                self.exchanges(*index, old, &new);
+                            }
                             self.lock(items, txn, *index, &new);
                         }
                         Err(error) => self.fail("A2: records are valid", || error.to_string()),
@@ -286,13 +296,14 @@ impl Checks {
                         format!("task {task} took shard {shard}, which is locked")
                     });
                 }
+                (Key::Task(_), value) => self.way_back(items.get(key).map(|s| &s.value), value),
                 _ => {}
             }
         }
         for key in &txn.deletes {
-            if let (Key::Lock(_), Some(Value::Lock(task))) = (key, items.get(key).map(|s| &s.value))
-            {
-                self.unlock(txn, task);
+            let stored = items.get(key).map(|s| &s.value);
+            if let (Key::Lock(shard), Some(Value::Lock(task))) = (key, stored) {
+                self.unlock(txn, task, *shard);
             }
         }
     }
@@ -385,9 +396,10 @@ impl Checks {
         }
     }
 
-    /// A lock goes only together with the end of its task.
-    fn unlock(&mut self, txn: &Txn, task: &str) {
+    /// A lock goes only together with the end of its task, or of what it needs it for.
+    fn unlock(&mut self, txn: &Txn, task: &str, shard: usize) {
         let ends = txn.puts.iter().any(|(key, value)| match (key, value) {
+            (Key::Task(id), _) if id == task && Self::frees(value, shard) => true,
             (Key::Task(id), Value::Task(record)) => {
                 id == task
                     && slotmesh_task::wire::state_from(record.state())

@@ -4,6 +4,7 @@
 //! Invariant: what it sends is derived by the real model (`assignment::node`, `route::shard`) from
 //! records that a watch showed it; what it writes is a transition of the real `Shard`.
 
+mod change;
 mod commit;
 mod driver;
 mod lease;
@@ -14,10 +15,7 @@ mod write;
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use rand::Rng;
-use slotmesh_proto::{
-    agent::v1::{Assignment, Desired, ProxySpec},
-    topology::v1 as topology,
-};
+use slotmesh_proto::{agent::v1::Assignment, topology::v1 as topology};
 use slotmesh_task::Fleet;
 use slotmesh_topology::{Instance, InstanceState, NodeRole, assignment, route};
 
@@ -80,6 +78,11 @@ impl Desk {
     pub(crate) async fn shows(&self, revision: u64) -> bool {
         let caught_up = || self.mirror.borrow().revision >= revision;
         wait_until(&self.world, self.me, CATCH_UP, caught_up).await
+    }
+
+    /// As the instance's record is now.
+    pub(crate) fn present_instance(&self) -> Instance {
+        self.mirror.borrow().instance(&self.instance)
     }
 
     fn changed(&self) {
@@ -182,6 +185,12 @@ impl Controller {
         );
         self.world.borrow_mut().died(self.party());
         *self = Self::new(index, world, instance);
+    }
+
+    /// The instance as it was in the beginning.
+    #[must_use]
+    pub fn first_instance(&self) -> Option<Rc<Instance>> {
+        self.desk.as_ref().map(|d| Rc::clone(&d.instance))
     }
 
     /// The term that it believes to hold.
@@ -392,7 +401,7 @@ impl Controller {
 
     fn assignment(&self, mirror: &Mirror, host: usize, term: u64) -> Assignment {
         let name = format!("h{host}");
-        let instance = self.instance(mirror);
+        let instance = mirror.instance(&self.instance);
         let mut nodes = Vec::new();
         for shard in mirror.shards.values().map(|s| &s.value) {
             let here = shard.members.iter().filter(|m| m.host.as_str() == name);
@@ -412,28 +421,14 @@ impl Controller {
         let removed = instance
             .proxies
             .iter()
-            .filter(|(_, h)| h.as_str() == name && instance.state == InstanceState::Deleting);
-        let proxies = removed.map(|(proxy, _)| ProxySpec {
-            proxy_id: proxy.to_string(),
-            instance_id: instance.id.to_string(),
-            desired: Desired::Removed.into(),
-            workers: 1,
-        });
+            .filter(|p| p.host.as_str() == name && instance.state == InstanceState::Deleting);
+        let proxies = removed.map(|placed| assignment::proxy(&instance, placed));
         Assignment {
             term,
             nodes,
             proxies: proxies.collect(),
             ..Assignment::default()
         }
-    }
-
-    /// As its record would be.
-    fn instance(&self, mirror: &Mirror) -> Instance {
-        let mut instance = (*self.instance).clone();
-        if mirror.is_deleting {
-            instance.state = InstanceState::Deleting;
-        }
-        instance
     }
 }
 
@@ -451,6 +446,20 @@ pub enum Ask {
     Move {
         /// Chooses shard and node.
         choice: u64,
+        /// The client's token.
+        token: u64,
+    },
+    /// Another engine for all nodes.
+    Upgrade {
+        /// Chooses which, and how.
+        choice: u64,
+        /// The client's token.
+        token: u64,
+    },
+    /// Take the primaries off a host.
+    Drain {
+        /// Which host.
+        host: usize,
         /// The client's token.
         token: u64,
     },

@@ -60,6 +60,10 @@ pub struct Ctx {
     parked: Vec<(Party, ConnId, Option<Stream>)>,
     /// When parties went on that had stood still.
     pub woken: std::collections::BTreeMap<Party, Micros>,
+    /// Hosts whose program of any engine but the default is damaged.
+    pub spoiled: std::collections::BTreeSet<usize>,
+    /// Nodes whose append-only file is not whole yet.
+    pub settling: std::collections::BTreeSet<Party>,
     /// Parties that stand still.
     pub stopped: std::collections::BTreeSet<Party>,
     lives: Vec<(Party, u64, bool)>,
@@ -85,6 +89,8 @@ impl Ctx {
             troubled: std::collections::BTreeMap::new(),
             parked: Vec::new(),
             woken: std::collections::BTreeMap::new(),
+            spoiled: std::collections::BTreeSet::new(),
+            settling: std::collections::BTreeSet::new(),
             stopped: std::collections::BTreeSet::new(),
             lives: Vec::new(),
             calls: 0,

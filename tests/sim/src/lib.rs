@@ -13,6 +13,7 @@ pub mod check;
 pub mod client;
 pub mod controller;
 pub mod ctx;
+pub mod engine;
 pub mod fiber;
 pub mod matrix;
 pub mod msg;

@@ -48,6 +48,8 @@ struct Sum {
     errors: usize,
     failovers: usize,
     replaced: usize,
+    upgraded: usize,
+    taken_back: usize,
     left_behind: usize,
     elections: usize,
     compacted: usize,
@@ -98,13 +100,15 @@ fn main() -> ExitCode {
     }
     println!(
         "OK: {count} seeds from {first}: {} events, {} switchovers done, {} returned, {} failovers, \
-         {} nodes replaced, {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors; \
+         {} nodes replaced, {} upgrades done and {} taken back, {} writes acknowledged, none lost but {} behind asynchronous primaries, {} ambiguous, {} errors; \
          the store elected {} leaders and refused {} watches as compacted",
         sum.events,
         sum.moved,
         sum.returned,
         sum.failovers,
         sum.replaced,
+        sum.upgraded,
+        sum.taken_back,
         sum.acknowledged,
         sum.left_behind,
         sum.ambiguous,
@@ -145,6 +149,8 @@ fn one(cli: &Cli, seed: u64, sum: &mut Sum) -> bool {
     sum.errors += outcome.errors;
     sum.failovers += outcome.failovers;
     sum.replaced += outcome.replacements.1;
+    sum.upgraded += outcome.upgrades.1;
+    sum.taken_back += outcome.upgrades.2;
     sum.left_behind += outcome.left_behind;
     sum.elections += outcome.elections;
     sum.compacted += outcome.compacted;
@@ -162,6 +168,8 @@ impl Sum {
             errors: self.errors + other.errors,
             failovers: self.failovers + other.failovers,
             replaced: self.replaced + other.replaced,
+            upgraded: self.upgraded + other.upgraded,
+            taken_back: self.taken_back + other.taken_back,
             left_behind: self.left_behind + other.left_behind,
             elections: self.elections + other.elections,
             compacted: self.compacted + other.compacted,

@@ -5,8 +5,9 @@
 //!
 //! Invariant: a cell is deterministic; it says how its task ended, and how long clients waited.
 
-mod moves;
+mod derived;
 mod steps;
+mod tables;
 
 use rand::SeedableRng;
 use slotmesh_task::State as TaskState;
@@ -34,15 +35,25 @@ pub enum Kind {
     /// An operator moves the first replica to another host, where a write is on one replica before it
     /// is acknowledged.
     Replace,
+    /// Every node gets another engine, where a write is on one replica before it is acknowledged; at
+    /// the end nothing leads back.
+    Upgrade,
+    /// An operator takes that back once the primary runs it.
+    TakeBack,
+    /// The primary is taken off its host, and the host down.
+    Drain,
 }
 
 /// Every kind.
-pub const KINDS: [Kind; 5] = [
+pub const KINDS: [Kind; 8] = [
     Kind::Provision,
     Kind::Switchover,
     Kind::Failover,
     Kind::Decommission,
     Kind::Replace,
+    Kind::Upgrade,
+    Kind::TakeBack,
+    Kind::Drain,
 ];
 
 /// To whom something happens.
@@ -68,6 +79,10 @@ pub enum Role {
     PrimaryAgent,
     /// And the node that leaves.
     Leaver,
+    /// Where nodes get another engine: the agent of the second replica.
+    OtherAgent,
+    /// And that replica.
+    Other,
 }
 
 /// What happens.
@@ -98,7 +113,7 @@ impl Fault {
     }
 }
 
-/// Everybody; the last two only where nodes are replaced.
+/// Everybody but for upgrades; the last two only where nodes are replaced.
 const ROLES: [Role; 10] = [
     Role::Leader,
     Role::Follower,
@@ -112,11 +127,26 @@ const ROLES: [Role; 10] = [
     Role::Leaver,
 ];
 
+/// Everybody where nodes get another engine: both replicas do, and one of them becomes the primary.
+const UPGRADED: [Role; 10] = [
+    Role::Leader,
+    Role::Follower,
+    Role::OldAgent,
+    Role::NewAgent,
+    Role::OldPrimary,
+    Role::Target,
+    Role::Proxy,
+    Role::Store,
+    Role::OtherAgent,
+    Role::Other,
+];
+
 /// Who has a part in tasks of a kind.
 #[must_use]
 pub fn roles(kind: Kind) -> &'static [Role] {
     match kind {
         Kind::Replace => &ROLES,
+        Kind::Upgrade | Kind::TakeBack => &UPGRADED,
         _ => &ROLES[..8],
     }
 }
@@ -179,6 +209,8 @@ pub struct End {
     pub reached: bool,
     /// How the tasks of this kind ended.
     pub states: Vec<TaskState>,
+    /// One waited for an operator, and got his word.
+    pub by_operator: bool,
     /// Longest wait of a client, by the proxy that it was connected to.
     pub longest: Vec<Micros>,
     /// The messages of the task.
@@ -225,12 +257,17 @@ pub fn place(step: &Step, role: Role, fault: Fault) -> Place {
     }
 }
 
-/// Every step, role and fault of a kind, and whether it is a cell.
+/// Every step, role and fault of a kind, and whether it is a cell. Where steps are all that passes, who
+/// dies at a question is not killed once more at its answer, a moment later.
 pub fn places(kind: Kind) -> impl Iterator<Item = (Step, Role, Fault, Place)> {
-    steps(kind).iter().flat_map(move |step| {
+    let is_all = derived::is_of(kind);
+    let all = steps(kind).into_iter().flat_map(move |step| {
         roles(kind).iter().flat_map(move |role| {
-            FAULTS.map(move |fault| (*step, *role, fault, place(step, *role, fault)))
+            FAULTS.map(move |fault| (step, *role, fault, place(&step, *role, fault)))
         })
+    });
+    all.filter(move |(step, _, fault, _)| {
+        !is_all || fault.tamper().is_some() || !step.moment.is_answer()
     })
 }
 
@@ -249,6 +286,11 @@ pub(crate) fn shape(kind: Kind) -> Shape {
             durability: 1,
             spare: 1,
             // One on each proxy.
+            clients: 2,
+            ..shape
+        },
+        Kind::Upgrade | Kind::TakeBack => Shape {
+            durability: 1,
             clients: 2,
             ..shape
         },

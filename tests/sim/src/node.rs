@@ -3,12 +3,16 @@
 //! Invariant: everything that the engine would refuse is refused here by the same rule.
 
 mod commands;
+mod exchange;
 mod replication;
+
+pub use exchange::{Ending, Snapshot};
 
 use rand::Rng;
 
 use crate::{
     ctx::Ctx,
+    engine,
     msg::{ConnId, Input, Party, Rpc, Stream, Timer},
     plan::Point,
     redis::{Admin, Answer, Failover, Kind, LinkState, Op, Process, Rights, User},
@@ -33,6 +37,12 @@ pub struct Node {
     pub address: String,
     /// What survives the process.
     pub disk: Vec<Op>,
+    /// In whose place this stands until there is an append-only file of the same data.
+    snapshot: Option<Snapshot>,
+    /// When that file will be whole.
+    whole_at: Option<Micros>,
+    /// Version of its files, as the engine that wrote them has it.
+    format: u32,
     /// The process, if it runs.
     pub process: Option<Process>,
     cron: u64,
@@ -50,6 +60,9 @@ impl Node {
             name,
             address: address(index),
             disk: Vec::new(),
+            snapshot: None,
+            whole_at: None,
+            format: 0,
             process: None,
             cron: 0,
             users: std::collections::BTreeMap::new(),
@@ -61,23 +74,21 @@ impl Node {
     }
 
     /// Starts the process. Its agent does this.
-    pub fn start(&mut self, ctx: &mut Ctx) {
+    pub fn start(&mut self, ctx: &mut Ctx, engine: &str) {
         if self.process.is_some() {
             return;
         }
+        if let Some(why) = self.unstartable(ctx, engine) {
+            return ctx.say(|| format!("{}: {engine} does not start: {why}", self.name));
+        }
         ctx.born(self.party());
-        let (run, replid) = (ctx.call(), ctx.call());
-        let run_id = format!("run{run}");
+        let run_id = format!("run{}", ctx.call());
+        let mut process = self.launch(ctx, run_id.clone(), engine);
         ctx.say(|| {
-            format!(
-                "{} starts as {run_id}, {} operations",
-                self.name,
-                self.disk.len()
-            )
+            let all = process.log.len();
+            format!("{} starts as {run_id}, {all} operations", self.name)
         });
         ctx.checks.began(self.shard, &run_id);
-        let log = std::mem::take(&mut self.disk);
-        let mut process = Process::start(run_id, replid, self.address.clone(), log);
         process.loading_until = ctx.now() + ctx.rng.random_range(MS..40 * MS);
         self.process = Some(process);
         let phase = ctx.rng.random_range(0..CRON);
@@ -107,6 +118,13 @@ impl Node {
         });
         ctx.checks.ended(self.shard, &process.run_id, &process.log);
         self.users = process.users;
+        ctx.settling.remove(&self.party());
+        self.whole_at = None;
+        self.format = engine::format(&process.engine);
+        // Until its file is whole, only the snapshot with which it began is there.
+        if self.snapshot.is_some() {
+            return ctx.died(self.party());
+        }
         self.disk = process.log;
         let lost = self.disk.split_off(kept.min(self.disk.len()));
         ctx.checks.data_lost(&lost);
@@ -165,6 +183,7 @@ impl Node {
             Stream::Feed { offset, ops } if p.link_conn == Some(conn) => {
                 p.link_heard = ctx.now();
                 ctx.checks.fed(&self.name, offset, p);
+                let ops: Vec<Op> = ops.into_iter().map(|op| self.taken(ctx, p, op)).collect();
                 self.append(ctx, p, &ops);
                 if ops.iter().any(|op| op.kind == Kind::GetAck) {
                     self.ack(ctx, p);
@@ -336,6 +355,7 @@ impl Node {
                 ctx.checks.captured(&ops);
                 return Answer::Captured(ops);
             }
+            Admin::Append => return self.begin_file(ctx, p),
             Admin::Promote => {
                 if p.failover.is_some() {
                     return Answer::Err("REPLICAOF not allowed while failing over.");
@@ -387,6 +407,7 @@ impl Node {
 
     fn tick(&mut self, ctx: &mut Ctx, p: &mut Process) {
         self.cron += 1;
+        self.settle(ctx);
         let second = self.cron.is_multiple_of(SEC / CRON);
         if p.link == LinkState::Loading && p.loading_until <= ctx.now() {
             p.link = LinkState::Up;

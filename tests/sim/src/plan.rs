@@ -6,6 +6,7 @@
 pub mod accident;
 mod moves;
 pub mod story;
+mod upgrades;
 
 use rand::{Rng, rngs::SmallRng, seq::IndexedRandom};
 
@@ -13,6 +14,7 @@ use crate::{
     ctx::Ctx,
     msg::Party,
     net::Weather,
+    node::Ending,
     sched::{MS, Micros, SEC},
 };
 
@@ -58,6 +60,12 @@ pub enum Point {
     Joined,
     /// One was written that says who leaves.
     Expelled,
+    /// One was written that says whose process makes way for another engine.
+    Exchanged,
+    /// A process is on its way to its end for that.
+    MakesWay,
+    /// A task's record was written that is an upgrade's.
+    UpgradeWritten,
 }
 
 const POINTS: [Point; 17] = [
@@ -94,8 +102,18 @@ pub enum Kept {
 /// One act of the plan.
 #[derive(Clone, Debug)]
 pub enum Script {
-    /// An agent starts its node's process.
-    Start(usize),
+    /// An agent starts its node's process, of this engine.
+    Start(usize, String),
+    /// An agent ends this process of its node in order.
+    End(usize, u64, Ending),
+    /// Its data is removed.
+    Discard(usize),
+    /// Of a host's programs all but the default engine are damaged.
+    Spoil(usize),
+    /// A client of the shard uses what only newer engines have.
+    Newer(usize),
+    /// An operator takes a host's primaries away and then the host down; he looks so often.
+    Drain(usize, u32),
     /// A party dies; all but nodes come back after this time (their agent starts those).
     Crash(Party, Micros),
     /// A node's process dies.
@@ -140,6 +158,15 @@ pub enum Script {
         /// The client's token.
         token: u64,
     },
+    /// An operator wants another engine.
+    Upgrade {
+        /// Chooses which, and how.
+        choice: u64,
+        /// The client's token.
+        token: u64,
+    },
+    /// An operator says this to whatever has it on its menu.
+    Say(slotmesh_task::Choice),
     /// An operator asks to cancel what is under way.
     Cancel,
     /// An operator answers what waits for one: go on, although data may be lost.
@@ -182,6 +209,8 @@ pub enum Profile {
     /// Nodes are replaced: hosts are lost for longer than is waited for, or operators move nodes; and
     /// who takes part dies meanwhile.
     Moves,
+    /// Nodes get another engine, and hosts are drained; and who takes part dies meanwhile.
+    Upgrades,
 }
 
 /// Of one seed.
@@ -224,7 +253,8 @@ impl Shape {
             18..22 => Profile::Blackout,
             22..37 => Profile::Harsh,
             37..43 => Profile::Lossy,
-            43..64 => Profile::Unplanned,
+            43..60 => Profile::Unplanned,
+            60..64 => Profile::Upgrades,
             64..78 => Profile::Double,
             78..83 => Profile::Agents,
             83..87 => Profile::Mass,
@@ -253,6 +283,12 @@ impl Shape {
 
     /// Where nodes are moved there has to be a host to move them to.
     fn with_room(self, rng: &mut SmallRng) -> Self {
+        if self.profile == Profile::Upgrades {
+            return Self {
+                durability: u32::from(rng.random_range(0..2) == 0),
+                ..self
+            };
+        }
         if self.profile != Profile::Moves {
             return self;
         }
@@ -310,11 +346,11 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
     let count = ctx.rng.random_range(most / 2..=most);
     let gap = TROUBLE / count;
     let calm = matches!(shape.profile, Profile::Calm | Profile::Blackout);
-    // An agent that dies in a hand-over leaves it half done, which is another story.
-    let count = if shape.profile == Profile::Agents {
-        0
-    } else {
-        count
+    // An agent that dies in a hand-over leaves it half done, which is another story. An upgrade that
+    // others cut short is one, too.
+    let count = match shape.profile {
+        Profile::Agents | Profile::Upgrades => 0,
+        _ => count,
     };
     for n in 0..count {
         let jitter = if calm {
@@ -334,7 +370,38 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             put(ctx, at + after, Script::Cancel);
         }
     }
-    let weather = match shape.profile {
+    let weather = weather(ctx, shape.profile);
+    put(ctx, now, Script::Weather(weather));
+    match shape.profile {
+        Profile::Calm => {}
+        Profile::Blackout => {
+            // Between two changes: the last one has ended, none begins.
+            let from = now + TROUBLE + SEC;
+            for n in 0..shape.controllers {
+                put(ctx, from, Script::Crash(Party::Controller(n), 4 * SEC));
+            }
+            for n in 0..shape.hosts {
+                let down = ctx.rng.random_range(SEC..4 * SEC);
+                put(ctx, from, Script::Crash(Party::Agent(n), down));
+            }
+        }
+        Profile::Double => story::schedule(ctx, shape, now),
+        Profile::Moves => moves::schedule(ctx, shape, now),
+        Profile::Upgrades => upgrades::schedule(ctx, shape, now),
+        _ => accident::schedule(ctx, shape, now),
+    }
+    let quiet = match shape.profile {
+        Profile::Blackout => 6 * SEC,
+        // Who is cut off is replaced meanwhile.
+        Profile::Moves | Profile::Upgrades => 8 * SEC,
+        _ => 3 * SEC,
+    };
+    put(ctx, now + TROUBLE + quiet, Script::Heal);
+}
+
+/// How well messages go their ways.
+fn weather(ctx: &mut Ctx, profile: Profile) -> Weather {
+    match profile {
         Profile::Calm | Profile::Blackout => Weather::calm(),
         Profile::ControlPlane => Weather {
             rpc_loss: *[0, 20, 100].choose(&mut ctx.rng).unwrap_or(&0),
@@ -352,7 +419,7 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
             rpc_double: 150,
             ..Weather::calm()
         },
-        Profile::Moves => Weather {
+        Profile::Moves | Profile::Upgrades => Weather {
             delay_us: *[80, 80, 400].choose(&mut ctx.rng).unwrap_or(&80),
             rpc_loss: *[0, 0, 20].choose(&mut ctx.rng).unwrap_or(&0),
             rpc_double: 150,
@@ -368,32 +435,7 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
                 .choose(&mut ctx.rng)
                 .unwrap_or(&MS),
         },
-    };
-    put(ctx, now, Script::Weather(weather));
-    match shape.profile {
-        Profile::Calm => {}
-        Profile::Blackout => {
-            // Between two changes: the last one has ended, none begins.
-            let from = now + TROUBLE + SEC;
-            for n in 0..shape.controllers {
-                put(ctx, from, Script::Crash(Party::Controller(n), 4 * SEC));
-            }
-            for n in 0..shape.hosts {
-                let down = ctx.rng.random_range(SEC..4 * SEC);
-                put(ctx, from, Script::Crash(Party::Agent(n), down));
-            }
-        }
-        Profile::Double => story::schedule(ctx, shape, now),
-        Profile::Moves => moves::schedule(ctx, shape, now),
-        _ => accident::schedule(ctx, shape, now),
     }
-    let quiet = match shape.profile {
-        Profile::Blackout => 6 * SEC,
-        // Who is cut off is replaced meanwhile.
-        Profile::Moves => 8 * SEC,
-        _ => 3 * SEC,
-    };
-    put(ctx, now + TROUBLE + quiet, Script::Heal);
 }
 
 fn put(ctx: &mut Ctx, at: Micros, script: Script) {

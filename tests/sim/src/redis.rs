@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use slotmesh_agent::fence::{KnownUser, KnownUsers, password_sha256};
 
 use crate::{
+    engine,
     msg::ConnId,
     sched::{Micros, SEC},
 };
@@ -23,6 +24,8 @@ pub enum Kind {
     Noop,
     /// REPLCONF GETACK in the stream: whoever gets it says at once how far it is.
     GetAck,
+    /// A command that only newer engines know.
+    Newer,
 }
 
 /// A write, as the log has it.
@@ -67,6 +70,8 @@ pub enum Admin {
     Failover { to: String, timeout: Micros },
     /// FAILOVER ABORT.
     Abort,
+    /// CONFIG SET appendonly yes, of a process that began with a snapshot.
+    Append,
 }
 
 impl Admin {
@@ -127,6 +132,8 @@ pub enum PsyncAnswer {
         replid: u64,
         offset: i64,
         log: Vec<Op>,
+        /// Version of the files of who sends it.
+        format: u32,
     },
 }
 
@@ -211,6 +218,8 @@ pub struct Failover {
 pub struct Process {
     /// New with each start.
     pub run_id: String,
+    /// What it is a process of, as its assignment named it.
+    pub engine: String,
     /// Its own address.
     pub address: String,
     /// `None`: a primary. Otherwise whom it follows.
@@ -255,6 +264,8 @@ pub struct Process {
     pub loaded: usize,
     /// It has been a primary.
     pub led: bool,
+    /// Commands of its primary that it has refused since it began.
+    pub refused: u64,
 }
 
 impl Process {
@@ -263,6 +274,7 @@ impl Process {
     pub fn start(run_id: String, replid: u64, address: String, log: Vec<Op>) -> Self {
         let mut process = Self {
             run_id,
+            engine: String::new(),
             address,
             following: None,
             link: LinkState::Down,
@@ -285,11 +297,21 @@ impl Process {
             sync_full: 0,
             loaded: log.len(),
             led: false,
+            refused: 0,
         };
         for op in log {
             process.apply(op);
         }
         process
+    }
+
+    /// It was started with a snapshot of its predecessor, as a replica of nobody: it can go on where
+    /// that one stopped.
+    pub fn resume(&mut self, replid: u64, offset: i64) {
+        self.replid = replid;
+        self.shift = offset - self.log.len() as i64;
+        self.backlog_from = offset;
+        self.following = Some(slotmesh_agent::node::NOWHERE.to_owned());
     }
 
     /// Replication offset.
@@ -311,7 +333,7 @@ impl Process {
                 self.last.insert(op.key, op.id);
             }
             Kind::Push => *self.lengths.entry(op.key).or_default() += 1,
-            Kind::Noop | Kind::GetAck => {}
+            Kind::Noop | Kind::GetAck | Kind::Newer => {}
         }
         self.log.push(op);
     }
@@ -417,7 +439,11 @@ impl Process {
     #[must_use]
     pub fn info(&self, now: Micros) -> String {
         use std::fmt::Write as _;
-        let mut text = format!("redis_version:7.0.15\r\nrun_id:{}\r\n", self.run_id);
+        let version = engine::version(&self.engine);
+        let mut text = format!(
+            "redis_version:{version}\r\nrun_id:{}\r\nunexpected_error_replies:{}\r\n",
+            self.run_id, self.refused
+        );
         let loading = u8::from(self.loading_until > now);
         let role = if self.is_primary() { "master" } else { "slave" };
         let state = match &self.failover {

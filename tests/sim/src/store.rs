@@ -57,6 +57,8 @@ pub enum Key {
     Audit(usize, u64),
     /// That the instance is being removed.
     Instance,
+    /// The engine in the instance's record; as long as there is none: the agents' default.
+    Engine,
 }
 
 /// Values: the real records.
@@ -78,6 +80,8 @@ pub enum Value {
     Audit(String),
     /// That it is so.
     Removal,
+    /// Which.
+    Engine(String),
 }
 
 /// A value and its revisions.
@@ -393,38 +397,53 @@ impl Store {
         if txn.puts.iter().any(|(key, _)| matches!(key, Key::Host(_))) {
             ctx.point(Point::Leased);
         }
+        let is_upgrade = |(_, value): &(Key, Value)| match value {
+            Value::Task(task) => matches!(task.spec, Some(records::task_record::Spec::Upgrade(_))),
+            _ => false,
+        };
+        if txn.puts.iter().any(is_upgrade) {
+            ctx.point(Point::UpgradeWritten);
+        }
         for (key, value) in &txn.puts {
             if let (Key::Shard(shard), Value::Shard(record)) = (key, value) {
-                ctx.say(|| {
-                    let mode = match &record.mode {
-                        Some(records::shard_record::Mode::Handover(h)) => {
-                            format!("Handover to {}", h.target_node_id)
-                        }
-                        other => format!("{other:?}").chars().take(24).collect(),
-                    };
-                    format!(
-                        "record of shard {shard}: epoch {}, primary {}, {mode} (revision {revision})",
-                        record.epoch, record.primary_node_id
-                    )
-                });
-                if let Some(point) = membership(record) {
-                    ctx.point(point);
-                }
-                ctx.point(match &record.mode {
-                    Some(records::shard_record::Mode::Handover(_)) => Point::Declared,
-                    Some(records::shard_record::Mode::FailingOver(f)) => {
-                        match (f.proof, f.target_node_id.is_empty()) {
-                            (0, _) => Point::Lost,
-                            (_, true) => Point::Proven,
-                            (_, false) => Point::Chosen,
-                        }
-                    }
-                    _ => Point::RecordWritten,
-                });
+                passes(ctx, *shard, record, revision);
             }
         }
         revision
     }
+}
+
+/// Tells of a record that was written, and is the moment for what waits for it.
+fn passes(ctx: &mut Ctx, shard: usize, record: &records::ShardRecord, revision: u64) {
+    ctx.say(|| {
+        let mode = match &record.mode {
+            Some(records::shard_record::Mode::Handover(h)) => {
+                format!("Handover to {}", h.target_node_id)
+            }
+            other => format!("{other:?}").chars().take(24).collect(),
+        };
+        format!(
+            "record of shard {shard}: epoch {}, primary {}, {mode} (revision {revision})",
+            record.epoch, record.primary_node_id
+        )
+    });
+    if let Some(point) = membership(record) {
+        ctx.point(point);
+    }
+    if record.members.iter().any(|m| m.exchange != 0) {
+        ctx.point(Point::Exchanged);
+    }
+    ctx.point(match &record.mode {
+        Some(records::shard_record::Mode::Handover(_)) => Point::Declared,
+        Some(records::shard_record::Mode::FailingOver(f)) => {
+            match (f.proof, f.target_node_id.is_empty()) {
+                (0, _) => Point::Lost,
+                (_, true) => Point::Proven,
+                (_, false) => Point::Chosen,
+            }
+        }
+        _ => Point::RecordWritten,
+    });
 }
 
 /// What a record says of who joins or leaves.

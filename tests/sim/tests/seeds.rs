@@ -90,6 +90,9 @@ fn thousands_of_seeds_hold_every_invariant() {
     );
     let replaced = sum(|o| o.replacements.1);
     assert!(enough(replaced, 50), "only {replaced} nodes were replaced");
+    let (upgraded, back) = (sum(|o| o.upgrades.1), sum(|o| o.upgrades.2));
+    assert!(enough(upgraded, 5), "only {upgraded} upgrades were done");
+    assert!(enough(back, 2), "only {back} upgrades were taken back");
     assert!(enough(sum(|o| o.acknowledged), 400_000));
     let (elections, compacted) = (sum(|o| o.elections), sum(|o| o.compacted));
     assert!(

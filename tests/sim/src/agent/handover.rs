@@ -118,6 +118,7 @@ impl Worker {
                     _ => Event::MasterUserFailed,
                 }
             }
+            Action::CheckTarget => self.check_target(order).await,
             Action::Failover => self.failover(request, order, deadline).await,
             Action::GetAck => {
                 if target.is_none_or(|c| !self.host.targets.borrow().contains_key(&c)) {

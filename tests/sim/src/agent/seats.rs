@@ -63,6 +63,7 @@ impl Agent {
             node,
             name,
             ran: Rc::new(Cell::new(false)),
+            engine: Rc::default(),
         })
     }
 }

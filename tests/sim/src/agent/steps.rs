@@ -99,7 +99,8 @@ impl Worker {
             Act::HandOver(order) => self.hand_over(&request, order).await,
             Act::TakeBack(order) => self.take_back(order).await,
             Act::Promote(order) => self.promote(&request, order).await,
-            Act::StageEngine(_) => response(StepOutcome::NoEffect, "there is one engine here"),
+            // Answered before it comes to a node's worker.
+            Act::StageEngine(_) => response(StepOutcome::NoEffect, "no matter of the node"),
         };
         self.probe().await;
         self.publish();
@@ -227,7 +228,8 @@ impl Worker {
         self.host
             .append([Fact::Begun(begun), Fact::Fenced(mark)])
             .await;
-        let machine = HandOver::new(Duration::from_micros(deadline));
+        let machine =
+            HandOver::new(Duration::from_micros(deadline)).checking_target(order.check.is_some());
         let (outcome, critical) = self
             .drive(request, order, machine, Event::Begin, deadline)
             .await;

@@ -17,7 +17,7 @@ use slotmesh_proto::{
     store::v1::NodeRole,
 };
 
-use super::{Got, Host, Seat, steps};
+use super::{Got, Host, Seat, exchange::Exchange, steps};
 use crate::{
     fiber::{sleep, wait_until},
     msg::{Party, Rpc},
@@ -58,6 +58,9 @@ pub(crate) struct Worker {
     exited_run_id: String,
     /// Since when the process does not answer.
     silent_since: Option<Micros>,
+    pub(super) exchange: Exchange,
+    /// Its append-only file was begun.
+    pub(super) appends: bool,
 }
 
 /// Runs until the agent dies.
@@ -82,6 +85,8 @@ pub(crate) async fn run(host: Rc<Host>, seat: Seat) {
         captured: None,
         exited_run_id: String::new(),
         silent_since: None,
+        exchange: Exchange::default(),
+        appends: false,
     };
     let mut seen = None;
     while worker.host.has(worker.seat.node) {
@@ -137,9 +142,11 @@ impl Worker {
         if let Some(assigned) = assigned.as_ref().filter(|a| a.spec.frozen) {
             self.remember(assigned).await;
         }
-        if self.is_running() && self.probe().await {
+        if self.is_running() && self.probe_if_responsive().await {
             self.resume_hand_over(assigned.as_ref()).await;
-            if let Some(assigned) = &assigned {
+            if let Some(assigned) = &assigned
+                && !self.make_way(assigned).await
+            {
                 self.converge(assigned).await;
             }
         }
@@ -187,6 +194,7 @@ impl Worker {
         }
         self.report.exited_run_id.clone_from(&self.exited_run_id);
         self.report.unresponsive = self.is_unresponsive();
+        self.report_engine();
         self.host
             .reports
             .borrow_mut()
@@ -209,6 +217,7 @@ impl Worker {
         if !self.run_id.is_empty() {
             self.exited_run_id.clone_from(&self.run_id);
         }
+        self.note_engine_end();
         self.forget();
         self.set_state(ProcessState::Stopped);
         // Out before a successor is started.
@@ -224,9 +233,10 @@ impl Worker {
         }
         self.started = Some(now);
         self.seat.ran.set(true);
+        let engine = self.prepare(assigned);
         self.host.world.borrow_mut().queue.at(
             now + 2 * MS,
-            crate::ctx::Event::Script(Script::Start(self.seat.node)),
+            crate::ctx::Event::Script(Script::Start(self.seat.node, engine)),
         );
         sleep(&self.host.world, self.host.me, 4 * MS).await;
         self.set_state(ProcessState::Starting);
@@ -246,6 +256,7 @@ impl Worker {
         self.login = None;
         self.captured = None;
         self.silent_since = None;
+        self.appends = false;
     }
 
     /// The kernel says that the process is stopped, and it has not answered for a while.
@@ -331,7 +342,16 @@ impl Worker {
         self.report.replication_users = replication_users(&self.users);
         self.report.assigned_epoch = assigned_epoch;
         self.report.assigned_membership = membership;
+        self.settle().await;
         true
+    }
+
+    /// As the real worker, whose pings tell it at once when a process that stands still goes on.
+    async fn probe_if_responsive(&mut self) -> bool {
+        let party = Party::Node(self.seat.node);
+        let is_known_silent = self.silent_since.is_some();
+        let stands_still = self.host.world.borrow().is_stopped(party);
+        !(is_known_silent && stands_still) && self.probe().await
     }
 
     fn lost(&mut self) -> bool {

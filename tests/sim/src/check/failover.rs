@@ -127,6 +127,9 @@ impl Checks {
                 if before.proof.is_none() {
                     self.lease_is_compared(index, after.proof, txn);
                 }
+                if before.target != after.target {
+                    self.had_caught_up(index, old, new);
+                }
             }
             (Some(before), None) => {
                 if new.mode != Mode::Serving || before.proof.is_none() {
@@ -139,6 +142,23 @@ impl Checks {
                 self.failed_over.push((index, lost, next));
             }
             (None, None) => {}
+        }
+    }
+
+    /// Another process of a replica than the recorded one has not, whatever it loaded; the lost primary
+    /// may have been started again, and nobody has more.
+    fn had_caught_up(&mut self, index: usize, old: &Shard, new: &Shard) {
+        let target = new.failover().and_then(|f| f.target.as_ref());
+        let Some(target) = target.filter(|t| **t != old.primary) else {
+            return;
+        };
+        let run_id = |shard: &Shard| shard.member(target).map(|m| m.run_id.clone());
+        let (was, is) = (run_id(old), run_id(new));
+        if was != is && !self.loss_was_accepted && !self.anybody_may_lead {
+            self.fail(
+                "F4: whoever is chosen is the process that had caught up",
+                || format!("shard {index}: {target} as {is:?}, recorded as {was:?}"),
+            );
         }
     }
 

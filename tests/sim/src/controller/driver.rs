@@ -5,6 +5,7 @@
 
 mod failover;
 pub(super) mod replace;
+mod upgrade;
 
 use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
@@ -152,8 +153,10 @@ impl Driver {
             Spec::Failover(lost) => self.act_on_failover(task, lost).await,
             Spec::Replace(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
             Spec::Replace(spec) => self.act_on_replacement(task, spec).await,
-            // Nobody asks for one here: there is one engine.
-            Spec::Upgrade(_) => Ok(Next::At(u64::MAX)),
+            Spec::Upgrade(_) if !reports_are_in => Ok(Next::At(self.desk.now_ms() + 50)),
+            Spec::Upgrade(spec) => self.act_on_upgrade(task, spec).await,
+            // Nobody asks for one here.
+            Spec::Proxies(_) => Ok(Next::At(u64::MAX)),
         }
     }
 
@@ -293,7 +296,7 @@ impl Driver {
             fleet: &self.desk.fleet.borrow(),
             step: &step,
             lost: lost.as_ref(),
-            cancel_requested: task.value.cancel_requested,
+            cancel_requested: upgrade::is_cancelled(&task.value, switch),
             other_in_hold,
             now_ms: self.desk.now_ms(),
         });
@@ -467,7 +470,7 @@ impl Driver {
 
 /// A task that the loop has something to do for: one that waits for an operator may be told.
 fn is_open(task: &Task) -> bool {
-    let waits = matches!(task.spec, Spec::Replace(_)) && task.is_parked();
+    let waits = matches!(task.spec, Spec::Replace(_) | Spec::Upgrade(_)) && task.is_parked();
     !task.state.is_ended() || is_parked(task) || waits
 }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use slotmesh_task::Task;
-use slotmesh_topology::Shard;
+use slotmesh_topology::{Instance, InstanceState, Shard};
 
 use crate::store::{Key, Stored, Value, Watched};
 
@@ -32,9 +32,21 @@ pub(crate) struct Mirror {
     pub(crate) hosts: BTreeMap<usize, u64>,
     /// The instance is being removed.
     pub(crate) is_deleting: bool,
+    /// The instance's engine.
+    pub(crate) engine: String,
 }
 
 impl Mirror {
+    /// The instance as its record would be.
+    pub(crate) fn instance(&self, first: &Instance) -> Instance {
+        let mut instance = first.clone();
+        if self.is_deleting {
+            instance.state = InstanceState::Deleting;
+        }
+        instance.engine.clone_from(&self.engine);
+        instance
+    }
+
     /// Everything anew: what is not listed is gone.
     pub(crate) fn list(&mut self, revision: u64, items: Vec<Watched>) {
         *self = Self {
@@ -115,6 +127,13 @@ impl Mirror {
                     self.hosts.insert(host, stored.create_revision);
                 }
                 (Key::Host(host), None) => drop(self.hosts.remove(&host)),
+                (
+                    Key::Engine,
+                    Some(Stored {
+                        value: Value::Engine(engine),
+                        ..
+                    }),
+                ) => self.engine = engine,
                 (Key::Instance, stored) => self.is_deleting = stored.is_some(),
                 (Key::Shard(index), None) => drop(self.shards.remove(&index)),
                 _ => {}

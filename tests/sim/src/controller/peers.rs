@@ -72,11 +72,9 @@ impl Desk {
             fleet.nodes.insert(node.node_id.as_str().into(), view);
         }
         for proxy in &report.proxies {
-            let state = slotmesh_task::wire::process_state(proxy.state());
+            let process = slotmesh_task::wire::proxy_process(proxy);
             let id = proxy.proxy_id.as_str().into();
-            fleet
-                .proxy_processes
-                .insert(id, (state, proxy.error.clone()));
+            fleet.proxy_processes.insert(id, process);
         }
     }
 

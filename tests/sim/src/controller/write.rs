@@ -10,7 +10,7 @@ use slotmesh_task::{
 };
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
-use super::{Ask, Desk, Versioned};
+use super::{Ask, Desk, Versioned, change};
 /// An operator's patience with a switchover.
 const SWITCHOVER_MS_MAX: u64 = 60_000;
 
@@ -112,7 +112,7 @@ impl Writer {
     }
 
     /// Frees a shard if this task has it.
-    fn unlock(&self, txn: &mut Txn, index: usize, task: &Versioned<Task>) {
+    pub(super) fn unlock(&self, txn: &mut Txn, index: usize, task: &Versioned<Task>) {
         let owner = self.desk.mirror.borrow().owners.get(&index).cloned();
         if let Some((owner, revision)) = owner
             && owner == task.value.id.as_str()
@@ -214,6 +214,8 @@ pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
     match ask {
         Ask::SwitchOver { choice, token } => switch_over(&writer, choice, token).await,
         Ask::Move { choice, token } => move_node(&writer, choice, token).await,
+        Ask::Upgrade { choice, token } => change::upgrade(&writer, choice, token).await,
+        Ask::Drain { host, token } => change::drain(&writer, host, token).await,
         Ask::Decommission => decommission(&writer).await,
         Ask::Cancel => cancel(&writer).await,
         Ask::Choose(choice) => choose(&writer, choice).await,
@@ -221,6 +223,16 @@ pub(super) async fn admit(desk: Rc<Desk>, ask: Ask) {
 }
 
 async fn switch_over(writer: &Writer, choice: u64, token: u64) {
+    let names = {
+        let mirror = writer.desk.mirror.borrow();
+        let plain: Vec<Shard> = mirror.shards.values().map(|s| s.value.clone()).collect();
+        targets(&plain, choice)
+    };
+    switch_to(writer, names, token).await;
+}
+
+/// These are to be primaries.
+pub(super) async fn switch_to(writer: &Writer, names: Vec<String>, token: u64) {
     let desk = &writer.desk;
     let idem = Key::Idem(token.to_string());
     if !matches!(
@@ -231,8 +243,7 @@ async fn switch_over(writer: &Writer, choice: u64, token: u64) {
     }
     let shards: Vec<Versioned<Shard>> = desk.mirror.borrow().shards.values().cloned().collect();
     let plain: Vec<Shard> = shards.iter().map(|s| s.value.clone()).collect();
-    let targets = targets(&plain, choice);
-    let names: Vec<&str> = targets.iter().map(String::as_str).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let now_ms = desk.now_ms();
     let switches = match admit::switchover(&plain, &names, now_ms) {
         Ok(switches) => switches,
@@ -330,7 +341,7 @@ async fn decommission(writer: &Writer) {
     let _ = writer.commit(txn).await;
 }
 
-fn new_task(id: &str, spec: Spec, desk: &Desk, time_ms: u64) -> Task {
+pub(super) fn new_task(id: &str, spec: Spec, desk: &Desk, time_ms: u64) -> Task {
     let now_ms = desk.now_ms();
     Task {
         id: TaskId::from(id),
@@ -344,6 +355,7 @@ fn new_task(id: &str, spec: Spec, desk: &Desk, time_ms: u64) -> Task {
         event_count: 1,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: String::new(),
         copied: slotmesh_task::Copied::default(),
@@ -372,13 +384,17 @@ fn targets(shards: &[Shard], choice: u64) -> Vec<String> {
 async fn choose(writer: &Writer, choice: Choice) {
     let tasks: Vec<Versioned<Task>> = {
         let mirror = writer.desk.mirror.borrow();
-        let parked = mirror.tasks.values().filter(|t| is_asked(&t.value, choice));
-        parked.cloned().collect()
+        mirror.tasks.values().cloned().collect()
     };
     for task in tasks {
-        let next = Task {
-            choice: Some(choice),
-            ..task.value.clone()
+        let now_ms = writer.desk.now_ms();
+        let next = match change::told(&task.value, choice, now_ms) {
+            Some(next) => next,
+            None if is_asked(&task.value, choice) => Task {
+                choice: Some(choice),
+                ..task.value.clone()
+            },
+            None => continue,
         };
         let _ = writer.task(&task, next).await;
     }

@@ -1,8 +1,8 @@
-//! The steps of each kind of task, by the message that each is.
+//! What a step of a task is, and the rows of which the tables of steps are made.
 //!
-//! Invariant: each is passed in a run without accidents; the matrix fails where one is not.
+//! Invariant: a row names who asks and who is asked; its answer goes the other way.
 
-use super::{Call, Kind, Role};
+use super::{Call, Kind, Role, derived, tables};
 use crate::plan::Point;
 
 /// When a step is taken.
@@ -25,6 +25,18 @@ pub enum Moment {
     At(Point, u32),
 }
 
+impl Moment {
+    pub(super) fn is_answer(self) -> bool {
+        matches!(
+            self,
+            Self::Message {
+                is_answer: true,
+                ..
+            }
+        )
+    }
+}
+
 /// A step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Step {
@@ -36,283 +48,101 @@ pub struct Step {
 
 impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let answer = match self.moment {
-            Moment::Message {
-                is_answer: true, ..
-            } => " (answer)",
-            _ => "",
-        };
-        write!(f, "{}{answer}", self.name)
+        match self.moment {
+            Moment::Message { nth, is_answer, .. } => {
+                let answer = if is_answer { ", answer" } else { "" };
+                write!(f, "{} ({nth}{answer})", self.name)
+            }
+            Moment::At(..) => write!(f, "{}", self.name),
+        }
     }
 }
 
-pub(super) const fn asks(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Step {
-    let is_answer = false;
-    Step {
-        name,
-        moment: Moment::Message {
-            call,
-            from,
-            to,
-            nth,
-            is_answer,
-        },
-    }
-}
-
-pub(super) const fn answers(
+/// A row of a table: a call, and which of its messages are steps; or an act.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Row {
     name: &'static str,
-    call: Call,
-    from: Role,
-    to: Role,
+    /// The call's question.
+    asked: Moment,
+    /// The question is a step, and the answer is.
+    legs: (bool, bool),
+}
+
+const fn row(
+    name: &'static str,
+    (call, from, to): (Call, Role, Role),
     nth: u32,
-) -> Step {
-    let is_answer = true;
-    Step {
+    legs: (bool, bool),
+) -> Row {
+    let asked = Moment::Message {
+        call,
+        from,
+        to,
+        nth,
+        is_answer: false,
+    };
+    Row { name, asked, legs }
+}
+
+/// That this is asked.
+pub(super) const fn asks(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Row {
+    row(name, (call, from, to), nth, (true, false))
+}
+
+/// That it is answered; `from` is who asked.
+pub(super) const fn answers(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Row {
+    row(name, (call, from, to), nth, (false, true))
+}
+
+/// That it is asked, and that it is answered.
+pub(super) const fn both(name: &'static str, call: Call, from: Role, to: Role, nth: u32) -> Row {
+    row(name, (call, from, to), nth, (true, true))
+}
+
+/// An act that is no message.
+pub(super) const fn at(name: &'static str, point: Point, times: u32) -> Row {
+    Row {
         name,
-        moment: Moment::Message {
-            call,
-            from,
-            to,
-            nth,
-            is_answer,
-        },
+        asked: Moment::At(point, times),
+        legs: (true, false),
     }
 }
 
-const fn at(name: &'static str, point: Point, times: u32) -> Step {
-    Step {
-        name,
-        moment: Moment::At(point, times),
+impl Row {
+    fn steps(self) -> impl Iterator<Item = Step> {
+        let Self { name, asked, legs } = self;
+        let answered = match asked {
+            Moment::Message {
+                call,
+                from,
+                to,
+                nth,
+                ..
+            } => Moment::Message {
+                call,
+                from: to,
+                to: from,
+                nth,
+                is_answer: true,
+            },
+            act => act,
+        };
+        let steps = [(legs.0, asked), (legs.1, answered)];
+        let steps = steps.into_iter().filter(|(is_one, _)| *is_one);
+        steps.map(move |(_, moment)| Step { name, moment })
     }
 }
 
 /// Steps of a kind, in order.
 #[must_use]
-pub fn steps(kind: Kind) -> &'static [Step] {
-    match kind {
-        Kind::Provision => &PROVISION,
-        Kind::Switchover => &SWITCHOVER,
-        Kind::Failover => &FAILOVER,
-        Kind::Decommission => &DECOMMISSION,
-        Kind::Replace => &super::moves::REPLACE,
-    }
+pub fn steps(kind: Kind) -> Vec<Step> {
+    let rows = match kind {
+        Kind::Provision => tables::PROVISION,
+        Kind::Switchover => tables::SWITCHOVER,
+        Kind::Failover => tables::FAILOVER,
+        Kind::Decommission => tables::DECOMMISSION,
+        Kind::Replace => tables::REPLACE,
+        Kind::Upgrade | Kind::TakeBack | Kind::Drain => return derived::steps(kind),
+    };
+    rows.iter().copied().flat_map(Row::steps).collect()
 }
-
-use Call::{
-    Act, Assign, Commit, Confirm, Detached, Exit, Level, Login, Removed, Route, TakeOver, Txn, Up,
-    Watch,
-};
-use Role::{Follower, Leader, NewAgent, OldAgent, OldPrimary, Proxy, Store, Target};
-
-/// The old agent and the proxy talk to the leader here, the new agent to the follower.
-const PROVISION: [Step; 25] = [
-    asks(
-        "the primary's agent is told to start it",
-        Assign,
-        Leader,
-        OldAgent,
-        1,
-    ),
-    asks(
-        "a replica's agent is told to start it",
-        Assign,
-        Follower,
-        NewAgent,
-        1,
-    ),
-    asks("the primary runs", Up, OldAgent, Leader, 2),
-    asks("a replica runs", Up, NewAgent, Follower, 2),
-    asks("begin the first epoch", Txn, Leader, Store, 1),
-    answers("begin the first epoch", Txn, Store, Leader, 1),
-    asks("the epoch is seen", Watch, Store, Follower, 1),
-    asks(
-        "the primary's agent learns the epoch",
-        Assign,
-        Leader,
-        OldAgent,
-        3,
-    ),
-    asks(
-        "a replica's agent learns the epoch",
-        Assign,
-        Follower,
-        NewAgent,
-        2,
-    ),
-    asks("a proxy learns the epoch", Route, Leader, Proxy, 1),
-    asks("a proxy has applied the epoch", Level, Proxy, Leader, 1),
-    asks("log in to the primary", Act, NewAgent, Target, 1),
-    answers("log in to the primary", Act, Target, NewAgent, 1),
-    asks("follow the primary", Act, NewAgent, Target, 2),
-    answers("follow the primary", Act, Target, NewAgent, 2),
-    asks("the first grant", Act, OldAgent, OldPrimary, 1),
-    answers("the first grant", Act, OldPrimary, OldAgent, 1),
-    asks("the last grant", Act, OldAgent, OldPrimary, 4),
-    answers("the last grant", Act, OldPrimary, OldAgent, 4),
-    asks("a replica is in sync", Txn, Leader, Store, 2),
-    answers("a replica is in sync", Txn, Store, Leader, 2),
-    asks("the next replica is in sync", Txn, Leader, Store, 3),
-    answers("the next replica is in sync", Txn, Store, Leader, 3),
-    asks("serve", Txn, Leader, Store, 4),
-    answers("serve", Txn, Store, Leader, 4),
-];
-
-const SWITCHOVER: [Step; 55] = [
-    asks("admit", Txn, Leader, Store, 1),
-    answers("admit", Txn, Store, Leader, 1),
-    asks("start", Txn, Leader, Store, 2),
-    answers("start", Txn, Store, Leader, 2),
-    asks("preflight is over", Txn, Leader, Store, 3),
-    answers("preflight is over", Txn, Store, Leader, 3),
-    asks("ensure users", Call::Step, Leader, NewAgent, 1),
-    asks("make a user", Act, NewAgent, Target, 1),
-    answers("make a user", Act, Target, NewAgent, 1),
-    answers("ensure users", Call::Step, NewAgent, Leader, 1),
-    asks("declare", Txn, Leader, Store, 4),
-    answers("declare", Txn, Store, Leader, 4),
-    asks("the declaration is seen", Watch, Store, Follower, 1),
-    asks("the old agent learns of it", Assign, Leader, OldAgent, 1),
-    asks("the new agent learns of it", Assign, Follower, NewAgent, 1),
-    asks("hold", Route, Leader, Proxy, 1),
-    asks("held", Level, Proxy, Leader, 1),
-    asks("hand over", Call::Step, Leader, OldAgent, 1),
-    at("the hand-over is journaled", Point::Journaled, 4),
-    asks("reach the target", Login, OldAgent, Target, 1),
-    answers("reach the target", Login, Target, OldAgent, 1),
-    asks("fence", Act, OldAgent, OldPrimary, 1),
-    answers("fence", Act, OldPrimary, OldAgent, 1),
-    asks("set the login", Act, OldAgent, OldPrimary, 2),
-    answers("set the login", Act, OldPrimary, OldAgent, 2),
-    asks("fail over", Act, OldAgent, OldPrimary, 3),
-    answers("fail over", Act, OldPrimary, OldAgent, 3),
-    at("the target has every byte", Point::TargetCaughtUp, 1),
-    asks("take over", TakeOver, OldPrimary, Target, 1),
-    answers("take over", TakeOver, Target, OldPrimary, 1),
-    asks("commit", Commit, OldAgent, Leader, 1),
-    asks("write the commit", Txn, Leader, Store, 5),
-    answers("write the commit", Txn, Store, Leader, 5),
-    answers("commit", Commit, Leader, OldAgent, 1),
-    asks("the leader sees the epoch", Watch, Store, Leader, 2),
-    asks("the follower sees the epoch", Watch, Store, Follower, 2),
-    asks(
-        "the old agent learns the epoch",
-        Assign,
-        Leader,
-        OldAgent,
-        2,
-    ),
-    asks(
-        "the new agent learns the epoch",
-        Assign,
-        Follower,
-        NewAgent,
-        2,
-    ),
-    asks("apply", Route, Leader, Proxy, 2),
-    asks("applied", Level, Proxy, Leader, 2),
-    answers("hand over", Call::Step, OldAgent, Leader, 1),
-    asks("settle", Txn, Leader, Store, 6),
-    answers("settle", Txn, Store, Leader, 6),
-    asks("grant", Act, NewAgent, Target, 3),
-    answers("grant", Act, Target, NewAgent, 3),
-    asks("a replica is in sync", Txn, Leader, Store, 7),
-    answers("a replica is in sync", Txn, Store, Leader, 7),
-    asks("close", Txn, Leader, Store, 9),
-    answers("close", Txn, Store, Leader, 9),
-    asks(
-        "the new agent learns the end",
-        Assign,
-        Follower,
-        NewAgent,
-        3,
-    ),
-    asks("end", Txn, Leader, Store, 10),
-    answers("end", Txn, Store, Leader, 10),
-    asks("the old agent learns the end", Assign, Leader, OldAgent, 3),
-    asks("revoke", Act, OldAgent, OldPrimary, 5),
-    answers("revoke", Act, OldPrimary, OldAgent, 5),
-];
-
-const FAILOVER: [Step; 41] = [
-    asks("the process has ended", Exit, OldAgent, Leader, 1),
-    asks("declare", Txn, Leader, Store, 1),
-    answers("declare", Txn, Store, Leader, 1),
-    asks("the declaration is seen", Watch, Store, Follower, 1),
-    asks("the old agent learns of it", Assign, Leader, OldAgent, 1),
-    asks("the new agent learns of it", Assign, Follower, NewAgent, 1),
-    asks("a proxy learns of it", Route, Leader, Proxy, 1),
-    asks("leave the primary", Act, NewAgent, Target, 1),
-    answers("leave the primary", Act, Target, NewAgent, 1),
-    asks("forget the login", Act, NewAgent, Target, 2),
-    answers("forget the login", Act, Target, NewAgent, 2),
-    asks("detached", Detached, NewAgent, Follower, 1),
-    asks("choose", Txn, Leader, Store, 2),
-    answers("choose", Txn, Store, Leader, 2),
-    asks("the choice is seen", Watch, Store, Follower, 2),
-    asks("promote", Call::Step, Leader, NewAgent, 1),
-    asks("confirm", Confirm, NewAgent, Follower, 1),
-    answers("confirm", Confirm, Follower, NewAgent, 1),
-    asks("become the primary", Act, NewAgent, Target, 3),
-    answers("become the primary", Act, Target, NewAgent, 3),
-    answers("promote", Call::Step, NewAgent, Leader, 1),
-    asks("commit", Txn, Leader, Store, 3),
-    answers("commit", Txn, Store, Leader, 3),
-    asks("the leader sees the epoch", Watch, Store, Leader, 3),
-    asks("the follower sees the epoch", Watch, Store, Follower, 3),
-    asks(
-        "the old agent learns the epoch",
-        Assign,
-        Leader,
-        OldAgent,
-        2,
-    ),
-    asks(
-        "the new agent learns the epoch",
-        Assign,
-        Follower,
-        NewAgent,
-        2,
-    ),
-    asks("apply", Route, Leader, Proxy, 3),
-    asks("applied", Level, Proxy, Leader, 2),
-    asks("the first grant", Act, NewAgent, Target, 4),
-    answers("the first grant", Act, Target, NewAgent, 4),
-    asks("the last grant", Act, NewAgent, Target, 7),
-    answers("the last grant", Act, Target, NewAgent, 7),
-    asks("settle", Txn, Leader, Store, 4),
-    answers("settle", Txn, Store, Leader, 4),
-    asks("the lost one joins", Act, OldAgent, OldPrimary, 2),
-    answers("the lost one joins", Act, OldPrimary, OldAgent, 2),
-    asks("a replica is in sync", Txn, Leader, Store, 5),
-    answers("a replica is in sync", Txn, Store, Leader, 5),
-    asks("end", Txn, Leader, Store, 7),
-    answers("end", Txn, Store, Leader, 7),
-];
-
-const DECOMMISSION: [Step; 12] = [
-    asks("admit", Txn, Leader, Store, 1),
-    answers("admit", Txn, Store, Leader, 1),
-    asks("start", Txn, Leader, Store, 2),
-    answers("start", Txn, Store, Leader, 2),
-    asks(
-        "the primary's agent is told to remove it",
-        Assign,
-        Leader,
-        OldAgent,
-        1,
-    ),
-    asks(
-        "a replica's agent is told to remove it",
-        Assign,
-        Follower,
-        NewAgent,
-        1,
-    ),
-    asks("the primary is removed", Removed, OldAgent, Leader, 1),
-    asks("a replica is removed", Removed, NewAgent, Follower, 1),
-    asks("forget", Txn, Leader, Store, 3),
-    answers("forget", Txn, Store, Leader, 3),
-    asks("the leader sees the end", Watch, Store, Leader, 1),
-    asks("the follower sees the end", Watch, Store, Follower, 1),
-];

@@ -7,6 +7,7 @@ use rand::Rng;
 use super::{Node, party_of};
 use crate::{
     ctx::Ctx,
+    engine,
     msg::{ConnId, Stream},
     plan::Point,
     redis::{Follower, LinkState, Process, Psync, PsyncAnswer},
@@ -67,15 +68,13 @@ impl Node {
             }
         } else {
             p.sync_full += 1;
-            let (replid, offset, log) = (p.replid, p.offset(), p.log.clone());
-            answer(
-                ctx,
-                PsyncAnswer::Full {
-                    replid,
-                    offset,
-                    log,
-                },
-            );
+            let copy = PsyncAnswer::Full {
+                replid: p.replid,
+                offset: p.offset(),
+                log: p.log.clone(),
+                format: engine::format(&p.engine),
+            };
+            answer(ctx, copy);
         }
     }
 
@@ -112,14 +111,24 @@ impl Node {
                 replid,
                 offset,
                 log,
+                format,
             } => {
                 ctx.checks.replaced(&self.name, p, &log);
                 p.led = false;
                 p.loaded = 0;
-                p.load(replid, offset, log);
                 self.drop_followers(ctx, p);
-                p.link = LinkState::Loading;
-                p.loading_until = ctx.now() + ctx.rng.random_range(2 * MS..60 * MS);
+                if format > engine::format(&p.engine) {
+                    // It has removed what it had by the time at which it sees that.
+                    ctx.say(|| format!("{} can't load its primary's copy", self.name));
+                    let replid = ctx.call();
+                    p.load(replid, 0, Vec::new());
+                    self.link_lost(ctx, p, conn);
+                } else {
+                    p.load(replid, offset, log);
+                    ctx.checks.is_whole(&p.run_id);
+                    p.link = LinkState::Loading;
+                    p.loading_until = ctx.now() + ctx.rng.random_range(2 * MS..60 * MS);
+                }
                 self.end_failover(ctx, p, false);
             }
         }

@@ -84,7 +84,8 @@ fn gone(ctx: &mut Ctx, shape: Shape) -> Script {
     }
 }
 
-fn other(ctx: &mut Ctx, shape: Shape) -> Script {
+/// Something that has nothing to do with it.
+pub(super) fn other(ctx: &mut Ctx, shape: Shape) -> Script {
     let down = ctx.rng.random_range(20 * MS..2_500 * MS);
     let controller = ctx.rng.random_range(0..shape.controllers);
     match ctx.rng.random_range(0..6) {

@@ -44,6 +44,14 @@ pub enum Story {
     /// The primary's agent is gone for a while, and hears what it was not told from a controller that
     /// is behind.
     PrimaryUntold,
+    /// The primary's host is lost for a while.
+    PrimaryLost,
+    /// The process of the node dies that gets another engine.
+    ExchangedDies,
+    /// Its host is lost for a while.
+    ExchangedLost,
+    /// As [`Story::PrimaryUntold`], of a replica: the one that gets another engine, if one does.
+    ReplicaUntold,
 }
 
 const STORIES: [Story; 8] = [

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_task::{Phase, Spec, State as TaskState, Task, failover::is_parked};
+use slotmesh_task::{Phase, Spec, State as TaskState, Task};
 use slotmesh_topology::Mode;
 
 use super::{Outcome, PLANNED_LIMIT, WAIT_LIMIT, World};
@@ -13,6 +13,7 @@ use crate::{client::Client, plan::Profile};
 impl World {
     pub(super) fn check_end(&mut self) {
         self.check_strangers();
+        self.check_engines();
         let mut ctx = self.ctx.borrow_mut();
         for shard in 0..self.shape.shards {
             let record = self.shards().find(|s| s.index as usize == shard);
@@ -67,9 +68,7 @@ impl World {
                     });
             }
         }
-        let parked = self
-            .tasks()
-            .find(|t| is_parked(t) || super::is_replacement(t) && t.is_parked());
+        let parked = self.tasks().find(super::waits);
         if let Some(task) = parked {
             ctx.checks.fail(
                 "durable tasks: an operator's word ends what waits for it",
@@ -100,6 +99,11 @@ impl World {
         let sum = |of: fn(&Client) -> usize| self.clients.iter().map(of).sum();
         let replaced = |t: &Task| super::is_replacement(t) && t.state == TaskState::Done;
         let replaced = self.tasks().filter(replaced).count();
+        let upgrades = |ended: &[TaskState]| {
+            let upgrades = self.tasks().filter(super::is_upgrade);
+            upgrades.filter(|t| ended.contains(&t.state)).count()
+        };
+        let back = upgrades(&[TaskState::RolledBack, TaskState::Cancelled]);
         let ctx = self.ctx.borrow();
         Outcome {
             violation: ctx.checks.violation.clone(),
@@ -112,6 +116,7 @@ impl World {
             ambiguous: sum(|c| c.ambiguous.len()),
             failovers: ctx.checks.failovers,
             replacements: (ctx.checks.replacements, replaced),
+            upgrades: (ctx.checks.upgrades, upgrades(&[TaskState::Done]), back),
             elections: ctx.checks.elections,
             compacted: ctx.checks.compacted,
             left_behind: (self.clients.iter().flat_map(|c| &c.acknowledged))

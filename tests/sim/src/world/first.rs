@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use slotmesh_proto::store::v1 as records;
 use slotmesh_task::{Spec, State as TaskState, Task, wire};
 use slotmesh_topology::{
-    Architecture, Epoch, Instance, InstanceState, Member, Mode, NodeRole, Shard, Slot, slot,
+    Architecture, Epoch, Instance, InstanceState, Member, Mode, NodeRole, Placement, Shard, Slot,
+    slot,
 };
 
 use crate::{
@@ -56,7 +57,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
         state: InstanceState::Running,
         proxies: (0..shape.proxies)
             .map(|p| {
-                (
+                Placement::new(
                     format!("p{p}").into(),
                     format!("h{}", p % shape.hosts).into(),
                 )
@@ -70,6 +71,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
         accounts: Vec::new(),
         durability: shape.durability,
         maintenance_window: String::new(),
+        auto_upgrade: None,
         replace_after_s: shape.replace_after_s,
     }
 }
@@ -87,6 +89,7 @@ pub(super) fn records(instance: &Instance, shards: &[Shard]) -> Vec<(Key, Value)
         event_count: 1,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: String::new(),
         copied: slotmesh_task::Copied::default(),

@@ -15,25 +15,27 @@ use crate::{
 impl World {
     /// Its agent ends a node that has left its shard, or whose instance is removed; its data goes, too.
     pub(super) fn remove(&mut self, node: usize) {
+        self.note_wiped(node);
+        self.crash_node(node, Kept::All);
+        self.nodes[node].discard();
+    }
+
+    /// What a node has that the present primary does not have is about to be gone.
+    pub(super) fn note_wiped(&self, node: usize) {
         let of = self.nodes[node].shard;
         let record = self.shards().find(|s| s.index as usize == of);
         let primary = record.and_then(|s| {
             let named = self.nodes.iter().find(|n| s.primary.as_str() == n.name)?;
             named.process.as_ref()
         });
+        let mut ctx = self.ctx.borrow_mut();
+        // What stands still can't be asked.
+        let asleep = ctx.is_asleep(Party::Node(node));
+        if let (Some(process), Some(primary), false) = (&self.nodes[node].process, primary, asleep)
         {
-            let mut ctx = self.ctx.borrow_mut();
-            // What stands still can't be asked.
-            let asleep = ctx.is_asleep(Party::Node(node));
-            if let (Some(process), Some(primary), false) =
-                (&self.nodes[node].process, primary, asleep)
-            {
-                let beyond = process.beyond(&primary.log);
-                ctx.checks.wiped(&self.nodes[node].name, &beyond);
-            }
+            let beyond = process.beyond(&primary.log);
+            ctx.checks.wiped(&self.nodes[node].name, &beyond);
         }
-        self.crash_node(node, Kept::All);
-        self.nodes[node].disk.clear();
     }
 
     /// A host that was lost for good with what nobody else has, or with a node that an operator did not
@@ -97,11 +99,16 @@ impl World {
             self.shards()
                 .any(|s| s.members.iter().any(|m| m.node.as_str() == name))
         };
+        // Whose host has just come back: it will be told.
+        let awaited = |name: &str| {
+            self.shards()
+                .any(|s| s.roster.gone.iter().any(|g| g.node.as_str() == name))
+        };
         let strangers = self.nodes.iter().filter(|n| n.process.is_some());
         let mut ctx = self.ctx.borrow_mut();
         let stranger = strangers.into_iter().find(|n| {
             let looked_after = ctx.life(Party::Agent(n.host)).is_some();
-            looked_after && !named(&n.name)
+            looked_after && !named(&n.name) && !awaited(&n.name)
         });
         if let Some(stranger) = stranger {
             ctx.checks.fail("R3: of who has left nothing runs on", || {

@@ -2,7 +2,7 @@
 //!
 //! Invariant: until then nothing goes wrong, and after it nothing more.
 
-use slotmesh_task::{Spec, Task};
+use slotmesh_task::{Choice, Spec, Task, upgrade::UpgradePhase};
 
 use super::{CALM_DOWN_LIMIT, LIVENESS, PROGRESSES, PROVISION_LIMIT, World};
 use crate::{
@@ -21,6 +21,15 @@ use crate::{
 const SEED: u64 = 4_711;
 /// Chooses the first replica of all shards.
 const FIRST_REPLICA: u64 = 0;
+/// Choose the release that can't be gone back from, and a bake of 500 or of 2,400 ms.
+const SHORT_BAKE: u64 = 21;
+/// See above.
+const LONG_BAKE: u64 = 97;
+/// Between two looks of an operator for the bake are 100 ms: a stalled party and a lease later it has
+/// begun.
+const BAKE_LOOKS: usize = 150;
+/// An operator who drains a host looks every 200 ms.
+const DRAIN_LOOKS: u32 = 100;
 /// For so long clients are served before anything happens.
 const QUIET: Micros = SEC / 2;
 /// Clients go on within this time after everything has ended.
@@ -35,6 +44,7 @@ impl World {
     /// Runs a cell to its end.
     pub(crate) fn stage(mut self, cell: Cell) -> (End, Vec<String>) {
         self.start();
+        let mut by_operator = false;
         if cell.kind == Kind::Provision {
             self.arm(cell);
         }
@@ -48,6 +58,12 @@ impl World {
             }
             self.begin(cell.kind);
             self.wait(400 * MS);
+            match cell.kind {
+                Kind::TakeBack => self.take_back(),
+                // The host goes down, and comes back.
+                Kind::Drain => self.wait(4 * SEC),
+                _ => {}
+            }
             // What is late, gone or stands still is over by then.
             self.wait(match cell.what {
                 What::Calm | What::Message(_, Tamper::Repeat | Tamper::Fail) => 0,
@@ -55,12 +71,19 @@ impl World {
                 _ => LATE + SEC,
             });
             // Who asked and got no answer asks again, with the same token.
-            if self.tasks_of(cell.kind).is_empty() {
+            if self.tasks_of(cell.kind).is_empty() && cell.kind != Kind::Drain {
                 self.begin(cell.kind);
                 self.wait(400 * MS);
             }
-            if self.until(CALM_DOWN_LIMIT, LIVENESS, Self::is_calm) {
-                self.rest(cell.kind);
+            let comes_to_rest = |w: &Self| w.is_calm() || w.waits_for_operator();
+            if self.until(CALM_DOWN_LIMIT, LIVENESS, comes_to_rest) {
+                by_operator = !self.is_calm();
+                if by_operator {
+                    self.resolve();
+                }
+                if self.until(CALM_DOWN_LIMIT, LIVENESS, Self::is_calm) {
+                    self.rest(cell.kind);
+                }
             }
         }
         let now = self.ctx.borrow().now();
@@ -77,6 +100,7 @@ impl World {
             violation: ctx.checks.violation.clone(),
             reached: ctx.ambushes.are_met() && ctx.points.iter().all(|(_, left, _)| *left == 0),
             states,
+            by_operator,
             longest,
             messages: std::mem::take(&mut ctx.ambushes.passed),
         };
@@ -97,13 +121,49 @@ impl World {
                 choice: FIRST_REPLICA,
                 token: 1,
             }),
+            Kind::Upgrade => self.ask(&Ask::Upgrade {
+                choice: SHORT_BAKE,
+                token: 1,
+            }),
+            Kind::TakeBack => self.ask(&Ask::Upgrade {
+                choice: LONG_BAKE,
+                token: 1,
+            }),
+            Kind::Drain => self.drain(0, DRAIN_LOOKS),
         }
+    }
+
+    /// An operator's word to what waits for one. That it loses nothing here is checked as ever.
+    fn resolve(&mut self) {
+        self.ctx.borrow_mut().checks.anybody_may_lead = true;
+        for choice in [Choice::Retry, Choice::AcceptLoss] {
+            self.ask(&Ask::Choose(choice));
+            self.wait(MS);
+        }
+    }
+
+    /// An operator wants it undone as soon as the primary runs the next engine.
+    fn take_back(&mut self) {
+        for _ in 0..BAKE_LOOKS {
+            let mut parts = self.tasks().filter_map(|t| match t.spec {
+                Spec::Upgrade(upgrade) => upgrade.shards.into_iter().next(),
+                _ => None,
+            });
+            let is_due = |phase: UpgradePhase| phase == UpgradePhase::Bake || phase.is_ended();
+            if parts.any(|part| is_due(part.phase)) {
+                break;
+            }
+            drop(parts);
+            self.wait(100 * MS);
+        }
+        self.ask(&Ask::Cancel);
     }
 
     fn tasks_of(&self, kind: Kind) -> Vec<Task> {
         let is_of = |t: &Task| match kind {
             Kind::Provision => matches!(t.spec, Spec::Provision),
-            Kind::Switchover => matches!(t.spec, Spec::Switchover(_)),
+            Kind::Switchover | Kind::Drain => matches!(t.spec, Spec::Switchover(_)),
+            Kind::Upgrade | Kind::TakeBack => matches!(t.spec, Spec::Upgrade(_)),
             Kind::Failover => matches!(t.spec, Spec::Failover(_)),
             Kind::Decommission => matches!(t.spec, Spec::Decommission),
             Kind::Replace => matches!(t.spec, Spec::Replace(_)),
@@ -197,7 +257,7 @@ impl World {
         self.until(time + SEC, "time passes", |w| w.ctx.borrow().now() >= end);
     }
 
-    fn party(&self, kind: Kind, role: Role) -> Party {
+    pub(crate) fn party(&self, kind: Kind, role: Role) -> Party {
         let leader = self.controllers.iter().position(|c| c.believes().is_some());
         // The first to come leads.
         let leader = leader.unwrap_or(0);
@@ -210,6 +270,8 @@ impl World {
                 Party::Node(self.shape.spare_of(last, 0).start)
             }
             Role::PrimaryAgent => Party::Agent(0),
+            Role::OtherAgent => Party::Agent(2),
+            Role::Other => Party::Node(2),
             Role::Leaver => Party::Node(1),
             Role::Leader => Party::Controller(leader),
             Role::Follower => Party::Controller((leader + 1) % self.controllers.len()),

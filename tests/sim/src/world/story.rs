@@ -72,13 +72,32 @@ impl World {
                 self.strikes(leaver, story == Story::LeaverLost, &mut rng);
             }
             Story::PrimaryDies => self.later(0, Script::CrashNode(cast.primary, Kept::All)),
-            Story::PrimaryUntold => {
-                let long = rng.random_range(20 * MS..1_500 * MS);
-                self.later(0, Script::Crash(Party::Agent(cast.host), long));
-                let behind = Script::Lag(rng.random_range(0..self.shape.controllers), 5 * SEC);
-                self.later(0, behind);
+            Story::PrimaryUntold => self.untold(cast.host, &mut rng),
+            Story::PrimaryLost => {
+                let long = rng.random_range(SEC..8 * SEC);
+                self.later(0, Script::CrashHost(cast.host, Kept::All, long));
+            }
+            Story::ExchangedDies | Story::ExchangedLost => {
+                let node = exchanged(&record);
+                self.strikes(node, story == Story::ExchangedLost, &mut rng);
+            }
+            Story::ReplicaUntold => {
+                let mut others = record.members.iter().filter(|m| m.node != record.primary);
+                let node = exchanged(&record).or(others.next_back().map(|m| m.node.to_string()));
+                let node = node.and_then(|name| self.nodes.iter().find(|n| n.name == name));
+                if let Some(node) = node {
+                    self.untold(node.host, &mut rng);
+                }
             }
         }
+    }
+
+    /// A host's agent is gone for a moment, and a controller is behind meanwhile and after.
+    fn untold(&self, host: usize, rng: &mut SmallRng) {
+        let long = rng.random_range(20 * MS..1_500 * MS);
+        self.later(0, Script::Crash(Party::Agent(host), long));
+        let behind = Script::Lag(rng.random_range(0..self.shape.controllers), 5 * SEC);
+        self.later(0, behind);
     }
 
     fn cast(&self, shard: usize) -> Option<(Shard, Cast)> {
@@ -202,6 +221,12 @@ impl World {
         let alone = Script::Cut(both_ways(&agent, &cast.peers), 4 * SEC);
         self.at_point(Point::Proven, alone);
     }
+}
+
+/// Whose process makes way for another engine.
+fn exchanged(shard: &Shard) -> Option<String> {
+    let member = shard.members.iter().find(|m| m.exchange.is_some());
+    member.map(|m| m.node.to_string())
 }
 
 /// Serving, with every replica: whoever is lost now can be replaced.

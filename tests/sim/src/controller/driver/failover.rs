@@ -11,7 +11,7 @@ use slotmesh_task::{
     step,
     switchover::StepStatus,
 };
-use slotmesh_topology::{FenceProof, HostId, Mode, Shard, TaskId};
+use slotmesh_topology::{FenceProof, HostId, Member, Mode, Shard, TaskId};
 
 use super::{ANSWER_MARGIN, Driver, StepKey, ask};
 use crate::{
@@ -262,7 +262,12 @@ impl Driver {
             }
             (Decision::Choose { node, why, .. }, Variant::NotHighest) => {
                 let mut others = shard.members.iter().filter(|m| m.node != lost.from);
-                let behind = others.find(|m| m.node != node && !m.run_id.is_empty());
+                // One that lives, so that it is promoted.
+                let lives = |m: &&Member| {
+                    let seen = fleet.node(&m.node);
+                    seen.is_some_and(|seen| seen.detached && seen.run_id == m.run_id)
+                };
+                let behind = others.find(|m| m.node != node && lives(m));
                 let member = behind.or_else(|| shard.member(&node));
                 let (node, run_id) = member
                     .map(|m| (m.node.clone(), m.run_id.clone()))

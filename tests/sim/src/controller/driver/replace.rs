@@ -31,7 +31,7 @@ fn candidates(desk: &Desk) -> Vec<Candidate> {
     let (mirror, fleet) = (desk.mirror.borrow(), desk.fleet.borrow());
     let load = |host: &HostId| {
         let nodes = mirror.shards.values().flat_map(|s| &s.value.members);
-        let proxies = desk.instance.proxies.iter().map(|(_, on)| on);
+        let proxies = desk.instance.proxies.iter().map(|p| &p.host);
         (nodes.map(|m| &m.host).chain(proxies))
             .filter(|on| *on == host)
             .count()
@@ -73,7 +73,7 @@ impl Writer {
     }
 }
 
-fn put_lock(txn: &mut Txn, shard: usize, task: &Task) {
+pub(super) fn put_lock(txn: &mut Txn, shard: usize, task: &Task) {
     let lock = Key::Lock(shard);
     txn.compares.push(Compare::Absent(lock.clone()));
     txn.puts.push((lock, Value::Lock(task.id.to_string())));
