@@ -34,6 +34,7 @@ use crate::{
         worker::Farewell,
     },
     process::write_atomic,
+    proxy::programs_in,
     reports::Reports,
     session,
     settings::Settings,
@@ -160,7 +161,7 @@ impl App {
         let clean = tokio::spawn({
             let (host, stop) = (self.host.clone(), stop.clone());
             async move {
-                let used = || engines_of(&host.nodes_dir);
+                let used = || &engines_of(&host.nodes_dir) | &programs_in(&host.proxies_dir);
                 host.catalogue.keep_clean(used, stop).await;
             }
         });

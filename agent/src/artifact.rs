@@ -44,7 +44,7 @@ pub enum ArtifactError {
         "engine {name:?}: no {binary} on PATH: install it, or start the agent with --engine-default PATH"
     )]
     NotOnPath { name: String, binary: String },
-    #[error("engine {path} does not run: {why}")]
+    #[error("program {path} does not run: {why}")]
     DoesNotRun { path: PathBuf, why: String },
 }
 
@@ -84,6 +84,18 @@ pub fn parse_version(text: &str) -> Option<(Product, Version)> {
 fn engine_version(text: &str) -> Option<Version> {
     let mut words = text.split_ascii_whitespace();
     number(words.find_map(|w| w.strip_prefix("v="))?)
+}
+
+/// From what a proxy's program prints.
+fn proxy_version(text: &str) -> Option<Version> {
+    let (product, version) = parse_version(text)?;
+    (product == Product::Proxy).then_some(version)
+}
+
+/// What a process is that runs already, whatever has become of its file; `None`: no proxy of ours.
+pub async fn proxy_process_version(pid: u32) -> Option<Version> {
+    let program = PathBuf::from(format!("/proc/{pid}/exe"));
+    said(&program, proxy_version).await.ok()
 }
 
 /// From `7.0.15`, `7.0` or `8.0.0-rc1`, as engines say of themselves.
@@ -137,6 +149,23 @@ impl Engines {
             _ => self.locate(name)?,
         };
         let version = said(&path, engine_version).await?;
+        Ok(Engine { path, version })
+    }
+
+    /// As [`Self::resolve`], of a proxy: an artifact's name, or nothing for the program at `own`.
+    pub async fn resolve_proxy(&self, name: &str, own: &Path) -> Result<Engine, ArtifactError> {
+        let refused = |why: &str| ArtifactError::Refused {
+            name: name.to_owned(),
+            why: why.to_owned(),
+        };
+        let is_proxy = parse_name(name).is_some_and(|(product, _)| product == Product::Proxy);
+        let path = match (&self.catalogue, name) {
+            (_, "") => own.to_owned(),
+            _ if !is_proxy => return Err(refused("it is no proxy")),
+            (Some(catalogue), _) => catalogue.provide(name).await?,
+            (None, _) => return Err(ArtifactError::NotListed { name: name.into() }),
+        };
+        let version = said(&path, proxy_version).await?;
         Ok(Engine { path, version })
     }
 

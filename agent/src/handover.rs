@@ -19,6 +19,7 @@
 //!   promoted. Committing is safe.
 
 pub mod driver;
+mod target;
 
 use std::time::Duration;
 
@@ -84,6 +85,10 @@ pub enum Event {
     FenceFailed,
     MasterUserSet,
     MasterUserFailed,
+    /// The target has all that the old primary wrote.
+    TargetSound,
+    /// It has not, or could not say so.
+    TargetUnsound(&'static str),
     FailoverAccepted,
     FailoverRefused,
     /// No answer to `FAILOVER`: it may be under way.
@@ -111,6 +116,9 @@ pub enum Action {
     ReachTarget,
     SoftFence,
     SetMasterUser,
+    /// Ask the target, whose engine is older, whether it has refused something of the stream; answer
+    /// with `TargetSound` or `TargetUnsound`.
+    CheckTarget,
     Failover,
     /// Make the target acknowledge its offset now.
     GetAck,
@@ -144,6 +152,7 @@ pub enum Phase {
     Reaching,
     Fencing,
     Steering,
+    Checking,
     Ordering,
     CatchingUp,
     Aborting,
@@ -164,6 +173,9 @@ pub struct HandOver {
     fenced_at: Option<Duration>,
     critical: Option<Duration>,
     failover_may_run: bool,
+    /// The target's engine is older: it is asked before it is told to take over.
+    checks_target: bool,
+    refusal: Option<&'static str>,
 }
 
 impl HandOver {
@@ -174,6 +186,16 @@ impl HandOver {
             fenced_at: None,
             critical: None,
             failover_may_run: false,
+            checks_target: false,
+            refusal: None,
+        }
+    }
+
+    /// The same, with a look at the target when the old primary can write nothing more.
+    pub fn checking_target(self, checks_target: bool) -> Self {
+        Self {
+            checks_target,
+            ..self
         }
     }
 
@@ -230,7 +252,17 @@ impl HandOver {
             (Phase::Steering, Event::MasterUserSet) if late => {
                 self.go(Phase::Restoring, Action::RestoreGrant)
             }
-            (Phase::Steering, Event::MasterUserSet) => {
+            (Phase::Steering, Event::MasterUserSet) if self.checks_target => {
+                self.go(Phase::Checking, Action::CheckTarget)
+            }
+            (Phase::Checking, Event::TargetUnsound(why)) => {
+                self.refusal = Some(why);
+                self.go(Phase::Restoring, Action::RestoreGrant)
+            }
+            (Phase::Checking, Event::TargetSound) if late => {
+                self.go(Phase::Restoring, Action::RestoreGrant)
+            }
+            (Phase::Steering, Event::MasterUserSet) | (Phase::Checking, Event::TargetSound) => {
                 self.failover_may_run = true;
                 self.go(Phase::Ordering, Action::Failover)
             }
@@ -256,9 +288,10 @@ impl HandOver {
                 self.finish(uncertain("the old primary does not answer"))
             }
 
-            (Phase::Restoring, Event::GrantRestored) => self.finish(no_effect(
-                "the role change did not happen; rights were restored",
-            )),
+            (Phase::Restoring, Event::GrantRestored) => {
+                let why = "the role change did not happen; rights were restored";
+                self.finish(no_effect(self.refusal.unwrap_or(why)))
+            }
             (Phase::Restoring, Event::RestoreFailed) => {
                 self.finish(uncertain("the old primary's rights could not be restored"))
             }

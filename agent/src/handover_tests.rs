@@ -113,6 +113,43 @@ fn failures_before_failover_restore_the_rights() {
     );
 }
 
+/// As [`run`], with a target whose engine is older.
+fn checked(events: &[Event]) -> (HandOver, String) {
+    let mut machine = HandOver::new(DEADLINE).checking_target(true);
+    let mut all = Vec::new();
+    for (n, event) in (0u32..).zip(events) {
+        let (next, actions) = machine.step(*event, n * Duration::from_millis(1));
+        machine = next;
+        all.extend(actions.iter().map(|action| format!("{action:?}")));
+    }
+    (machine, all.join(" "))
+}
+
+#[test]
+fn an_older_target_is_asked_when_nothing_more_is_written_and_before_it_takes_over() {
+    let (_, actions) = checked(&[&FENCED[..], &[TargetSound]].concat());
+    assert_eq!(
+        actions,
+        "ReachTarget SoftFence SetMasterUser CheckTarget Failover"
+    );
+    let unsound = [TargetUnsound("its data differs"), GrantRestored];
+    let (machine, actions) = checked(&[&FENCED[..], &unsound].concat());
+    assert!(actions.contains("CheckTarget RestoreGrant"), "{actions}");
+    assert!(!actions.contains("Failover"), "{actions}");
+    let outcome = machine.outcome().unwrap();
+    assert_eq!(outcome.verdict, Verdict::NoEffect);
+    assert_eq!(outcome.why, "its data differs");
+    let late = HandOver {
+        phase: Phase::Checking,
+        ..machine
+    };
+    assert_eq!(
+        late.step(TargetSound, DEADLINE).1,
+        [Action::RestoreGrant],
+        "who asked for too long goes back"
+    );
+}
+
 #[test]
 fn a_failover_that_timed_out_is_undone_while_the_target_still_replicates() {
     after_failover(
@@ -256,6 +293,8 @@ fn all_events() -> Vec<Event> {
         FenceFailed,
         MasterUserSet,
         MasterUserFailed,
+        TargetSound,
+        TargetUnsound("why"),
         FailoverAccepted,
         FailoverRefused,
         FailoverUnanswered,
@@ -302,7 +341,8 @@ fn all_events() -> Vec<Event> {
 #[test]
 fn whatever_comes_rights_return_and_commits_leave_only_on_proof() {
     // Walks all reachable states, before and after the deadline.
-    let mut seen_states: Vec<HandOver> = vec![HandOver::new(DEADLINE)];
+    let new = HandOver::new(DEADLINE);
+    let mut seen_states: Vec<HandOver> = vec![new, new.checking_target(true)];
     let mut next = 0;
     while next < seen_states.len() {
         let state = seen_states[next];

@@ -109,6 +109,15 @@ pub const NOT_PROMOTED: &str =
 pub const NOT_DEMOTED: &str =
     "the record says replica, the process was promoted; it waits for a newer assignment";
 
+/// Whether the assignment is of before the record that this very process has agreed with at its epoch:
+/// who was a member, or whose process was given free, may have changed since.
+#[must_use]
+pub fn is_behind(spec: &NodeSpec, run_id: &str, standing: Option<&Standing>) -> bool {
+    standing.is_some_and(|s| {
+        s.run_id == run_id && s.epoch == spec.epoch && s.membership > spec.membership
+    })
+}
+
 /// Decides for a process that answers.
 pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
     let spec = &assigned.spec;
@@ -128,9 +137,7 @@ pub fn decide(assigned: &Assigned, seen: &Observed<'_>) -> Decision {
         return Decision::Leave(FROZEN);
     }
     // Who has left since would be fed again.
-    if seen.standing.is_some_and(|s| {
-        s.run_id == seen.run_id && s.epoch == spec.epoch && s.membership > spec.membership
-    }) {
+    if is_behind(spec, seen.run_id, seen.standing) {
         return Decision::Leave(STALE);
     }
     let mut actions = revocations(spec, seen);

@@ -1,27 +1,43 @@
-//! The owner of one proxy process: starts or adopts it, restarts it at the same endpoint, stops it.
+//! The owner of one proxy: starts or adopts its process, restarts it at the same endpoint, exchanges
+//! it for another one without a client's notice, stops it.
 //!
-//! Invariant: the proxy is a separate process that outlives the agent, and its port, once chosen, is
-//! its port for ever.
+//! Invariants: processes outlive the agent, and the port, once chosen, is the proxy's for ever. A
+//! process that serves is ended only when the proxy is stopped or removed: one that is to run another
+//! program is relieved by a process of that, which takes its clients over, or it goes on.
 
-use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+mod change;
+mod door;
+mod report;
+mod runs;
+mod start;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use rustix::process::Signal;
-use serde::{Deserialize, Serialize};
-use slotmesh_proto::agent::v1::{Desired, ProcessState, ProxyReport, ProxySpec};
+use slotmesh_proto::agent::v1::{Desired, ProcessState, ProxySpec};
 use tokio::{
     sync::watch,
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use self::{
+    change::Changing,
+    runs::{Attempt, Ended, Failure, Key, Runs, Seen},
+    start::{Bound, Kept, ProxyDir},
+};
 use crate::{
     host::Host,
-    node::{
-        files::{free_port, make_private_dir},
-        worker::Farewell,
-    },
-    process::{Output, Process, Restarts, last_line, write_atomic},
+    node::worker::Farewell,
+    process::{Process, Restarts, last_line},
+    supervisor::ids_in,
 };
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -29,25 +45,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const STOP_GRACE: Duration = Duration::from_secs(5);
 /// A process that was relieved serves again milliseconds after the one that relieved it has ended.
 const SPARE_LIMIT: Duration = Duration::from_secs(3);
-const LOG: &str = "proxy.log";
-
-/// What the proxy writes once its sockets are bound.
-#[derive(Debug, Deserialize)]
-struct Bound {
-    pid: u32,
-    address: String,
-    #[serde(default)]
-    admin_address: String,
-}
-
-/// What is kept to start it again with no controller.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Kept {
-    instance_id: String,
-    workers: u32,
-    /// Empty until it was bound for the first time.
-    address: String,
-}
+/// Starts of a program that end before the process serves, while another one is known that has.
+const MISSES_MAX: u32 = 3;
+/// Processes of a proxy that nobody knows: those of agents that died as they started them.
+const STRAYS_MAX: usize = 8;
 
 /// The rest of the agent's end of a worker.
 #[derive(Debug)]
@@ -96,52 +97,74 @@ impl ProxyHandle {
     }
 }
 
+/// Names of the programs that proxies in this directory run, or may be started from again.
+pub fn programs_in(proxies_dir: &Path) -> BTreeSet<String> {
+    let dirs = ids_in(proxies_dir).into_iter();
+    let dirs = dirs.map(|id| ProxyDir::new(proxies_dir, &id));
+    let of = |dir: ProxyDir| {
+        let kept = dir.kept().map(|kept| kept.key().program);
+        let runs = Runs::load(dir.path()).unwrap_or_default();
+        runs.programs().into_iter().chain(kept)
+    };
+    dirs.flat_map(of).collect()
+}
+
 #[derive(Debug)]
 struct Worker {
     host: Arc<Host>,
     proxy_id: String,
     spec: watch::Receiver<Option<ProxySpec>>,
-    dir: PathBuf,
-    process: Option<Process>,
-    /// The one that was relieved by it, and will end by itself; and since when it alone is left.
-    spare: Option<Process>,
-    spare_alone: Option<Instant>,
+    dir: ProxyDir,
+    kept: Option<Kept>,
+    runs: Runs,
+    /// As they are on the disk.
+    saved: Option<Runs>,
+    bound: Option<Bound>,
+    changing: Changing,
+    /// Since when nobody serves and somebody could.
+    alone: Option<Instant>,
     restarts: Restarts,
-    report: ProxyReport,
+    /// Starts in a row whose process did not come to serve.
+    misses: u32,
+    /// What is reported while no process serves.
+    state: (ProcessState, String),
 }
 
 impl Worker {
     fn new(host: Arc<Host>, proxy_id: String, spec: watch::Receiver<Option<ProxySpec>>) -> Self {
-        let dir = host.proxies_dir.join(&proxy_id);
-        let report = ProxyReport {
-            proxy_id: proxy_id.clone(),
-            state: ProcessState::Starting.into(),
-            ..ProxyReport::default()
-        };
-        host.reports.proxy(report.clone());
-        Self {
+        let dir = ProxyDir::new(&host.proxies_dir, &proxy_id);
+        let worker = Self {
+            kept: dir.kept(),
             host,
             proxy_id,
             spec,
             dir,
-            process: None,
-            spare: None,
-            spare_alone: None,
+            runs: Runs::default(),
+            saved: None,
+            bound: None,
+            changing: Changing::default(),
+            alone: None,
             restarts: Restarts::default(),
-            report,
-        }
+            misses: 0,
+            state: (ProcessState::Starting, String::new()),
+        };
+        worker.tell();
+        worker
     }
 
     async fn run(mut self, stop: CancellationToken, farewell: watch::Receiver<Farewell>) {
         let mut tick = interval(LOOK_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.adopt();
         loop {
-            let process = self.process;
+            let serving = self.runs.serving.as_ref().map(|run| run.process);
+            let attempt = self.runs.attempt.as_ref().and_then(|a| a.process);
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 Ok(()) = self.spec.changed() => {}
-                () = ended(process) => {}
+                () = ended(serving) => {}
+                () = ended(attempt) => {}
                 _ = tick.tick() => {}
             }
             let spec = self.spec.borrow_and_update().clone();
@@ -155,239 +178,292 @@ impl Worker {
                 continue;
             }
             self.turn(spec).await;
-            self.host.reports.proxy(self.report.clone());
+            self.tell();
         }
         if *farewell.borrow() == Farewell::Stop {
             self.shut_down().await;
         }
     }
 
-    async fn turn(&mut self, spec: Option<ProxySpec>) {
-        if let Some(process) = self.process
-            && !process.is_alive()
+    /// What an agent of before has left running.
+    fn adopt(&mut self) {
+        let known = Runs::load(self.dir.path());
+        self.saved.clone_from(&known);
+        self.runs = known.unwrap_or_default();
+        let dir = self.dir.clone();
+        self.runs.adopt(|attempt| dir.find(attempt));
+        self.look();
+        if self.runs.processes().is_empty()
+            && let (Some(process), Some(kept)) = (self.dir.recorded(), &self.kept)
         {
-            let why = last_line(&self.dir.join(LOG));
-            tracing::warn!(proxy = %self.proxy_id, pid = process.pid, last = %why, "proxy ended");
-            self.process = None;
-            self.say(
-                ProcessState::Stopped,
-                format!("the process ended; it said: {why}"),
-            );
+            // An agent of before this file has started it, and it does not serve yet.
+            self.runs.attempt = Some(Attempt {
+                origin: self.own(kept.key()),
+                workers: kept.workers,
+                giver: None,
+                process: Some(process),
+                since_unix_ms: now_ms(),
+            });
         }
-        if self.process.is_none() {
-            let recorded = Process::load(&self.dir.join("process"));
-            self.process = recorded.or_else(|| self.unrecorded());
-            if let Some(process) = self.process {
-                tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy adopted");
-                self.host.metrics.proxy_adoptions.add(1);
-            }
-        }
-        self.spare = self.spare.filter(Process::is_alive);
-        if self.process.is_none() && !self.spare_serves_soon() {
-            self.restart(spec);
-        }
-        if let Some(process) = self.process {
-            self.look(process);
+        for process in self.runs.processes() {
+            tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy adopted");
+            self.host.metrics.proxy_adoptions.add(1);
         }
     }
 
-    /// A proxy that was relieved has the port still, and accepts clients again.
-    fn spare_serves_soon(&mut self) -> bool {
-        let Some(spare) = self.spare else {
-            self.spare_alone = None;
-            return false;
+    async fn turn(&mut self, spec: Option<ProxySpec>) {
+        let wanted = self.wanted(spec);
+        self.look();
+        self.end_overdue();
+        if let Some(wanted) = &wanted {
+            self.settle(wanted).await;
+        }
+        let attempt = self.runs.attempt.as_ref().map(|a| a.giver.is_some());
+        match (self.runs.serving.is_some(), attempt, wanted) {
+            (true, Some(_), _) => self.watch_attempt().await,
+            (true, None, Some(wanted)) => self.converge(&wanted),
+            (true, None, None) => {}
+            // It will serve, or end.
+            (false, Some(false), _) => {}
+            (false, _, wanted) if !self.other_serves_soon() => match wanted {
+                Some(wanted) => self.restart(&wanted),
+                None => {
+                    let why = "no assignment says how to start it";
+                    self.state = (ProcessState::Stopped, why.to_owned());
+                }
+            },
+            (false, ..) => {}
+        }
+        self.save();
+    }
+
+    /// What is to run; kept, so that it is known without a controller.
+    fn wanted(&mut self, spec: Option<ProxySpec>) -> Option<Kept> {
+        let Some(spec) = spec else {
+            return self.kept.clone();
         };
-        let since = *self.spare_alone.get_or_insert_with(Instant::now);
+        if spec.desired() != Desired::Running {
+            return None;
+        }
+        let address = self.kept.as_ref().map(|kept| kept.address.clone());
+        let wanted = Kept::assigned(spec, address.unwrap_or_default());
+        self.keep(wanted.clone());
+        Some(wanted)
+    }
+
+    fn keep(&mut self, kept: Kept) {
+        if self.kept.as_ref() == Some(&kept) {
+            return;
+        }
+        match self.dir.keep(&kept) {
+            Ok(()) => self.kept = Some(kept),
+            Err(error) => {
+                tracing::warn!(proxy = %self.proxy_id, %error, "what a proxy is was not recorded");
+            }
+        }
+    }
+
+    /// Follows what the processes have done by themselves.
+    fn look(&mut self) {
+        self.bound = self.dir.bound();
+        let named = self.bound.as_ref().and_then(|b| b.named(self.dir.path()));
+        let assumed = self.kept.as_ref().map(|kept| (kept.key(), kept.workers));
+        let assumed = assumed.unwrap_or_default();
+        let seen = self.runs.see(named, assumed, Process::is_alive, now_ms());
+        self.note(seen);
+        let ended = self.runs.reap(Process::is_alive);
+        self.note_ended(ended);
+        if let (Some(bound), Some(kept)) = (&self.bound, &self.kept)
+            && self.runs.serving.is_some()
+            && kept.address.is_empty()
+        {
+            let (mut kept, address) = (kept.clone(), bound.address.clone());
+            kept.address = address;
+            self.keep(kept);
+        }
+    }
+
+    fn note(&mut self, seen: Seen) {
+        let Some(run) = self.runs.serving.clone().filter(|_| seen != Seen::Nothing) else {
+            return;
+        };
+        let (proxy, pid) = (&self.proxy_id, run.process.pid);
+        let Key {
+            program,
+            generation,
+        } = &run.origin.key;
+        match seen {
+            Seen::Nothing => {}
+            Seen::Started { relieved } => {
+                tracing::info!(%proxy, pid, program, generation, relieved, "proxy serves");
+            }
+            Seen::TakenBack => {
+                tracing::info!(%proxy, pid, program, generation, "proxy serves again")
+            }
+            Seen::Stranger => tracing::info!(%proxy, pid, "a proxy serves that was not recorded"),
+            Seen::Reinstated { ended } => {
+                let said = last_line(&self.dir.log());
+                let why = format!(
+                    "its process ended after it had taken over, and the one of before serves again; \
+                     {} ends with: {said}",
+                    self.dir.log().display()
+                );
+                self.fail(ended.origin.key, why);
+            }
+        }
+        (self.alone, self.misses) = (None, 0);
+        self.changing.settled();
+        if let Err(error) = self.dir.record(run.process) {
+            tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
+        }
+    }
+
+    fn note_ended(&mut self, ended: Ended) {
+        let said = |worker: &Self| last_line(&worker.dir.log());
+        if let Some(process) = ended.serving {
+            let said = said(self);
+            tracing::warn!(proxy = %self.proxy_id, pid = process.pid, last = %said, "proxy ended");
+            let why = format!("the process ended; it said: {said}");
+            self.state = (ProcessState::Stopped, why);
+        }
+        let Some(attempt) = ended.attempt else { return };
+        let key = attempt.origin.key.clone();
+        if attempt.giver.is_some() {
+            // Without a process to take over from, it was not its fault.
+            if self.runs.serving.is_some() {
+                self.note_refused(&attempt);
+            }
+            return;
+        }
+        let said = said(self);
+        tracing::warn!(proxy = %self.proxy_id, last = %said, "proxy ended before it served");
+        self.misses += 1;
+        if self.misses >= MISSES_MAX && self.runs.before(&key).is_some() {
+            self.fail(
+                key,
+                format!("it ended {MISSES_MAX} times before it served: {said}"),
+            );
+        }
+        let why = format!("the process ended; it said: {said}");
+        self.state = (ProcessState::Stopped, why);
+    }
+
+    /// A process that was to take over has ended.
+    fn note_refused(&mut self, attempt: &Attempt) {
+        let told = attempt.process.and_then(|p| self.dir.take_over(p));
+        let told = told.unwrap_or_default();
+        if told.is_refused() && self.changing.tries_again() {
+            let (proxy, why) = (&self.proxy_id, &told.reason);
+            tracing::info!(%proxy, why, "a hand-over was refused and is asked for again");
+            return;
+        }
+        let mut why = told.reason;
+        if why.is_empty() {
+            why = last_line(&self.dir.log());
+        }
+        if self.changing.late {
+            why = format!("it did not serve in time, and was ended: {why}");
+        }
+        self.fail(attempt.origin.key.clone(), why);
+    }
+
+    /// It is not tried again for this key, and reported until another one is assigned.
+    fn fail(&mut self, key: Key, why: String) {
+        let Key {
+            program,
+            generation,
+        } = &key;
+        tracing::error!(
+            proxy = %self.proxy_id, program, generation, %why,
+            "the proxy was not exchanged"
+        );
+        self.changing.settled();
+        self.runs.failure = Some(Failure { key, why });
+    }
+
+    /// Somebody who was relieved has the port still and accepts clients again; or somebody who takes
+    /// over has it by now.
+    fn other_serves_soon(&mut self) -> bool {
+        let others = self.runs.processes();
+        if others.is_empty() {
+            self.alone = None;
+            return false;
+        }
+        let since = *self.alone.get_or_insert_with(Instant::now);
         let soon = since.elapsed() < SPARE_LIMIT;
         if !soon {
-            tracing::warn!(proxy = %self.proxy_id, pid = spare.pid, "a spare proxy did not serve");
-            spare.signal(Signal::KILL);
-            self.spare = None;
-            self.spare_alone = None;
+            for other in others {
+                tracing::warn!(proxy = %self.proxy_id, pid = other.pid, "a spare proxy did not serve");
+                other.signal(Signal::KILL);
+            }
+            self.runs.spares.clear();
+            self.runs.attempt = None;
+            self.alone = None;
         }
         soon
     }
 
-    /// Another process has taken over from the one that is known: it says so in proxy.json.
-    fn relieved(&mut self, process: Process) -> Process {
-        let bound = self.bound().filter(|bound| bound.pid != process.pid);
-        let other = bound.and_then(|bound| Process::find(bound.pid));
-        let Some(other) = other.filter(|other| other.is_alive() && other.runs_in(&self.dir)) else {
-            return process;
-        };
-        if let Err(error) = other.save(&self.dir.join("process")) {
-            tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
+    fn end_overdue(&mut self) {
+        let overdue: Vec<Process> = self.runs.overdue(now_ms()).collect();
+        for process in overdue {
+            let proxy = &self.proxy_id;
+            if self.changing.ends(process) {
+                tracing::warn!(%proxy, pid = process.pid, "a spare proxy did not end; told to");
+                tokio::spawn(async move { process.stop(Some(Signal::TERM), STOP_GRACE).await });
+            }
         }
-        tracing::info!(proxy = %self.proxy_id, pid = other.pid, was = process.pid, "proxy relieved");
-        self.spare = Some(process);
-        self.spare_alone = None;
-        self.process = Some(other);
-        other
     }
 
-    fn restart(&mut self, spec: Option<ProxySpec>) {
-        let kept = self.kept();
-        let wanted = match (spec, kept) {
-            (Some(spec), kept) if spec.desired() == Desired::Running => Some(Kept {
-                instance_id: spec.instance_id,
-                workers: spec.workers,
-                address: kept.map(|k| k.address).unwrap_or_default(),
-            }),
-            (Some(_), _) => None,
-            (None, kept) => kept,
-        };
-        let Some(wanted) = wanted else {
-            self.say(
-                ProcessState::Stopped,
-                "no assignment says how to start it".to_owned(),
-            );
-            return;
-        };
-        if !self.restarts.due(Instant::now()) {
+    fn save(&mut self) {
+        if self.saved.clone().unwrap_or_default() == self.runs {
             return;
         }
-        self.restarts.started(Instant::now());
-        match self.spawn(&wanted) {
-            Ok(process) => {
-                tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy started");
-                self.host.metrics.proxy_starts.add(1);
-                self.process = Some(process);
-                self.report.state = ProcessState::Starting.into();
-            }
+        match self.runs.save(self.dir.path()) {
+            Ok(()) => self.saved = Some(self.runs.clone()),
             Err(error) => {
-                let binary = self.host.proxy_binary.display();
-                tracing::error!(proxy = %self.proxy_id, %binary, %error, "proxy can't be started");
-                let why = format!("start {binary}: {error}; see --proxy-binary of the agent");
-                self.say(ProcessState::Failed, why);
+                tracing::warn!(proxy = %self.proxy_id, %error, "processes of proxy not recorded");
             }
         }
-    }
-
-    fn spawn(&self, wanted: &Kept) -> std::io::Result<Process> {
-        make_private_dir(&self.dir)?;
-        self.keep(wanted)?;
-        let _ = fs::remove_file(self.dir.join("proxy.json"));
-        let ip = self.host.advertise_ip;
-        let listen = match wanted.address.as_str() {
-            "" => SocketAddr::new(ip, free_port(ip)?).to_string(),
-            address => address.to_owned(),
-        };
-        let dir = self.dir.canonicalize()?;
-        let args = [
-            "--proxy-id".to_owned(),
-            self.proxy_id.clone(),
-            "--instance".to_owned(),
-            wanted.instance_id.clone(),
-            "--listen".to_owned(),
-            listen,
-            "--admin-listen".to_owned(),
-            SocketAddr::new(ip, 0).to_string(),
-            "--workers".to_owned(),
-            wanted.workers.max(1).to_string(),
-            "--controller".to_owned(),
-            self.host.controllers.addresses().join(","),
-            "--data".to_owned(),
-            dir.display().to_string(),
-            "--host-id".to_owned(),
-            self.host.host_id.clone(),
-        ];
-        let process = Process::spawn(&self.host.proxy_binary, &args, &dir, LOG, Output::Append)?;
-        if let Err(error) = process.save(&self.dir.join("process")) {
-            // Not recorded, it could not be found again.
-            process.signal(Signal::KILL);
-            return Err(error);
-        }
-        Ok(process)
-    }
-
-    fn bound(&self) -> Option<Bound> {
-        serde_json::from_slice(&fs::read(self.dir.join("proxy.json")).ok()?).ok()
-    }
-
-    /// A proxy that was started by an agent that died before it recorded it.
-    fn unrecorded(&self) -> Option<Process> {
-        let process = Process::find(self.bound()?.pid)?;
-        if !process.runs_in(&self.dir) {
-            return None;
-        }
-        if let Err(error) = process.save(&self.dir.join("process")) {
-            tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
-        }
-        Some(process)
-    }
-
-    /// Reads where it listens.
-    fn look(&mut self, process: Process) {
-        let process = self.relieved(process);
-        self.report.pid = process.pid;
-        let Some(bound) = self.bound().filter(|bound| bound.pid == process.pid) else {
-            self.report.state = ProcessState::Starting.into();
-            return;
-        };
-        if let Some(mut kept) = self.kept()
-            && kept.address.is_empty()
-        {
-            kept.address.clone_from(&bound.address);
-            if let Err(error) = self.keep(&kept) {
-                tracing::warn!(proxy = %self.proxy_id, %error, "endpoint of proxy not recorded");
-            }
-        }
-        self.report = ProxyReport {
-            proxy_id: self.proxy_id.clone(),
-            state: ProcessState::Running.into(),
-            error: String::new(),
-            pid: process.pid,
-            address: bound.address,
-            admin_address: bound.admin_address,
-        };
-    }
-
-    fn kept(&self) -> Option<Kept> {
-        serde_json::from_slice(&fs::read(self.dir.join("spec.json")).ok()?).ok()
-    }
-
-    fn keep(&self, kept: &Kept) -> std::io::Result<()> {
-        if self.kept().as_ref() == Some(kept) {
-            return Ok(());
-        }
-        let text = serde_json::to_vec(kept).map_err(std::io::Error::other)?;
-        write_atomic(&self.dir.join("spec.json"), &text, 0o600)
-    }
-
-    fn say(&mut self, state: ProcessState, error: String) {
-        self.report.state = state.into();
-        self.report.error = error;
-        self.report.pid = 0;
     }
 
     async fn shut_down(&mut self) {
-        if let Some(spare) = self.spare.take() {
-            spare.stop(Some(Signal::TERM), STOP_GRACE).await;
+        self.changing = Changing::default();
+        let serving = self.runs.serving.take().map(|run| run.process);
+        // First those that would serve in its place.
+        let mut ending = JoinSet::new();
+        for other in self.runs.processes() {
+            ending.spawn(async move { other.stop(Some(Signal::TERM), STOP_GRACE).await });
         }
-        let process = self
-            .process
-            .take()
-            .or_else(|| Process::load(&self.dir.join("process")));
-        let Some(process) = process else { return };
-        process.stop(Some(Signal::TERM), STOP_GRACE).await;
-        let _ = fs::remove_file(self.dir.join("process"));
-        tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy stopped");
+        ending.join_all().await;
+        let recorded = self.dir.recorded().filter(|p| Some(*p) != serving);
+        for process in serving.into_iter().chain(recorded) {
+            process.stop(Some(Signal::TERM), STOP_GRACE).await;
+            tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy stopped");
+        }
+        for _ in 0..STRAYS_MAX {
+            let Some(stray) = self.dir.stray() else { break };
+            stray.stop(Some(Signal::TERM), STOP_GRACE).await;
+        }
+        self.runs.forget_processes();
+        self.save();
+        self.dir.forget();
     }
 
     /// `true` when nothing of it is left.
     async fn remove(&mut self) -> bool {
         self.shut_down().await;
-        let removed = fs::remove_dir_all(&self.dir);
+        let removed = fs::remove_dir_all(self.dir.path());
         if let Err(error) = removed
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            let why = format!("remove {}: {error}", self.dir.display());
-            self.say(ProcessState::Stopped, why);
-            self.host.reports.proxy(self.report.clone());
+            let why = format!("remove {}: {error}", self.dir.path().display());
+            self.state = (ProcessState::Stopped, why);
+            self.tell();
             return false;
         }
-        self.say(ProcessState::Removed, String::new());
-        self.host.reports.proxy(self.report.clone());
+        self.runs = Runs::default();
+        self.state = (ProcessState::Removed, String::new());
+        self.tell();
         true
     }
 }
@@ -397,4 +473,9 @@ async fn ended(process: Option<Process>) {
         Some(process) => process.ended().await,
         None => std::future::pending().await,
     }
+}
+
+fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }

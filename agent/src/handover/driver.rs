@@ -9,7 +9,7 @@ use std::{collections::VecDeque, path::Path, time::Duration};
 use slotmesh_proto::agent::v1::HandOver as Order;
 use tokio::time::{Instant, sleep};
 
-use super::{Action, Event, HandOver, Outcome, Phase};
+use super::{Action, Event, HandOver, Outcome, Phase, target};
 use crate::{
     control::{Control, ControlError},
     controllers::{Commit, CommitAnswer, Controllers},
@@ -136,6 +136,7 @@ impl Driver<'_> {
                     Err(_) => Event::MasterUserFailed,
                 }
             }
+            Action::CheckTarget => target::check(order, admin, self.deadline).await,
             Action::Failover => self.failover(admin).await,
             Action::GetAck => {
                 self.get_ack(target).await;

@@ -20,7 +20,7 @@ use crate::process::write_atomic;
 const SNAPSHOT: &str = "dump.rdb";
 /// Of engines before 7.0: one file.
 const APPEND_FILE: &str = "appendonly.aof";
-const APPEND_DIR: &str = "appendonlydir";
+pub(super) const APPEND_DIR: &str = "appendonlydir";
 const MANIFEST: &str = "appendonly.aof.manifest";
 const MARK: &str = "resume";
 
@@ -99,7 +99,8 @@ impl NodeDir {
     }
 }
 
-fn remove_file(path: &Path) -> io::Result<()> {
+/// As [`fs::remove_file`]; one that is not there is removed.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -7,7 +7,10 @@
 
 use std::{fs, io};
 
-use super::files::NodeDir;
+use super::{
+    data::{APPEND_DIR, remove_file},
+    files::NodeDir,
+};
 use crate::process::{last_lines, write_atomic};
 
 /// The process that ran last: its pid and its run id.
@@ -52,8 +55,8 @@ impl NodeDir {
     pub fn note_rest(&self) -> io::Result<()> {
         let (ran, continues) = (self.path().join(RAN), self.path().join(CONTINUES));
         if !self.has_data() {
-            remove(&continues)?;
-            return remove(&ran);
+            remove_file(&continues)?;
+            return remove_file(&ran);
         }
         let Ok(text) = fs::read_to_string(&ran) else {
             // The one before never answered, so it was given nothing: what it began with is here.
@@ -62,10 +65,10 @@ impl NodeDir {
         let (pid, run_id) = text.split_once(' ').unwrap_or_default();
         match ended_whole(&last_lines(&self.log()), pid) && !run_id.is_empty() {
             true => write_atomic(&continues, run_id.as_bytes(), 0o600)?,
-            false => remove(&continues)?,
+            false => remove_file(&continues)?,
         }
         // After it: a start that is repeated comes to the same.
-        remove(&ran)
+        remove_file(&ran)
     }
 
     /// Run id of the process that the present one continues; empty: none, or not known.
@@ -82,7 +85,7 @@ impl NodeDir {
             let name = name.to_string_lossy();
             // Without a mark an engine starts from its append-only file, whatever else is there. An
             // empty directory of parts is no data.
-            match name == "appendonlydir" {
+            match name == APPEND_DIR {
                 true => fs::read_dir(entry.path()).is_ok_and(|mut parts| parts.next().is_some()),
                 false => name.ends_with(".aof"),
             }
@@ -109,13 +112,6 @@ fn ended_whole(log: &str, pid: &str) -> bool {
         }
     }
     saved
-}
-
-fn remove(path: &std::path::Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

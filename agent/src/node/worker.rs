@@ -42,6 +42,8 @@ mod parameters;
 mod promote;
 mod steps;
 
+pub use exchange::is_free;
+
 /// How old what is known of a node may get.
 const PROBE_EVERY: Duration = Duration::from_millis(100);
 /// Calls for one node that wait for their turn; a leader sends one of a kind at a time.

@@ -200,6 +200,15 @@ impl Controller {
         what: &str,
         claim: impl Fn(&ProxyReport) -> bool,
     ) -> ProxyReport {
+        self.until_proxy_in(WAIT, what, claim).await
+    }
+
+    pub(crate) async fn until_proxy_in(
+        &self,
+        limit: Duration,
+        what: &str,
+        claim: impl Fn(&ProxyReport) -> bool,
+    ) -> ProxyReport {
         let find = |reports: &HashMap<String, HostReport>| {
             reports
                 .values()
@@ -208,7 +217,7 @@ impl Controller {
                 .cloned()
         };
         let mut reports = self.state.reports.subscribe();
-        let found = timeout(WAIT, reports.wait_for(|r| find(r).is_some())).await;
+        let found = timeout(limit, reports.wait_for(|r| find(r).is_some())).await;
         match found {
             Ok(reports) => find(&reports.unwrap()).unwrap(),
             Err(_) => panic!("waited for {what}: {:#?}", self.state.reports.borrow()),

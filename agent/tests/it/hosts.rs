@@ -242,6 +242,7 @@ impl Mesh {
             master_user,
             token: token.to_owned(),
             failover_timeout_ms: 1_000,
+            check: None,
         });
         self.controller
             .change(|record| record.token = Some(token.to_owned()));

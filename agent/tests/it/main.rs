@@ -16,6 +16,7 @@ mod lineage;
 mod nodes;
 mod parameters;
 mod processes;
+mod proxies;
 mod resume;
 mod sessions;
 mod trial;

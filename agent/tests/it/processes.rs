@@ -138,6 +138,7 @@ async fn a_proxy_is_restarted_at_its_endpoint_adopted_and_removed() {
         instance_id: "r-1".to_owned(),
         desired: desired.into(),
         workers: 2,
+        ..ProxySpec::default()
     };
     controller.change(|record| record.proxies = vec![spec(Desired::Running)]);
     let running = |p: &slotmesh_proto::agent::v1::ProxyReport| p.state() == ProcessState::Running;

@@ -155,6 +155,7 @@ impl App {
             address: self.address.clone(),
             in_reach: registration.in_reach(),
             leaders: Leaders::default(),
+            auto_upgrades: self.settings.auto_upgrades,
             stopping: shutdown.clone(),
         };
         let compactor_stop = shutdown.clone();
@@ -214,6 +215,7 @@ async fn lead(context: Context, shutdown: CancellationToken) {
                     term,
                     context.controller_id.clone(),
                 );
+                let driver = driver.upgrading_at_a_time(context.auto_upgrades);
                 let mut run = tokio::spawn(driver.run(stop.clone()));
                 let ended = tokio::select! {
                     ended = &mut run => Some(ended),

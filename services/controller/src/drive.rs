@@ -12,16 +12,18 @@ pub(crate) mod failover;
 mod housekeeping;
 mod instance;
 mod lost;
+mod proxies;
 pub(crate) mod replace;
 mod switchover;
 mod upgrade;
+mod upgrade_auto;
 pub(crate) mod write;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use slotmesh_task::{
-    NodeView, Spec, State as TaskState, Task, detect::Sightings, schedule, switchover::StepStatus,
-    upkeep,
+    NodeView, Spec, State as TaskState, Task, detect::Sightings, schedule, steady::Clock,
+    switchover::StepStatus, upkeep,
 };
 use slotmesh_topology::{InstanceId, InstanceState, NodeId, ShardId, TaskId};
 use tokio::{sync::mpsc, time::Instant};
@@ -104,6 +106,11 @@ pub struct Driver {
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     since_ms: u64,
     forget_at_ms: u64,
+    clock: Clock,
+    began: Instant,
+    /// For so long windows do not count: the wall clock has jumped.
+    rests_ms: u64,
+    by_themselves: upgrade_auto::Rounds,
 }
 
 impl Driver {
@@ -134,7 +141,18 @@ impl Driver {
             answers,
             since_ms: clock::now_ms(),
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
+            clock: Clock::default(),
+            began: Instant::now(),
+            rests_ms: 0,
+            by_themselves: upgrade_auto::Rounds::default(),
         }
+    }
+
+    /// As many instances as that are given patches by themselves at a time; 0: none.
+    #[must_use]
+    pub fn upgrading_at_a_time(mut self, instances: usize) -> Self {
+        self.by_themselves.at_a_time = instances;
+        self
     }
 
     /// Acts until `stop` or until deposed.
@@ -181,6 +199,7 @@ impl Driver {
     /// Lets every task and shard have its act; returns when to look again at the latest.
     async fn turn(&mut self, reports_are_in: bool) -> Result<u64, DriveError> {
         let mut wake_ms = u64::MAX;
+        self.look_at_the_clock();
         if reports_are_in {
             wake_ms = self.detect().await?;
         }
@@ -230,6 +249,7 @@ impl Driver {
             self.keep_records_true().await?;
             self.replace_lost().await?;
             self.record_lost_writes().await?;
+            self.upgrade_by_themselves().await?;
         }
         if clock::now_ms() >= self.forget_at_ms {
             // Before it is tried: what fails is not tried again at every turn.
@@ -278,6 +298,8 @@ impl Driver {
             Spec::Replace(spec) => self.act_on_replacement(task, spec).await,
             Spec::Upgrade(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
             Spec::Upgrade(upgrade) => self.act_on_upgrade(task, upgrade).await,
+            Spec::Proxies(_) if !reports_are_in => Ok(Next::At(clock::now_ms() + GRACE_LOOK_MS)),
+            Spec::Proxies(changes) => self.act_on_proxies(task, changes).await,
         }
     }
 

@@ -57,6 +57,8 @@ pub struct Context {
     pub in_reach: watch::Receiver<bool>,
     /// Connections to other controllers.
     pub leaders: Leaders,
+    /// Instances that are given patches by themselves at a time.
+    pub auto_upgrades: usize,
     /// The process is stopping: streams end, so that their peers go elsewhere at once.
     pub stopping: CancellationToken,
 }

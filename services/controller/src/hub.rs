@@ -283,10 +283,8 @@ impl Hub {
                 fleet.nodes.insert(node.node_id.as_str().into(), view);
             }
             for proxy in &report.proxies {
-                let state = (wire::process_state(proxy.state()), proxy.error.clone());
-                fleet
-                    .proxy_processes
-                    .insert(proxy.proxy_id.as_str().into(), state);
+                let id = proxy.proxy_id.as_str().into();
+                fleet.proxy_processes.insert(id, wire::proxy_process(proxy));
             }
         });
         true
@@ -316,8 +314,8 @@ impl Hub {
             host: hello.host_id.as_str().into(),
             address: hello.address.clone(),
             fresh: true,
-            shards: BTreeMap::new(),
-            troubles: BTreeMap::new(),
+            pid: hello.pid,
+            ..ProxyView::default()
         };
         apply_shards(&mut view, &hello.shards);
         let session = self.tell(|peers| {
@@ -362,6 +360,7 @@ impl Hub {
     /// A proxy's report; false when it is of an older stream.
     pub fn proxy_reported(&self, proxy: &ProxyId, session: u64, report: topology::Report) -> bool {
         let (shards, troubles) = (report.shards.clone(), report.troubles.clone());
+        let counted = (report.commands, report.errors);
         let instance = self.tell(|peers| {
             let version = peers.version;
             let entry = peers
@@ -405,7 +404,10 @@ impl Hub {
                 .iter()
                 .map(|t| (t.shard_id.as_str().into(), (Epoch(t.epoch), t.since_ms)))
                 .collect();
-            *view != before
+            let is_news = *view != before;
+            // Counters always rise: nobody is woken for them.
+            (view.commands, view.errors) = counted;
+            is_news
         });
         true
     }

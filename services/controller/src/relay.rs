@@ -110,7 +110,7 @@ fn forget_others(context: &Context) {
         let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
         (
             members.map(|m| m.node.clone()).collect(),
-            proxies.map(|(proxy, _)| proxy.clone()).collect(),
+            proxies.map(|p| p.proxy.clone()).collect(),
         )
     });
     context.hub.forget_others(&nodes, &proxies);

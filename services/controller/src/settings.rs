@@ -84,6 +84,10 @@ pub struct Flags {
     /// PEM file with the key of that certificate.
     #[arg(long, env = "SLOTMESH_CONTROLLER_ETCD_KEY")]
     etcd_key: Option<PathBuf>,
+    /// Instances that are given patches by themselves at a time; 0: none. The same on every controller
+    /// [default: 1].
+    #[arg(long, env = "SLOTMESH_CONTROLLER_AUTO_UPGRADES")]
+    auto_upgrades: Option<usize>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -100,6 +104,7 @@ struct File {
     etcd_ca: Option<PathBuf>,
     etcd_cert: Option<PathBuf>,
     etcd_key: Option<PathBuf>,
+    auto_upgrades: Option<usize>,
 }
 
 /// How etcd is reached: names of files, never what is in them.
@@ -228,6 +233,8 @@ pub struct Settings {
     pub data: PathBuf,
     /// How etcd is reached.
     pub etcd: EtcdAccess,
+    /// Instances that are given patches by themselves at a time; 0: none.
+    pub auto_upgrades: usize,
 }
 
 impl Settings {
@@ -274,6 +281,10 @@ impl Settings {
                 cert: flags.etcd_cert.or(file.etcd_cert),
                 key: flags.etcd_key.or(file.etcd_key),
             },
+            auto_upgrades: flags
+                .auto_upgrades
+                .or(file.auto_upgrades)
+                .unwrap_or(slotmesh_task::auto::AT_A_TIME),
         })
     }
 }

@@ -10,7 +10,7 @@ use slotmesh_proto::store::v1::TaskState;
 
 use crate::{
     artifact::ArtifactCommand, demo, failure::Failure, lost_writes::LostWritesCommand, operate,
-    render::Output, up, upgrade::UpgradeArgs,
+    proxies::ProxyCommand, render::Output, up, upgrade::UpgradeArgs,
 };
 
 const EXIT_CODES: &str = "\
@@ -186,6 +186,8 @@ pub enum InstanceCommand {
         #[arg(long, value_name = "WINDOW")]
         window: String,
     },
+    /// Sets which patches of the engine are installed by themselves, in the maintenance window.
+    AutoUpgrade(crate::auto_upgrade::AutoUpgradeArgs),
     /// Sets after how many seconds without its host a node is replaced by one on another; 0: never.
     ReplaceAfter {
         #[arg(value_name = "INSTANCE")]
@@ -490,16 +492,6 @@ pub enum HostCommand {
         #[arg(long, value_name = "SECONDS", default_value_t = 60,
               value_parser = clap::value_parser!(u32).range(1..=3600))]
         within: u32,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub enum ProxyCommand {
-    /// Every proxy that is connected.
-    List {
-        /// Only those of this instance.
-        #[arg(long, value_name = "INSTANCE", default_value = "")]
-        instance: String,
     },
 }
 

@@ -46,6 +46,9 @@ fn the_contract_of_the_command_line_parses() {
         "slotmesh instance replace-after r-1 60",
         "slotmesh host list",
         "slotmesh proxy list --instance r-1",
+        "slotmesh proxy upgrade r-1 --to 0.2.0 --proxy p-1 --proxy p-0 --at window --bake 5 --wait",
+        "slotmesh proxy upgrade r-1 --plan --at 2026-11-22T03:00:00Z --client-token t",
+        "slotmesh proxy restart r-1 --proxy p-1 --wait",
         "slotmesh demo",
     ] {
         parse(line).unwrap_or_else(|error| panic!("{line}: {error}"));
@@ -70,6 +73,7 @@ fn what_cannot_be_meant_is_a_usage_error() {
         "slotmesh parameters set r-1",
         "slotmesh parameters set r-1 --engine novalue",
         "slotmesh account remove r-1",
+        "slotmesh proxy restart r-1",
     ] {
         let error = parse(line).expect_err(line);
         assert_eq!(error.exit_code(), 2, "{line}");

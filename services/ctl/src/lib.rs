@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod artifact;
+pub mod auto_upgrade;
 pub mod change;
 pub mod command;
 pub mod demo;
@@ -13,6 +14,7 @@ pub mod lost_writes;
 pub mod nodes;
 pub mod operate;
 pub mod progress;
+pub mod proxies;
 pub mod redis;
 pub mod render;
 pub mod status;

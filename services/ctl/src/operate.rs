@@ -9,18 +9,18 @@ use slotmesh_proto::{fleet::v1 as fleet, instance::v1 as instance};
 
 use crate::{
     api::{Api, PATIENCE},
-    artifact, change,
+    artifact, auto_upgrade, change,
     command::{
         ArchitectureArg, Command, CreateArgs, FailoverArgs, HostCommand, InstanceCommand,
-        ProxyCommand, StartArgs, SwitchoverArgs,
+        StartArgs, SwitchoverArgs,
     },
     drain,
     failure::Failure,
-    lost_writes, nodes, progress,
+    lost_writes, nodes, progress, proxies,
     render::{self, Output, show},
     status, tasks, upgrade, version,
     views::{
-        HostView, InstanceDetailView, InstanceView, ProxyView, ShardView, StartedView, TaskView,
+        HostView, InstanceDetailView, InstanceView, ShardView, StartedView, TaskView,
         architecture_value,
     },
 };
@@ -52,6 +52,9 @@ pub async fn run(
         }
         Command::Instance(InstanceCommand::Maintain { instance, window }) => {
             change::on_window(&mut api, instance, window, output).await
+        }
+        Command::Instance(InstanceCommand::AutoUpgrade(args)) => {
+            auto_upgrade::on_auto_upgrade(&mut api, args, output).await
         }
         Command::Instance(InstanceCommand::Delete { instance, start }) => {
             delete(&mut api, instance, start, output).await
@@ -86,19 +89,7 @@ pub async fn run(
         Command::Host(HostCommand::Drain { host, within }) => {
             drain::on_drain(&mut api, host, within, output).await
         }
-        Command::Proxy(ProxyCommand::List { instance }) => {
-            let request = fleet::ListProxiesRequest {
-                instance_id: instance,
-            };
-            let answer = api
-                .call(|api| {
-                    let request = request.clone();
-                    async move { api.fleet().list_proxies(request).await }
-                })
-                .await?;
-            let views: Vec<_> = answer.proxies.into_iter().map(ProxyView::from).collect();
-            Ok(show(output, &views)?)
-        }
+        Command::Proxy(command) => proxies::on_proxy(&mut api, command, output).await,
         Command::Up(_) | Command::Demo(_) => {
             unreachable!("these start a mesh of their own and are run by Cli::run")
         }

@@ -11,10 +11,13 @@ use std::{
 use comfy_table::{LineStyle, Table, TableStyle};
 use serde::Serialize;
 
-use crate::views::{
-    AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView, ParametersView,
-    ProxyView, ShardProgressView, ShardView, StartedView, StepView, TaskEventView, TaskView,
-    WatchedView,
+use crate::{
+    proxies,
+    views::{
+        AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView,
+        ParametersView, ProxyView, ShardProgressView, ShardView, StartedView, StepView,
+        TaskEventView, TaskView, WatchedView,
+    },
 };
 
 /// How results are written.
@@ -95,7 +98,7 @@ pub(crate) fn table<const N: usize>(
     }
 }
 
-fn or_dash(text: &str) -> String {
+pub(crate) fn or_dash(text: &str) -> String {
     if text.is_empty() {
         "-".to_owned()
     } else {
@@ -229,6 +232,10 @@ impl Text for ParametersView {
 fn with_way_back(shard: &ShardProgressView) -> String {
     match shard.rollback.as_str() {
         "Open" => format!("{}; the way back is open", shard.message),
+        "Unknown" => format!(
+            "{}; whether one can go back is not known now: {}",
+            shard.message, shard.rollback_why
+        ),
         _ => shard.message.clone(),
     }
 }
@@ -299,6 +306,9 @@ impl Text for TaskView {
         }
         if !self.steps.is_empty() {
             head = format!("{head}\n{}", steps(&self.steps));
+        }
+        if !self.proxies.is_empty() {
+            head = format!("{head}\n{}", proxies::progress(&self.proxies));
         }
         if self.shards.is_empty() {
             return head;
@@ -493,6 +503,7 @@ mod tests {
             bytes_total: 0,
             lag_bytes: 0,
             steps: Vec::new(),
+            proxies: Vec::new(),
             shards: vec![ShardProgressView {
                 shard_id: "s-0".into(),
                 from_node_id: "n-1".into(),

@@ -25,6 +25,11 @@ struct VersionsView {
     /// Why not.
     upgrade_refused: String,
     upgrades: Vec<UpgradeView>,
+    /// From which level on patches are installed by themselves.
+    auto_upgrade: &'static str,
+    auto_upgrade_next: String,
+    /// What it waits for, or why there is none.
+    auto_upgrade_why: String,
 }
 
 /// What a listed engine would be to it.
@@ -48,6 +53,8 @@ struct ProcessView {
     id: String,
     shard_id: String,
     version: String,
+    /// Of a proxy: artifact that it is to run; empty: its agent's own.
+    program: String,
 }
 
 /// Shows it.
@@ -74,10 +81,17 @@ impl From<api::DescribeEngineVersionResponse> for VersionsView {
                 id: p.id,
                 shard_id: p.shard_id,
                 version: p.version,
+                program: p.program,
             };
             all.into_iter().map(view).collect()
         };
         Self {
+            auto_upgrade: match from.auto_upgrade() {
+                ReleaseLevel::Unspecified => "off",
+                level => level_name(level),
+            },
+            auto_upgrade_next: from.auto_upgrade_next,
+            auto_upgrade_why: from.auto_upgrade_why,
             engine: from.engine,
             major_version: from.major_version,
             minor_version: from.minor_version,
@@ -118,14 +132,30 @@ impl UpgradeView {
 impl From<Artifact> for LatestView {
     fn from(from: Artifact) -> Self {
         Self {
-            level: match from.level() {
-                ReleaseLevel::High => "high",
-                ReleaseLevel::Medium => "medium",
-                ReleaseLevel::Low | ReleaseLevel::Unspecified => "low",
-            },
+            level: level_name(from.level()),
             name: from.name,
             version: from.version,
             release_note: from.release_note,
+        }
+    }
+}
+
+fn level_name(level: ReleaseLevel) -> &'static str {
+    match level {
+        ReleaseLevel::High => "high",
+        ReleaseLevel::Medium => "medium",
+        ReleaseLevel::Low | ReleaseLevel::Unspecified => "low",
+    }
+}
+
+impl VersionsView {
+    /// What is installed by itself, in a line.
+    fn by_itself(&self) -> String {
+        let (next, why) = (&self.auto_upgrade_next, &self.auto_upgrade_why);
+        match (self.auto_upgrade, next.as_str()) {
+            ("off", _) => "off".to_owned(),
+            (level, "") => format!("{level} and above; {why}"),
+            (level, next) => format!("{level} and above; next is {next}, waiting for {why}"),
         }
     }
 }
@@ -160,14 +190,20 @@ impl Text for VersionsView {
         );
         let rows = self.nodes.iter().chain(&self.proxies).map(|p| {
             let or_dash = |text: &str| if text.is_empty() { "-" } else { text }.to_owned();
-            [p.id.clone(), or_dash(&p.shard_id), or_dash(&p.version)]
+            [
+                p.id.clone(),
+                or_dash(&p.shard_id),
+                or_dash(&p.version),
+                or_dash(&p.program),
+            ]
         });
         let upgrade = match self.upgrade_refused.as_str() {
             "" => "possible to the latest (slotmesh upgrade)",
             why => why,
         };
+        let upgrade = format!("{upgrade}\nby itself {}", self.by_itself());
         let upgrades = self.upgrades.iter().map(|u| [u.engine.clone(), u.words()]);
-        let processes = table(["PROCESS", "SHARD", "VERSION"], rows);
+        let processes = table(["PROCESS", "SHARD", "VERSION", "PROGRAM"], rows);
         if self.upgrades.is_empty() {
             return format!("{head}upgrade   {upgrade}\n\n{processes}");
         }

@@ -14,6 +14,8 @@ use slotmesh_proto::{
     topology::v1::{Account, Architecture},
 };
 
+use crate::proxies::ProxyProgressView;
+
 #[derive(Debug, Clone, Serialize)]
 pub struct InstanceView {
     pub instance_id: String,
@@ -107,6 +109,9 @@ pub struct TaskView {
     /// That the next primaries have not applied yet.
     pub lag_bytes: u64,
     pub shards: Vec<ShardProgressView>,
+    /// Of a change of proxies.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub proxies: Vec<ProxyProgressView>,
     /// With `task show --steps`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<StepView>,
@@ -342,6 +347,11 @@ impl From<task::Task> for TaskView {
                 .shards
                 .into_iter()
                 .map(ShardProgressView::from)
+                .collect(),
+            proxies: from
+                .proxies
+                .into_iter()
+                .map(ProxyProgressView::from)
                 .collect(),
             task_id: from.task_id,
             instance_id: from.instance_id,

@@ -51,7 +51,7 @@ pub enum RefusalKind {
     Unavailable,
 }
 
-fn refuse<T>(
+pub(crate) fn refuse<T>(
     kind: RefusalKind,
     reason: &'static str,
     message: impl Into<String>,

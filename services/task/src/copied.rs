@@ -116,6 +116,7 @@ mod tests {
             event_count: 0,
             cancel_requested: false,
             not_before_ms: 0,
+            in_window: false,
             choice: None,
             trace_id: String::new(),
             copied: Copied::default(),

@@ -307,9 +307,10 @@ fn missed_at(shard: &Shard, scene: Scene<'_>) -> u64 {
 /// Somebody else than its host who misses the primary.
 fn second_witness(shard: &Shard, primary: &Member, scene: Scene<'_>) -> Option<String> {
     let misses = |member: &&Member| {
-        // One that never was content is no witness.
+        // One that never was content is no witness, nor is one that was told to let go.
         member.node != primary.node
             && member.in_sync
+            && !member.leaving
             && has_lease(&member.host, scene.fleet)
             && scene.fleet.node(&member.node).is_some_and(|seen| {
                 seen.run_id == member.run_id
@@ -343,8 +344,15 @@ pub fn can_fail_over(shard: &Shard, scene: Scene<'_>) -> bool {
         m.role == NodeRole::Replica
             && m.priority > 0
             && m.in_sync
-            && alive(m, scene).is_some_and(|n| !n.loading)
+            && alive(m, scene).is_some_and(|n| !n.loading && is_sound(shard, m, n))
     })
+}
+
+/// What the member has is what its primary wrote: its engine is as new, or it has refused nothing.
+#[must_use]
+pub fn is_sound(shard: &Shard, member: &Member, seen: &NodeView) -> bool {
+    let older = shard.older(&member.node);
+    older.is_none_or(|older| older.is_sound(&seen.run_id, seen.unexpected_errors))
 }
 
 /// The member as it is seen, if it is the recorded process and can be asked to do something.

@@ -240,6 +240,17 @@ fn a_replica_that_is_silent_itself_or_never_was_in_sync_is_no_witness() {
 }
 
 #[test]
+fn a_replica_that_was_told_to_let_go_is_no_witness() {
+    let mut stage = Stage::new();
+    stage.silence("a");
+    stage.cut("b");
+    stage.member("b").leaving = true;
+    stage.pass(0);
+    stage.pass(LEASE_GUARD_MS);
+    assert_eq!(stage.is_lost(), None);
+}
+
+#[test]
 fn a_third_of_the_proxies_are_a_witness() {
     let mut stage = Stage::new();
     for name in ["p3", "p4"] {

@@ -91,10 +91,17 @@ pub fn drain<'a>(
             m.role == NodeRole::Replica && m.host != *host && !m.leaving && m.priority > 0
         });
         let (fit, unfit): (Vec<_>, Vec<_>) = elsewhere.partition(|m| m.in_sync && answers(&m.host));
-        // Preferred by the operator; then whoever has the fewest primaries already.
+        // Who runs the engine of the primary: another one ends the upgrade. Then who is preferred by the
+        // operator, and who has the fewest primaries already.
         let best = fit.into_iter().min_by_key(|m| {
             let load = primaries_of.get(&m.host).copied().unwrap_or_default();
-            (std::cmp::Reverse(m.priority), load, m.node.clone())
+            let is_older = shard.older(&m.node).is_some();
+            (
+                is_older,
+                std::cmp::Reverse(m.priority),
+                load,
+                m.node.clone(),
+            )
         });
         let Some(best) = best else {
             match unfit.is_empty() {

@@ -362,6 +362,9 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
             }
         };
     }
+    if !loss {
+        finals = sound(view, finals)?;
+    }
     let tried = view.shard.failover().and_then(|f| f.target.as_ref());
     let lost_zone = lost_host(view).and_then(|host| zone(view, host));
     let all_new = all_are_new(view);
@@ -391,6 +394,7 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
             !m.leaving,
             m.priority,
             lost_zone.is_some() && zone(view, &m.host) == lost_zone,
+            view.shard.older(&m.node).is_none(),
             Reverse(m.node.clone()),
         );
         (by_word, by_disk, may_pass_over, seen.offset, ties)
@@ -401,6 +405,31 @@ fn pick<'a>(view: &View<'a>) -> Result<(&'a Member, &'a NodeView), String> {
          host back, or accept loss"
             .to_owned()
     })
+}
+
+type Candidate<'a> = (&'a Member, &'a NodeView);
+
+/// Without those that refused a command of the lost primary, whose engine is newer than theirs: what
+/// they lack no offset shows. Where writes are acknowledged by replicas, one of them may have been
+/// acknowledged by such a one alone, so whoever takes its place must have read as far.
+fn sound<'a>(view: &View<'a>, all: Vec<Candidate<'a>>) -> Result<Vec<Candidate<'a>>, String> {
+    let is_sound = |(m, seen): &Candidate<'a>| {
+        m.node == view.failover.from || detect::is_sound(view.shard, m, seen)
+    };
+    let (mut left, differ): (Vec<_>, Vec<_>) = all.into_iter().partition(is_sound);
+    let Some((other, seen)) = differ.into_iter().max_by_key(|(_, seen)| seen.offset) else {
+        return Ok(left);
+    };
+    let is_lost_one = |m: &Member| m.node == view.failover.from;
+    left.retain(|(m, s)| view.scene.durability == 0 || is_lost_one(m) || s.offset >= seen.offset);
+    match left.is_empty() {
+        false => Ok(left),
+        true => Err(format!(
+            "{} refused commands of {}, whose engine is newer: its data differs, and nobody else has \
+             read as far. Start the process of {} again with its data, or accept loss",
+            other.node, view.failover.from, view.failover.from
+        )),
+    }
 }
 
 fn zone<'a>(view: &View<'a>, host: &HostId) -> Option<&'a String> {

@@ -14,6 +14,8 @@ use crate::{
 
 #[path = "failover_back_tests.rs"]
 mod back;
+#[path = "failover_older_tests.rs"]
+mod older;
 #[path = "failover_operator_tests.rs"]
 mod operator;
 

@@ -6,6 +6,7 @@
 //! and in simulation. No clock, no I/O, no async.
 
 pub mod admit;
+pub mod auto;
 pub mod copied;
 pub mod detect;
 pub mod drain;
@@ -13,9 +14,11 @@ pub mod failover;
 pub mod observe;
 pub mod place;
 pub mod provision;
+pub mod proxies;
 pub mod replace;
 pub mod schedule;
 pub mod spec;
+pub mod steady;
 pub mod step;
 pub mod switchover;
 pub mod table;
@@ -23,7 +26,9 @@ pub mod upgrade;
 pub mod upkeep;
 pub mod wire;
 
-pub use observe::{Fleet, HoldLevel, NodeView, ProcessState, ProxyView};
+pub use observe::{
+    Fleet, HoldLevel, NodeView, ProcessState, ProxyHandover, ProxyProcess, ProxyView,
+};
 pub use spec::{
     Choice, Copied, FailoverPhase, NodeReplacement, Phase, ReplacePhase, ShardFailover,
     ShardSwitch, Spec, State, Task,

@@ -146,6 +146,55 @@ pub enum HoldLevel {
     Held,
 }
 
+/// A proxy's process as its agent sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ProxyProcess {
+    /// Of the process that serves.
+    pub state: ProcessState,
+    /// Why it does not run.
+    pub error: String,
+    /// Process id.
+    pub pid: u32,
+    /// Artifact that it was started from; empty: the agent's own. `None`: its agent does not know, or
+    /// is of a release that hands nothing over.
+    pub program: Option<String>,
+    /// That it was started for.
+    pub generation: u64,
+    /// As the program says of itself.
+    pub version: String,
+    /// The last hand-over that was tried.
+    pub handover: Option<ProxyHandover>,
+    /// Artifact of the process of before, while that one could take the clients back.
+    pub spare: Option<String>,
+}
+
+impl ProxyProcess {
+    /// The process of this program and generation serves.
+    #[must_use]
+    pub fn serves(&self, program: &str, generation: u64) -> bool {
+        self.state == ProcessState::Running
+            && self.program.as_deref() == Some(program)
+            && self.generation == generation
+    }
+}
+
+/// How far a hand-over between two processes of a proxy is.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ProxyHandover {
+    /// As the assignment that asked for it.
+    pub program: String,
+    /// As the assignment that asked for it.
+    pub generation: u64,
+    /// It has neither failed nor been done yet.
+    pub is_under_way: bool,
+    /// It has failed: the process of before serves. Why.
+    pub failed: Option<String>,
+    /// Clients that were passed.
+    pub clients: u32,
+    /// How long it took, in microseconds; 0: not known.
+    pub took_us: u64,
+}
+
 /// A proxy as it reported last.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ProxyView {
@@ -161,6 +210,12 @@ pub struct ProxyView {
     pub shards: BTreeMap<ShardId, (Epoch, HoldLevel, TaskId)>,
     /// Shards whose primary of this epoch does not answer it, and for how many milliseconds.
     pub troubles: BTreeMap<ShardId, (Epoch, u64)>,
+    /// Of the process whose stream it is.
+    pub pid: u32,
+    /// Commands that this process has processed.
+    pub commands: u64,
+    /// Error replies among its answers, by any cause.
+    pub errors: u64,
 }
 
 /// All that is observed.
@@ -177,7 +232,7 @@ pub struct Fleet {
     /// Zones of hosts that are known.
     pub zones: BTreeMap<HostId, String>,
     /// Proxy processes as agents supervise them.
-    pub proxy_processes: BTreeMap<ProxyId, (ProcessState, String)>,
+    pub proxy_processes: BTreeMap<ProxyId, ProxyProcess>,
 }
 
 impl Fleet {

@@ -1,6 +1,6 @@
 //! Bringing an instance to life and removing it: what is still missing, and the next record.
 
-use slotmesh_topology::{Instance, InstanceState, Mode, Shard};
+use slotmesh_topology::{Instance, InstanceState, Mode, Placement, Shard};
 
 use crate::observe::{Fleet, NodeView, ProcessState};
 
@@ -84,12 +84,12 @@ fn missing(instance: &Instance, shards: &[Shard], fleet: &Fleet) -> Option<Strin
             return Some(format!("{} to follow {}", behind.node, shard.primary));
         }
     }
-    for (proxy, host) in &instance.proxies {
+    for Placement { proxy, host, .. } in &instance.proxies {
         let Some(seen) = fleet.proxies.get(proxy).filter(|p| p.fresh) else {
             let error = fleet
                 .proxy_processes
                 .get(proxy)
-                .map_or("", |(_, error)| error.as_str());
+                .map_or("", |process| process.error.as_str());
             return Some(format!("proxy {proxy} on {host} {error}"));
         };
         if shards
@@ -123,14 +123,14 @@ pub fn decommission(
         let is_removed = |n: &NodeView| n.state == ProcessState::Removed;
         fleet.hosts.contains(&gone.host) && !fleet.node(&gone.node).is_some_and(is_removed)
     });
-    let proxy = instance.proxies.iter().find(|(id, _)| {
+    let proxy = instance.proxies.iter().find(|p| {
         fleet
             .proxy_processes
-            .get(id)
-            .is_none_or(|(state, _)| *state != ProcessState::Removed)
+            .get(&p.proxy)
+            .is_none_or(|process| process.state != ProcessState::Removed)
     });
     let what = match (proxy, node) {
-        (Some((id, host)), _) => format!("proxy {id} on {host} to be removed"),
+        (Some(p), _) => format!("proxy {} on {} to be removed", p.proxy, p.host),
         (None, Some(member)) => format!("node {} on {} to be removed", member.node, member.host),
         (None, None) => match gone {
             Some(gone) => format!("node {} on {} to be removed", gone.node, gone.host),

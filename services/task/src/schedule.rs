@@ -7,7 +7,7 @@ use slotmesh_topology::{Shard, TaskId};
 
 use crate::{
     admit::{Refusal, RefusalKind},
-    failover, replace,
+    failover, proxies, replace,
     spec::{Choice, Phase, ShardSwitch, Spec, State, Task},
     table::{self, Undo},
     upgrade,
@@ -80,6 +80,34 @@ impl Window {
     }
 }
 
+/// When what begins only in the maintenance window may begin; `None`: now. An instance without a window
+/// has it open always. `rests_ms`: windows do not count for so long; see [`crate::steady`].
+#[must_use]
+pub fn opens_ms(maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<u64> {
+    let window = Window::read(maintenance_window).ok()?;
+    let opens_ms = window.next_ms(now_ms.saturating_add(rests_ms));
+    (opens_ms > now_ms).then_some(opens_ms)
+}
+
+/// The task, put off to the next window: its time has come, and the window is not open. No controller led
+/// while it was, or the clock has jumped over it.
+#[must_use]
+pub fn put_off(task: &Task, maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<Task> {
+    if !task.in_window || !is_scheduled(task) || now_ms < task.not_before_ms {
+        return None;
+    }
+    let opens_ms = opens_ms(maintenance_window, now_ms, rests_ms)?;
+    let later_ms = opens_ms - task.not_before_ms;
+    Some(Task {
+        not_before_ms: opens_ms,
+        deadline_ms: task.deadline_ms.saturating_add(later_ms),
+        message: "its time had come, and the maintenance window was not open: no controller led \
+                  while it was, or the clock jumped; it begins in the next one"
+            .into(),
+        ..task.clone()
+    })
+}
+
 fn invalid(message: String) -> Refusal {
     Refusal {
         kind: RefusalKind::Invalid,
@@ -121,6 +149,7 @@ pub fn is_scheduled(task: &Task) -> bool {
     match &task.spec {
         // What it does before its time touches nothing that serves.
         Spec::Upgrade(upgrade) => !task.state.is_ended() && !upgrade.has_begun(),
+        Spec::Proxies(changes) => !task.state.is_ended() && !changes.has_begun(),
         _ => task.state == State::Pending && task.not_before_ms > 0,
     }
 }
@@ -156,6 +185,7 @@ pub fn menu(task: &Task) -> &'static [Choice] {
         (Spec::Failover(_), _) => failover::menu(task),
         (Spec::Replace(_), _) => replace::menu(task),
         (Spec::Upgrade(_), _) => upgrade::menu(task),
+        (Spec::Proxies(_), _) => proxies::menu(task),
         (Spec::Provision, State::NeedsOperator) => &[Choice::Retry, Choice::Undo],
         (Spec::Decommission | Spec::Switchover(_), State::NeedsOperator) => &[Choice::Retry],
         _ => &[],
@@ -186,6 +216,7 @@ pub fn retried(task: &Task, now_ms: u64) -> Result<Task, Refusal> {
         }
         Spec::Failover(_) | Spec::Replace(_) => next.choice = Some(Choice::Retry),
         Spec::Upgrade(_) => return Ok(upgrade::retried(next, now_ms)),
+        Spec::Proxies(_) => return Ok(proxies::retried(next, now_ms)),
         Spec::Provision | Spec::Decommission => next.state = State::Running,
     }
     Ok(next)
@@ -269,119 +300,5 @@ pub fn begin(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HOUR_MS: u64 = 60 * MINUTE_MS;
-
-    #[test]
-    fn a_window_is_open_now_or_opens_next() {
-        let window = Window::parse("02:00-03:30").unwrap();
-        let day = 20_000 * DAY_MS;
-        assert_eq!(window.next_ms(day), day + 2 * HOUR_MS);
-        assert_eq!(window.next_ms(day + 3 * HOUR_MS), day + 3 * HOUR_MS);
-        let late = day + 4 * HOUR_MS;
-        assert_eq!(window.next_ms(late), day + DAY_MS + 2 * HOUR_MS);
-        let night = Window::parse("23:00-01:00").unwrap();
-        assert_eq!(night.next_ms(day), day, "over midnight");
-        assert_eq!(night.next_ms(day + HOUR_MS), day + 23 * HOUR_MS);
-    }
-
-    #[test]
-    fn a_window_may_say_that_it_is_utc_and_an_old_short_one_is_still_read() {
-        assert_eq!(Window::parse("23:30Z-00:30Z"), Window::parse("23:30-00:30"));
-        assert!(Window::parse("02:00-02:30").is_err());
-        assert!(Window::read("02:00-02:30").is_ok());
-    }
-
-    #[test]
-    fn what_is_no_window_is_refused() {
-        for text in [
-            "",
-            "2-3",
-            "02:00",
-            "24:00-03:00",
-            "02:00-02:59",
-            "02:00Z-02:30Z",
-            "02:00ZZ-03:00Z",
-            "2:00-03:00",
-            "02:00-02:00",
-            "+2:00-03:00",
-        ] {
-            assert_eq!(
-                Window::parse(text).unwrap_err().reason,
-                "WINDOW_INVALID",
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_time_that_has_passed_is_now_and_one_too_far_is_refused() {
-        assert_eq!(at(5, 10), Ok(0));
-        assert_eq!(at(11, 10), Ok(11));
-        assert_eq!(
-            at(11 + AHEAD_MS_MAX, 10).unwrap_err().reason,
-            "TOO_FAR_AHEAD"
-        );
-    }
-
-    fn switch(to: &str) -> ShardSwitch {
-        ShardSwitch {
-            shard: "0".into(),
-            from: "a".into(),
-            to: to.into(),
-            from_epoch: slotmesh_topology::Epoch(1),
-            phase: Phase::Preflight,
-            phase_since_ms: 1,
-            message: String::new(),
-            hold_us: 0,
-            critical_us: 0,
-        }
-    }
-
-    fn shard() -> Shard {
-        let member = |node: &str, role| slotmesh_topology::Member {
-            node: node.into(),
-            host: "h".into(),
-            role,
-            run_id: "x".into(),
-            address: "x:1".into(),
-            in_sync: true,
-            priority: slotmesh_topology::PRIORITY,
-            leaving: false,
-            engine: String::new(),
-            exchange: None,
-        };
-        Shard {
-            instance: "r".into(),
-            id: "0".into(),
-            index: 0,
-            slots: slotmesh_topology::slot::split_evenly(1),
-            epoch: slotmesh_topology::Epoch(7),
-            primary: "b".into(),
-            members: vec![
-                member("a", slotmesh_topology::NodeRole::Replica),
-                member("b", slotmesh_topology::NodeRole::Primary),
-            ],
-            mode: slotmesh_topology::Mode::Serving,
-            closed_epoch: slotmesh_topology::Epoch(6),
-            departures: Vec::new(),
-            roster: Default::default(),
-        }
-    }
-
-    #[test]
-    fn what_was_scheduled_is_planned_anew_when_it_begins() {
-        let plan = |to: &str| match begin(&[switch(to)], &[shard()], |_| None, 9) {
-            Beginning::Begin(switches) => switches[0].clone(),
-            Beginning::Busy(task) => panic!("busy with {task}"),
-        };
-        let moved = plan("a");
-        assert_eq!((moved.from.as_str(), moved.from_epoch.0), ("b", 7));
-        assert_eq!(plan("b").phase, Phase::Done);
-        assert_eq!(plan("gone").phase, Phase::RolledBack);
-        let busy = begin(&[switch("a")], &[shard()], |_| Some("t-2".into()), 9);
-        assert_eq!(busy, Beginning::Busy("t-2".into()));
-    }
-}
+#[path = "schedule_tests.rs"]
+mod tests;

@@ -2,7 +2,7 @@
 
 use slotmesh_topology::{Epoch, FenceProof, HostId, InstanceId, NodeId, ShardId, TaskId};
 
-use crate::{table, upgrade::Upgrade};
+use crate::{proxies::Changes, table, upgrade::Upgrade};
 
 /// Where a task is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,6 +44,8 @@ pub enum Spec {
     Replace(NodeReplacement),
     /// Give an instance's nodes another engine.
     Upgrade(Upgrade),
+    /// Give proxies of an instance another process.
+    Proxies(Changes),
 }
 
 impl Spec {
@@ -57,6 +59,8 @@ impl Spec {
             Self::Failover(_) => "Failover",
             Self::Replace(_) => "Replace",
             Self::Upgrade(_) => "UpgradeEngine",
+            Self::Proxies(changes) if changes.restart => "RestartProxy",
+            Self::Proxies(_) => "UpgradeProxy",
         }
     }
 }
@@ -71,6 +75,7 @@ impl Spec {
             Self::Failover(failover) => failover.shard.as_str() == shard,
             Self::Replace(replacement) => replacement.shard.as_str() == shard,
             Self::Upgrade(upgrade) => upgrade.part(shard).is_some(),
+            Self::Proxies(_) => false,
         }
     }
 }
@@ -379,6 +384,8 @@ pub struct Task {
     pub cancel_requested: bool,
     /// Nothing is begun before this time; 0: at once.
     pub not_before_ms: u64,
+    /// It begins in its instance's maintenance window only.
+    pub in_window: bool,
     /// An operator's choice that was not acted upon yet.
     pub choice: Option<Choice>,
     /// Of the request that made it, for audit; the leader makes one for a task of its own.
@@ -411,6 +418,7 @@ impl Task {
             Spec::Failover(failover) => (failover.phase.steps_done(), FailoverPhase::STEPS),
             Spec::Replace(replacement) => (replacement.phase.steps_done(), ReplacePhase::STEPS),
             Spec::Upgrade(upgrade) => upgrade.progress(),
+            Spec::Proxies(changes) => changes.progress(),
         }
     }
 
@@ -423,6 +431,7 @@ impl Task {
                 Spec::Replace(replacement) => replacement.phase == ReplacePhase::Parked,
                 Spec::Provision | Spec::Decommission => true,
                 Spec::Upgrade(upgrade) => upgrade.is_parked(),
+                Spec::Proxies(changes) => changes.is_parked(),
                 Spec::Switchover(_) => false,
             }
     }

@@ -110,6 +110,7 @@ fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> 
                 .map(|h| h.token.clone())
                 .unwrap_or_default(),
             failover_timeout_ms: FAILOVER_TIMEOUT_MS,
+            check: check(switch, instance, shard).map(Box::new),
         }),
         Step::TakeBack => Act::TakeBack(pb::TakeBack {
             node_id: switch.from.to_string(),
@@ -120,6 +121,18 @@ fn act(switch: &ShardSwitch, instance: &Instance, shard: &Shard, step: Step) -> 
             master_password: follow(switch.from_epoch).password,
         }),
     }
+}
+
+/// What the target has to be, if its engine is older than that of the primary that it follows.
+fn check(switch: &ShardSwitch, instance: &Instance, shard: &Shard) -> Option<pb::TargetCheck> {
+    let older = shard.older(&switch.to)?;
+    let observer = credential::observer(&instance.secret, &shard.id);
+    Some(pb::TargetCheck {
+        run_id: older.run_id.clone(),
+        refused: older.refused,
+        user: observer.user,
+        password: observer.password,
+    })
 }
 
 /// What the agent of a failover's chosen node is asked, by the leader of `term`; `None` while nobody
@@ -176,7 +189,39 @@ pub fn status_of(answer: &pb::ExecuteStepResponse, term: u64) -> StepStatus {
 
 #[cfg(test)]
 mod tests {
+    use slotmesh_topology::Older;
+
     use super::*;
+    use crate::{detect::tests::Stage, spec::Phase, upgrade::story::instance};
+
+    #[test]
+    fn a_target_whose_engine_is_older_is_asked_once_more_before_it_takes_over() {
+        let older = Older {
+            node: "b".into(),
+            run_id: "run-b".into(),
+            refused: 1,
+        };
+        let shard = Stage::new().shard.is_older(older).unwrap();
+        let to = |node: &str| ShardSwitch {
+            shard: "0".into(),
+            from: "a".into(),
+            to: node.into(),
+            from_epoch: shard.epoch,
+            phase: Phase::Hold,
+            phase_since_ms: 1,
+            message: String::new(),
+            hold_us: 0,
+            critical_us: 0,
+        };
+        let check = |node| match act(&to(node), &instance(), &shard, Step::HandOver) {
+            Act::HandOver(order) => order.check,
+            other => panic!("{other:?}"),
+        };
+        let asked = check("b").unwrap();
+        assert_eq!((asked.run_id.as_str(), asked.refused), ("run-b", 1));
+        assert!(asked.user.starts_with("ob-"), "{}", asked.user);
+        assert_eq!(check("c"), None);
+    }
 
     #[test]
     fn only_a_higher_term_deposes() {

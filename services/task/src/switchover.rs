@@ -12,7 +12,7 @@
 use slotmesh_topology::{NodeRole, Shard, TaskId};
 
 use crate::{
-    detect::Loss,
+    detect::{self, Loss},
     observe::{Fleet, NodeView, ProcessState},
     spec::{Phase, ShardSwitch},
 };
@@ -225,6 +225,11 @@ fn unfit(view: &View<'_>) -> Option<String> {
     }
     if !new.follows(&old_member.address) || !new_member.in_sync {
         return Some(format!("{to} has not caught up with {from}"));
+    }
+    if !detect::is_sound(view.shard, new_member, new) {
+        return Some(format!(
+            "{to} refused commands of {from}, whose engine is newer: its data differs"
+        ));
     }
     if old.lag_bytes > LAG_BYTES_MAX {
         return Some(format!(

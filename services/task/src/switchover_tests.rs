@@ -465,3 +465,20 @@ fn a_cancel_is_honoured_exactly_where_the_table_of_steps_says() {
         assert_eq!(ends, is_promised, "{phase:?}: {decision:?}");
     }
 }
+
+#[test]
+fn an_older_target_that_has_refused_a_command_is_not_switched_to() {
+    let older = slotmesh_topology::Older {
+        node: "b".into(),
+        run_id: "run-b".into(),
+        refused: 1,
+    };
+    let shard = shard().is_older(older).unwrap();
+    let mut fleet = fleet();
+    fleet.nodes.get_mut(&"b".into()).unwrap().unexpected_errors = Some(1);
+    let fit = next(Phase::Preflight, &shard, &fleet, StepStatus::NotStarted);
+    assert!(matches!(fit, Decision::Advance(Phase::Prewarm, _)));
+    fleet.nodes.get_mut(&"b".into()).unwrap().unexpected_errors = Some(2);
+    let unfit = next(Phase::Preflight, &shard, &fleet, StepStatus::NotStarted);
+    assert!(matches!(unfit, Decision::Wait { what, .. } if what.contains("refused commands")));
+}

@@ -6,13 +6,18 @@
 //! Invariant: a task is cancellable exactly when every step that it is in is. There is no phase without
 //! a row: each is one arm of a `match`.
 
+mod proxies;
 mod upgrade;
 
+use proxies::cancel_proxies;
+pub use proxies::of_proxy;
 use upgrade::cancel_upgrade;
 pub use upgrade::of_upgrade;
 
 use crate::{
-    failover, provision, replace,
+    failover, provision,
+    proxies::ProxyPhase,
+    replace,
     spec::{FailoverPhase, NodeReplacement, Phase, ReplacePhase, Spec, Task},
     switchover,
     upgrade::UpgradePhase,
@@ -285,6 +290,7 @@ pub fn of(spec: &Spec) -> Vec<Row> {
             .map(|phase| of_replace(phase, one.turned_back))
             .into(),
         Spec::Upgrade(_) => UpgradePhase::ALL.map(of_upgrade).into(),
+        Spec::Proxies(_) => ProxyPhase::ALL.map(of_proxy).into(),
     }
 }
 
@@ -299,6 +305,7 @@ pub fn current(spec: &Spec) -> Vec<Row> {
             phase, turned_back, ..
         }) => vec![of_replace(*phase, *turned_back)],
         Spec::Upgrade(upgrade) => upgrade.shards.iter().map(|s| of_upgrade(s.phase)).collect(),
+        Spec::Proxies(changes) => changes.proxies.iter().map(|p| of_proxy(p.phase)).collect(),
     }
 }
 
@@ -310,6 +317,9 @@ pub fn cancel(task: &Task) -> Cancel {
     }
     if let Spec::Upgrade(upgrade) = &task.spec {
         return cancel_upgrade(upgrade);
+    }
+    if let Spec::Proxies(changes) = &task.spec {
+        return cancel_proxies(changes);
     }
     let refused = current(&task.spec)
         .into_iter()

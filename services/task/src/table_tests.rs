@@ -5,6 +5,7 @@ use slotmesh_topology::Epoch;
 
 use super::*;
 use crate::{
+    proxies::{Change, Changes, Counted},
     spec::{ShardFailover, ShardSwitch, State},
     upgrade::{Rollback, ShardUpgrade, Upgrade},
     wire,
@@ -23,6 +24,7 @@ fn task(spec: Spec) -> Task {
         event_count: 1,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: String::new(),
         copied: crate::Copied::default(),
@@ -90,6 +92,8 @@ fn upgrading() -> Upgrade {
         new_run_id: "y".into(),
         new_sync_full: 0,
         diverged: false,
+        doubt: String::new(),
+        behind_since_ms: 0,
     };
     let part = ShardUpgrade {
         shard: "0".into(),
@@ -116,6 +120,8 @@ fn upgrading() -> Upgrade {
         preserve_roles: false,
         in_window: false,
         paused: false,
+        automatic: false,
+        allow_downtime: false,
         shards: vec![part],
     }
 }
@@ -165,14 +171,50 @@ fn in_every_phase() -> Vec<Task> {
         }
         store::UpgradePhase::try_from(number).is_ok()
     });
+    add(Spec::Proxies(changing()), &|record, number| {
+        if let Some(store::task_record::Spec::Proxies(p)) = &mut record.spec {
+            p.proxies[0].phase = number;
+        }
+        store::ProxyPhase::try_from(number).is_ok()
+    });
     tasks
+}
+
+fn changing() -> Changes {
+    let part = Change {
+        proxy: "p".into(),
+        host: "h".into(),
+        phase: ProxyPhase::Ready,
+        phase_since_ms: 1,
+        message: String::new(),
+        from_program: String::new(),
+        from_generation: 0,
+        from_version: String::new(),
+        to_version: String::new(),
+        generation: 0,
+        why_back: None,
+        on_request: false,
+        before: Counted::default(),
+        pid: 0,
+        handover_us: 0,
+        clients: 0,
+        finalize: false,
+    };
+    Changes {
+        program: "proxy-0.2.0".into(),
+        restart: false,
+        bake_ms: 1,
+        in_window: false,
+        paused: false,
+        proxies: vec![part],
+    }
 }
 
 #[test]
 fn every_phase_of_every_kind_is_in_the_table_once_and_says_all() {
     let tasks = in_every_phase();
-    // One each of what has no phases; 8, 6, 6 and 12 numbers of the store's format.
-    assert_eq!(tasks.len(), 2 + 8 + 6 + 6 + 12);
+    // One each of what has no phases; 8, 6, 6, 12 and 9 numbers of the store's format.
+    assert_eq!(tasks.len(), 2 + 8 + 6 + 6 + 12 + 9);
     for task in tasks {
         let table = of(&task.spec);
         for row in current(&task.spec) {

@@ -23,7 +23,7 @@ mod write;
 pub use bake::{FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
 pub use nodes::STARTS_MAX;
-pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, plan};
+pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, plan};
 pub use said::{menu, resolved, retried};
 pub use spec::{NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
 pub use write::{Lock, Write, gone, say, write};
@@ -94,6 +94,13 @@ pub enum Decision {
     Plan(Box<ShardSwitch>, Option<Rollback>),
     /// Let the machine of switchovers act.
     Drive,
+    /// Write why the way back is not known to be open now; empty: it is.
+    Doubt {
+        /// Why.
+        doubt: String,
+        /// Since when the old primary does not follow; 0: it does.
+        behind_since_ms: u64,
+    },
     /// Write that there is no way back any more, together with phase Finalize.
     Close {
         /// Why.
@@ -423,7 +430,7 @@ fn switch_back(view: &View<'_>) -> Decision {
         let why = format!("{} is the primary", view.shard.primary);
         return Decision::Advance(UpgradePhase::UndoNodes, why);
     }
-    if let Some(closed) = bake::closing(view) {
+    if let Some(closed) = bake::closing(view).or_else(|| bake::doubt(view)) {
         return closed;
     }
     let is_ours = |s: &&ShardSwitch| s.to == rollback.old;
@@ -466,7 +473,7 @@ mod lost_tests;
 #[cfg(test)]
 mod order_tests;
 #[cfg(test)]
-mod story;
+pub(crate) mod story;
 #[cfg(test)]
 #[path = "upgrade_tests.rs"]
 mod tests;

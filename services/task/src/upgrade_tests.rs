@@ -184,6 +184,23 @@ fn the_next_replica_waits_for_the_last_one_and_for_as_many_others_as_durability_
 }
 
 #[test]
+fn a_process_that_was_told_to_end_is_not_taken_for_one_that_stays() {
+    let mut story = Story::new(&options());
+    story.run_to(UpgradePhase::Replicas);
+    assert!(story.act(), "b is to make way");
+    // Its agent is at it, and its last report is of before, when an operator changes his mind.
+    story.task.cancel_requested = true;
+    story.run_until_undone("b");
+    assert!(
+        matches!(story.decide(), Decision::Wait { .. }),
+        "{:?}",
+        story.decide()
+    );
+    story.run_to(UpgradePhase::RolledBack);
+    assert_eq!(story.engines(), ["", "", ""]);
+}
+
+#[test]
 fn a_replica_that_refuses_commands_or_takes_for_ever_turns_the_shard_back() {
     let mut story = Story::new(&options());
     story.run_to(UpgradePhase::Replicas);

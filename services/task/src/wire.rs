@@ -1,5 +1,6 @@
 //! Where task records become tasks, reports become views, and back.
 
+mod proxies;
 mod replacement;
 mod upgrade;
 
@@ -50,6 +51,9 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         store::task_record::Spec::Upgrade(u) => {
             Spec::Upgrade(upgrade::from(u).ok_or_else(|| field("spec.shards.phase"))?)
         }
+        store::task_record::Spec::Proxies(p) => {
+            Spec::Proxies(proxies::from(p).ok_or_else(|| field("spec.proxies.phase"))?)
+        }
     };
     Ok(Task {
         id: record.task_id.as_str().into(),
@@ -63,6 +67,7 @@ pub fn task_from(record: &store::TaskRecord) -> Result<Task, WireError> {
         event_count: record.event_count,
         cancel_requested: record.cancel_requested,
         not_before_ms: record.not_before_unix_ms,
+        in_window: record.in_window,
         choice: choice_from(record.choice()),
         trace_id: record.trace_id.clone(),
         copied: Copied {
@@ -85,6 +90,7 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         Spec::Failover(failover) => store::task_record::Spec::Failover(failover_to(failover)),
         Spec::Replace(r) => store::task_record::Spec::Replace(replacement::to(r)),
         Spec::Upgrade(u) => store::task_record::Spec::Upgrade(upgrade::to(u)),
+        Spec::Proxies(p) => store::task_record::Spec::Proxies(proxies::to(p)),
     };
     store::TaskRecord {
         schema: SCHEMA,
@@ -105,6 +111,7 @@ pub fn task_to(task: &Task, term: u64) -> store::TaskRecord {
         lag_bytes: task.copied.lag,
         term,
         not_before_unix_ms: task.not_before_ms,
+        in_window: task.in_window,
         choice: task
             .choice
             .map_or(store::OperatorChoice::Unspecified, choice_to)
@@ -278,7 +285,7 @@ pub fn state_to(state: State) -> store::TaskState {
 pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Task {
     let (steps_done, steps_total) = task.progress();
     let shards = match &task.spec {
-        Spec::Provision | Spec::Decommission => Vec::new(),
+        Spec::Provision | Spec::Decommission | Spec::Proxies(_) => Vec::new(),
         Spec::Switchover(shards) => shards.iter().map(progress_api).collect(),
         Spec::Failover(failover) => vec![failover_api(failover)],
         Spec::Replace(r) => vec![replacement::progress(r)],
@@ -312,6 +319,10 @@ pub fn task_api(task: &Task, created_at: String, updated_at: String) -> api::Tas
             false => task.copied.lag,
         },
         steps: steps_api(task),
+        proxies: match &task.spec {
+            Spec::Proxies(changes) => proxies::progress(changes),
+            _ => Vec::new(),
+        },
     }
 }
 
@@ -366,6 +377,8 @@ fn progress_api(switch: &ShardSwitch) -> api::ShardProgress {
         ..api::ShardProgress::default()
     }
 }
+
+pub use proxies::process as proxy_process;
 
 /// State of a process as an agent reports it.
 #[must_use]

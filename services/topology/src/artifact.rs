@@ -93,6 +93,18 @@ pub enum Level {
     High,
 }
 
+impl Level {
+    /// Its name as users see it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+        }
+    }
+}
+
 /// One version of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifact {

@@ -6,7 +6,7 @@ use slotmesh_proto::agent::v1 as pb;
 use crate::{
     credential,
     id::{Epoch, NodeId},
-    instance::{Instance, InstanceState},
+    instance::{Instance, InstanceState, Placement},
     shard::{Exchange, Member, Mode, NodeRole, Shard},
     wire,
 };
@@ -14,10 +14,6 @@ use crate::{
 /// The specification of one member of a shard.
 #[must_use]
 pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec {
-    let desired = match instance.state {
-        InstanceState::Deleting => pb::Desired::Removed,
-        InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
-    };
     let fenced = matches!(shard.mode, Mode::Fenced(_));
     // The epoch that has begun is nobody's yet: nobody serves, nobody is followed.
     let leaves = member.leaving && member.node != shard.primary;
@@ -35,7 +31,7 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         node_id: member.node.to_string(),
         instance_id: instance.id.to_string(),
         shard_id: shard.id.to_string(),
-        desired: desired.into(),
+        desired: desired(instance).into(),
         engine: engine(instance, member).to_owned(),
         databases: instance.databases,
         parameters: instance.parameters.clone().into_iter().collect(),
@@ -82,6 +78,26 @@ pub fn node(instance: &Instance, shard: &Shard, member: &Member) -> pb::NodeSpec
         may_exchange: exchange.is_some(),
         discard_data: exchange == Some(Exchange::Discard),
         may_recopy: is_spare(shard, member),
+    }
+}
+
+/// The specification of one proxy of an instance.
+#[must_use]
+pub fn proxy(instance: &Instance, placement: &Placement) -> pb::ProxySpec {
+    pb::ProxySpec {
+        proxy_id: placement.proxy.to_string(),
+        instance_id: instance.id.to_string(),
+        desired: desired(instance).into(),
+        workers: instance.workers_per_proxy,
+        program: placement.program.clone(),
+        generation: placement.generation,
+    }
+}
+
+fn desired(instance: &Instance) -> pb::Desired {
+    match instance.state {
+        InstanceState::Deleting => pb::Desired::Removed,
+        InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
     }
 }
 
@@ -201,6 +217,7 @@ mod tests {
             accounts: Vec::new(),
             durability: 0,
             maintenance_window: String::new(),
+            auto_upgrade: None,
             replace_after_s: crate::instance::REPLACE_AFTER_S,
         }
     }

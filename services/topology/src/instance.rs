@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     account::Account,
+    artifact::Level,
     id::{HostId, InstanceId, ProxyId},
 };
 
@@ -44,6 +45,57 @@ pub enum InstanceState {
     Deleting,
 }
 
+/// A proxy of an instance: where it runs, and which process it should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Placement {
+    /// Which proxy.
+    pub proxy: ProxyId,
+    /// On which host.
+    pub host: HostId,
+    /// Artifact that it should run; empty: the agent's own.
+    pub program: String,
+    /// Another one asks for another process, also of the same program.
+    pub generation: u64,
+    /// How many were given so far: going back takes an earlier one up again, going on never does.
+    pub generations: u64,
+}
+
+impl Placement {
+    /// A proxy that was not given a program yet.
+    #[must_use]
+    pub fn new(proxy: ProxyId, host: HostId) -> Self {
+        Self {
+            proxy,
+            host,
+            program: String::new(),
+            generation: 0,
+            generations: 0,
+        }
+    }
+
+    /// With a process of a program that it never had before.
+    #[must_use]
+    pub fn advanced(&self, program: &str) -> Self {
+        let generations = self.generations.max(self.generation) + 1;
+        Self {
+            program: program.to_owned(),
+            generation: generations,
+            generations,
+            ..self.clone()
+        }
+    }
+
+    /// With the process that it had.
+    #[must_use]
+    pub fn returned(&self, program: &str, generation: u64) -> Self {
+        Self {
+            program: program.to_owned(),
+            generation,
+            ..self.clone()
+        }
+    }
+}
+
 /// What a user created.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Instance {
@@ -67,8 +119,8 @@ pub struct Instance {
     pub password_sha256: Vec<u8>,
     /// Where it is in its life.
     pub state: InstanceState,
-    /// Which proxy runs where.
-    pub proxies: Vec<(ProxyId, HostId)>,
+    /// Which proxy runs where, and what.
+    pub proxies: Vec<Placement>,
     /// Worker threads of each proxy.
     pub workers_per_proxy: u32,
     /// When it was created.
@@ -86,6 +138,8 @@ pub struct Instance {
     pub durability: u32,
     /// `HH:MM-HH:MM` in UTC; empty: any time is one.
     pub maintenance_window: String,
+    /// From which level on patches of the engine are installed by themselves; `None`: never.
+    pub auto_upgrade: Option<Level>,
     /// A node whose host is gone for longer is replaced on another host; 0: never by itself.
     pub replace_after_s: u32,
 }

@@ -22,9 +22,9 @@ pub mod slot;
 pub mod wire;
 
 pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
-pub use instance::{Architecture, Instance, InstanceState};
+pub use instance::{Architecture, Instance, InstanceState, Placement};
 pub use shard::{
     DEPARTURES_MAX, Departure, Exchange, Failover, FenceProof, GONE_MAX, GoneNode, Handover,
-    Lineage, Member, Mode, NodeRole, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,
+    Lineage, Member, Mode, NodeRole, Older, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,
 };
 pub use slot::{SLOT_COUNT, Slot, SlotRange};

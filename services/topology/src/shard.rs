@@ -8,7 +8,7 @@ mod exchange;
 mod failover;
 mod membership;
 
-pub use exchange::Exchange;
+pub use exchange::{Exchange, Older};
 pub use failover::{DEPARTURES_MAX, Departure, Failover, FenceProof, Lineage};
 pub use membership::{GONE_MAX, GoneNode, PRIORITY, PRIORITY_MAX, Roster};
 
@@ -268,6 +268,7 @@ impl Shard {
             mode: Mode::Serving,
             ..self.clone()
         };
+        next.roster.older.retain(|o| o.node != new);
         for member in &mut next.members {
             if member.node == new {
                 member.role = NodeRole::Primary;

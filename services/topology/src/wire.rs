@@ -12,7 +12,7 @@ use crate::{
     account::Account,
     check::{self, CheckError},
     id::Epoch,
-    instance::{Architecture, Instance, InstanceState, REPLACE_AFTER_S},
+    instance::{Architecture, Instance, InstanceState, Placement, REPLACE_AFTER_S},
     shard::{Exchange, Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
     slot::SlotRange,
 };
@@ -192,6 +192,7 @@ pub fn shard_to(shard: &Shard) -> store::ShardRecord {
         gone_nodes: roster::gone_to(&shard.roster),
         nodes_made: shard.roster.made,
         newcomers: roster::newcomers_to(&shard.roster),
+        older: roster::older_to(&shard.roster),
         membership: shard.roster.membership,
     }
 }
@@ -224,11 +225,7 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         secret: record.secret.clone(),
         password_sha256: record.password_sha256.clone(),
         state,
-        proxies: record
-            .proxies
-            .iter()
-            .map(|p| (p.proxy_id.as_str().into(), p.host_id.as_str().into()))
-            .collect(),
+        proxies: record.proxies.iter().map(placement_from).collect(),
         workers_per_proxy: record.workers_per_proxy,
         created_unix_ms: record.created_unix_ms,
         parameters: record.parameters.clone().into_iter().collect(),
@@ -237,6 +234,7 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         durability: record.durability,
         replace_after_s: record.replace_after_s.unwrap_or(REPLACE_AFTER_S),
         maintenance_window: record.maintenance_window.clone(),
+        auto_upgrade: artifact::level_from(record.auto_upgrade()),
         accounts: record.accounts.iter().map(account_from).collect(),
     })
 }
@@ -256,14 +254,7 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         secret: instance.secret.clone(),
         password_sha256: instance.password_sha256.clone(),
         state: instance_state_to(instance.state).into(),
-        proxies: instance
-            .proxies
-            .iter()
-            .map(|(proxy, host)| store::ProxyPlacement {
-                proxy_id: proxy.to_string(),
-                host_id: host.to_string(),
-            })
-            .collect(),
+        proxies: instance.proxies.iter().map(placement_to).collect(),
         workers_per_proxy: instance.workers_per_proxy,
         created_unix_ms: instance.created_unix_ms,
         parameters: instance.parameters.clone().into_iter().collect(),
@@ -273,6 +264,30 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         durability: instance.durability,
         replace_after_s: Some(instance.replace_after_s),
         maintenance_window: instance.maintenance_window.clone(),
+        auto_upgrade: instance
+            .auto_upgrade
+            .map_or(store::ReleaseLevel::Unspecified, artifact::level_to)
+            .into(),
+    }
+}
+
+fn placement_from(record: &store::ProxyPlacement) -> Placement {
+    Placement {
+        proxy: record.proxy_id.as_str().into(),
+        host: record.host_id.as_str().into(),
+        program: record.program.clone(),
+        generation: record.generation,
+        generations: record.generations,
+    }
+}
+
+fn placement_to(placement: &Placement) -> store::ProxyPlacement {
+    store::ProxyPlacement {
+        proxy_id: placement.proxy.to_string(),
+        host_id: placement.host.to_string(),
+        program: placement.program.clone(),
+        generation: placement.generation,
+        generations: placement.generations,
     }
 }
 

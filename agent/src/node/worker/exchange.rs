@@ -21,7 +21,7 @@ use super::{Worker, lifecycle::OUTPUT};
 use crate::{
     control::ControlError,
     handover::driver::chain,
-    node::{Assigned, files::NodeDir},
+    node::{Assigned, files::NodeDir, is_behind},
     probe::Info,
     process::{Process, last_lines},
 };
@@ -61,7 +61,8 @@ pub(super) struct Exchange {
 }
 
 /// Whether the assignment gives a node's process free.
-fn is_free(assigned: &Assigned, journaled_epoch: u64) -> bool {
+#[must_use]
+pub fn is_free(assigned: &Assigned, journaled_epoch: u64) -> bool {
     let spec = &assigned.spec;
     spec.may_exchange
         && spec.role() == NodeRole::Replica
@@ -91,11 +92,17 @@ impl Worker {
         }
         let spec = &assigned.spec;
         let is_other = self.exchange.engine.as_deref() != Some(&spec.engine);
-        let epoch = self
-            .host
-            .journal
-            .read(|memory| memory.epoch(&spec.instance_id, &spec.shard_id));
-        if !is_other || !is_free(assigned, epoch) || !self.may_ask() {
+        let run_id = &self.run.run_id;
+        let (epoch, is_behind) = self.host.journal.read(|memory| {
+            let standing = memory.standing(&self.node_id);
+            (
+                memory.epoch(&spec.instance_id, &spec.shard_id),
+                is_behind(spec, run_id, standing),
+            )
+        });
+        // From a controller that is behind: the node may be in sync since.
+        let is_free = is_free(assigned, epoch) && !is_behind;
+        if !is_other || !is_free || !self.may_ask() {
             return false;
         }
         if !answers {

@@ -219,7 +219,7 @@ impl Worker {
             return response(StepOutcome::NoEffect, &chain(&error));
         }
         let origin = Instant::now();
-        let machine = HandOver::new(deadline - origin);
+        let machine = HandOver::new(deadline - origin).checking_target(order.check.is_some());
         let done = self
             .drive(request, order, machine, Event::Begin, origin, deadline)
             .await;

@@ -37,6 +37,15 @@ impl Driver {
             return Ok(Next::At(old.not_before_ms));
         }
         let instance = &old.instance;
+        let window = self.mirror.read(|s| {
+            let found = s.instances.get(instance);
+            found.map(|i| i.value.maintenance_window.clone())
+        });
+        let window = window.unwrap_or_default();
+        if let Some(next) = schedule::put_off(old, &window, now_ms, self.rests_ms) {
+            let words = next.message.clone();
+            return self.write_task(task, next, "", "PutOff", &words).await;
+        }
         let (shards, locks) = self
             .mirror
             .read(|s| (s.shards_of(instance), s.locks.clone()));

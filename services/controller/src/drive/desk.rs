@@ -11,7 +11,7 @@ use super::Driver;
 use crate::{
     agents::Agents,
     hub::Hub,
-    leader::{Candidate, Election, LEADER_TTL},
+    leader::{Candidate, Election, LEADER_TTL, Term},
     mirror::{Mirror, Versioned},
     store::{
         EmbeddedStore, Store, Txn, TxnOutcome,
@@ -19,13 +19,51 @@ use crate::{
     },
 };
 
+/// A leader over what is in a store.
+pub(super) struct Leading {
+    store: Arc<dyn Store>,
+    term: Term,
+    pub(super) mirror: Mirror,
+    pub(super) hub: Hub,
+    _stop: DropGuard,
+}
+
+impl Leading {
+    pub(super) async fn over(store: Arc<dyn Store>) -> Self {
+        let stop = CancellationToken::new();
+        let (mirror, _worker) = Mirror::start(store.clone(), stop.clone()).await.unwrap();
+        let candidate = Candidate {
+            controller_id: "c".into(),
+            address: "a:1".into(),
+            ttl: LEADER_TTL,
+        };
+        let election = Election::start(store.clone(), candidate, stop.clone());
+        let mut leadership = election.leadership();
+        let leading = leadership.wait_for(|l| l.term().is_some()).await.unwrap();
+        let term = leading.term().unwrap();
+        drop(leading);
+        Self {
+            store,
+            term,
+            mirror,
+            hub: Hub::default(),
+            _stop: stop.drop_guard(),
+        }
+    }
+
+    /// A driver that has just begun.
+    pub(super) fn driver(&self) -> Driver {
+        let (store, mirror) = (self.store.clone(), self.mirror.clone());
+        let (hub, agents) = (self.hub.clone(), Agents::default());
+        Driver::new(store, mirror, hub, agents, self.term, "c".to_owned())
+    }
+}
+
 /// A leader of one instance `r` with one shard `0`, and one task `t`.
 pub(super) struct Desk {
     pub(super) driver: Driver,
-    pub(super) hub: Hub,
-    mirror: Mirror,
+    pub(super) leading: Leading,
     session: u64,
-    _stop: DropGuard,
 }
 
 impl Desk {
@@ -53,52 +91,48 @@ impl Desk {
             .put(Key::Task { task: "t" }, keys::encode(task));
         let written = store.txn(txn).await.unwrap();
         assert!(matches!(written, TxnOutcome::Committed { .. }));
-        let stop = CancellationToken::new();
-        let (mirror, _worker) = Mirror::start(store.clone(), stop.clone()).await.unwrap();
-        let candidate = Candidate {
-            controller_id: "c".into(),
-            address: "a:1".into(),
-            ttl: LEADER_TTL,
-        };
-        let election = Election::start(store.clone(), candidate, stop.clone());
-        let mut leadership = election.leadership();
-        let leading = leadership.wait_for(|l| l.term().is_some()).await.unwrap();
-        let term = leading.term().unwrap();
-        drop(leading);
-        let hub = Hub::default();
-        let session = hub.host_opened(agent::Register {
+        let leading = Leading::over(store).await;
+        let session = leading.hub.host_opened(agent::Register {
             host_id: "h".into(),
             ..agent::Register::default()
         });
-        let (agents, who) = (Agents::default(), "c".to_owned());
-        let mut driver = Driver::new(store, mirror.clone(), hub.clone(), agents, term, who);
+        let mut driver = leading.driver();
         // It has led for long: nobody is given time to come back.
         driver.since_ms = 0;
         Self {
             driver,
-            hub,
-            mirror,
+            leading,
             session,
-            _stop: stop.drop_guard(),
         }
     }
 
     pub(super) fn report(&self, node: agent::NodeReport) {
+        self.report_all(vec![node]);
+    }
+
+    pub(super) fn report_all(&self, nodes: Vec<agent::NodeReport>) {
         let report = agent::HostReport {
-            nodes: vec![node],
+            nodes,
             ..agent::HostReport::default()
         };
-        assert!(self.hub.host_reported(&"h".into(), self.session, &report));
+        assert!(
+            self.leading
+                .hub
+                .host_reported(&"h".into(), self.session, &report)
+        );
     }
 
     pub(super) fn task(&self) -> Versioned<Task> {
         let id = TaskId::from("t");
-        self.mirror.read(|s| s.tasks.get(&id).cloned()).unwrap()
+        self.leading
+            .mirror
+            .read(|s| s.tasks.get(&id).cloned())
+            .unwrap()
     }
 
     pub(super) fn instance(&self) -> Option<Instance> {
         let id = InstanceId::from("r");
-        let found = self.mirror.read(|s| s.instances.get(&id).cloned());
+        let found = self.leading.mirror.read(|s| s.instances.get(&id).cloned());
         found.map(|i| i.value)
     }
 }

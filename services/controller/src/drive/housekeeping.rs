@@ -35,7 +35,7 @@ impl Driver {
             let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
             (
                 members.map(|m| m.node.clone()).collect(),
-                proxies.map(|(proxy, _)| proxy.clone()).collect(),
+                proxies.map(|p| p.proxy.clone()).collect(),
             )
         });
         self.hub.forget_others(&nodes, &proxies);
@@ -125,14 +125,9 @@ impl Driver {
 mod tests {
     use std::sync::Arc;
 
-    use tokio_util::sync::CancellationToken;
-
     use super::*;
     use crate::{
-        agents::Agents,
-        hub::Hub,
-        leader::{Candidate, Election, LEADER_TTL},
-        mirror::Mirror,
+        drive::desk::Leading,
         store::{EmbeddedStore, Store, Txn, TxnOutcome},
     };
 
@@ -159,34 +154,11 @@ mod tests {
             store.txn(txn).await,
             Ok(TxnOutcome::Committed { .. })
         ));
-        let stop = CancellationToken::new();
-        let (mirror, _worker) = Mirror::start(store.clone(), stop.clone()).await.unwrap();
-        let candidate = Candidate {
-            controller_id: "c".into(),
-            address: "a:1".into(),
-            ttl: LEADER_TTL,
-        };
-        let election = Election::start(store.clone(), candidate, stop.clone());
-        let mut leadership = election.leadership();
-        let term = leadership
-            .wait_for(|l| l.term().is_some())
-            .await
-            .unwrap()
-            .term()
-            .unwrap();
-        let driver = Driver::new(
-            store.clone(),
-            mirror,
-            Hub::default(),
-            Agents::default(),
-            term,
-            "c".into(),
-        );
+        let leading = Leading::over(store.clone()).await;
+        let driver = leading.driver();
         driver.forget_the_old().await.unwrap();
         let left = store.list(keys::IDEMPOTENCY).await.unwrap().items;
         assert_eq!(left.len(), 1);
         assert!(left[0].key.ends_with("/new"), "{left:?}");
-        stop.cancel();
-        election.join().await;
     }
 }

@@ -130,14 +130,9 @@ fn record(lost: &agent::LostWrites, host: &str) -> records::LostWritesRecord {
 mod tests {
     use std::sync::Arc;
 
-    use tokio_util::sync::CancellationToken;
-
     use super::*;
     use crate::{
-        agents::Agents,
-        hub::Hub,
-        leader::{Candidate, Election, LEADER_TTL},
-        mirror::Mirror,
+        drive::desk::Leading,
         store::{EmbeddedStore, Store},
     };
 
@@ -161,30 +156,8 @@ mod tests {
     #[tokio::test]
     async fn a_reported_file_is_recorded_once_and_forgotten_when_its_host_no_longer_keeps_it() {
         let store: Arc<dyn Store> = Arc::new(EmbeddedStore::in_memory());
-        let stop = CancellationToken::new();
-        let (mirror, _worker) = Mirror::start(store.clone(), stop.clone()).await.unwrap();
-        let candidate = Candidate {
-            controller_id: "c".into(),
-            address: "a:1".into(),
-            ttl: LEADER_TTL,
-        };
-        let election = Election::start(store.clone(), candidate, stop.clone());
-        let mut leadership = election.leadership();
-        let leads = leadership.wait_for(|l| l.term().is_some()).await.unwrap();
-        let term = leads.term().unwrap();
-        drop(leads);
-        let hub = Hub::default();
-        let driver = || {
-            let agents = Agents::default();
-            Driver::new(
-                store.clone(),
-                mirror.clone(),
-                hub.clone(),
-                agents,
-                term,
-                "c".into(),
-            )
-        };
+        let leading = Leading::over(store.clone()).await;
+        let hub = &leading.hub;
         let host = "h-1".into();
         let register = agent::Register {
             host_id: "h-1".into(),
@@ -192,21 +165,19 @@ mod tests {
         };
         let session = hub.host_opened(register);
         hub.host_reported(&host, session, &report(&["f.resp"]));
-        let mut first = driver();
+        let mut first = leading.driver();
         first.record_lost_writes().await.unwrap();
         let listed = store.list(keys::LOST).await.unwrap().items;
         assert_eq!(listed.len(), 1);
         let record: records::LostWritesRecord = keys::decode(&listed[0]).unwrap();
         assert_eq!((record.commands, record.host_id.as_str()), (7, "h-1"));
         // The next leader finds it written.
-        let mut second = driver();
+        let mut second = leading.driver();
         second.record_lost_writes().await.unwrap();
         second.forget_lost_writes().await.unwrap();
         assert_eq!(store.list(keys::LOST).await.unwrap().items, listed);
         hub.host_reported(&host, session, &report(&[]));
         second.forget_lost_writes().await.unwrap();
         assert!(store.list(keys::LOST).await.unwrap().items.is_empty());
-        stop.cancel();
-        election.join().await;
     }
 }

@@ -35,7 +35,7 @@ pub(crate) fn candidates(state: &State, fleet: &Fleet) -> Vec<Candidate> {
     let members = state.shards.values().flat_map(|s| &s.value.members);
     let nodes = members.map(|m| &m.host);
     let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
-    for host in nodes.chain(proxies.map(|(_, host)| host)) {
+    for host in nodes.chain(proxies.map(|p| &p.host)) {
         *load.entry(host.clone()).or_default() += 1;
     }
     // One that has just opened its first session has none yet; only one that had it has lost it.

@@ -8,9 +8,7 @@ use std::time::{Duration, Instant};
 
 use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
-    Phase, ShardSwitch, State as TaskState, Task,
-    schedule::Window,
-    step,
+    Phase, ShardSwitch, State as TaskState, Task, schedule, step,
     switchover::StepStatus,
     upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, View, Write},
 };
@@ -89,7 +87,13 @@ impl Driver {
         };
         let stage = self.steps.get(&key).cloned().unwrap_or_default();
         let now_ms = clock::now_ms();
-        let opens_ms = opens_ms(upgrade, &instance.value, now_ms);
+        let window = &instance.value.maintenance_window;
+        let opens_ms = match upgrade.in_window {
+            // Nobody has asked for it at any time.
+            true if upgrade.automatic && window.is_empty() => Some(u64::MAX),
+            true => schedule::opens_ms(window, now_ms, self.rests_ms),
+            false => None,
+        };
         let (decision, write) = self.hub.read(|fleet| {
             let view = View {
                 task: &task.value,
@@ -330,15 +334,6 @@ impl Trial {
             Err(status) => Err(status.message().to_owned()),
         }
     }
-}
-
-/// When the window opens next; `None`: it is open, or nobody waits for it.
-fn opens_ms(upgrade: &Upgrade, instance: &Instance, now_ms: u64) -> Option<u64> {
-    if !upgrade.in_window || instance.maintenance_window.is_empty() {
-        return None;
-    }
-    let window = Window::read(&instance.maintenance_window).ok()?;
-    Some(window.next_ms(now_ms)).filter(|at_ms| *at_ms > now_ms)
 }
 
 /// Another shard's switch is in its hold, or goes first: one at a time keeps each hold short.

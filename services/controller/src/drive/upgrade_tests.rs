@@ -76,6 +76,7 @@ async fn a_shard_whose_turn_has_come_is_taken_and_its_replica_is_named_first() {
         state: agent::ProcessState::Running.into(),
         run_id: "run-b2".into(),
         engine: Some(NEW.into()),
+        assigned_membership: 1,
         ..agent::NodeReport::default()
     });
     let (_, members) = act(&mut desk).await;

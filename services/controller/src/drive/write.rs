@@ -163,6 +163,7 @@ impl Driver {
                 Spec::Failover(_) => "Failover",
                 Spec::Replace(_) => "Replace",
                 Spec::Upgrade(_) => "Upgrade",
+                Spec::Proxies(_) => "Proxies",
             },
             task: task.id.as_str(),
             trace: &task.trace_id,

@@ -4,7 +4,7 @@ use slotmesh_proto::agent::v1::{
     self as pb, control_service_server::ControlService, session_request, session_response,
 };
 use slotmesh_task::admit::RefusalKind;
-use slotmesh_topology::{Epoch, HostId, InstanceId, InstanceState, ShardId, assignment};
+use slotmesh_topology::{Epoch, HostId, InstanceId, ShardId, assignment};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -128,17 +128,8 @@ fn assignment_of(host: &HostId, state: &State) -> pb::Assignment {
     }
     let mut proxies = Vec::new();
     for instance in state.instances.values().map(|i| &i.value) {
-        let desired = match instance.state {
-            InstanceState::Deleting => pb::Desired::Removed,
-            InstanceState::Creating | InstanceState::Running => pb::Desired::Running,
-        };
-        let here = instance.proxies.iter().filter(|(_, h)| h == host);
-        proxies.extend(here.map(|(proxy, _)| pb::ProxySpec {
-            proxy_id: proxy.to_string(),
-            instance_id: instance.id.to_string(),
-            desired: desired.into(),
-            workers: instance.workers_per_proxy,
-        }));
+        let here = instance.proxies.iter().filter(|p| p.host == *host);
+        proxies.extend(here.map(|p| assignment::proxy(instance, p)));
     }
     pb::Assignment {
         revision: state.revision,

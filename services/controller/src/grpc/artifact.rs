@@ -3,11 +3,13 @@
 //! Invariant: a name stands for one program for as long as it is listed. It can be added again only
 //! as it is, or after it was removed; and it is not removed while an instance is made of it.
 
+use std::collections::BTreeSet;
+
 use prost::Message as _;
 use slotmesh_proto::artifact::v1::{self as api, artifact_service_server::ArtifactService};
 use slotmesh_task::{Spec, Task, admit::RefusalKind};
 use slotmesh_topology::{
-    Shard,
+    Instance, ProxyId, Shard,
     artifact::{self, Artifact},
     wire,
 };
@@ -18,11 +20,31 @@ use super::{Context, refuse, store_failed, token::Token};
 use crate::{
     clock,
     leader::LeaderOutcome,
-    store::keys::{self, Key},
+    store::{
+        Store, StoreError,
+        keys::{self, Key},
+    },
 };
 
 /// Programs that are listed: a listing is one message, and hosts read it every minute.
 pub const ARTIFACTS_MAX: usize = 1_000;
+
+/// The whole catalogue, the newest of each product first.
+///
+/// # Errors
+/// When the store does not answer, or has a record that this release can't read.
+pub(crate) async fn listed(store: &dyn Store) -> Result<Vec<Artifact>, StoreError> {
+    let mut found = Vec::new();
+    for item in store.list(keys::ARTIFACTS).await?.items {
+        let artifact = wire::artifact::from_record(keys::decode(&item)?);
+        found.push(artifact.map_err(|error| StoreError::Corrupt {
+            reason: format!("{}: {error}", item.key),
+            source: None,
+        })?);
+    }
+    found.sort_by_key(|a| (a.product, std::cmp::Reverse(a.version)));
+    Ok(found)
+}
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -50,32 +72,46 @@ impl Artifacts {
     }
 
     pub(super) async fn list(&self) -> Result<Vec<Artifact>, Status> {
-        let listed = self.context.store.list(keys::ARTIFACTS).await;
-        let mut found = Vec::new();
-        for item in listed.map_err(|e| store_failed(&e))?.items {
-            let record = keys::decode(&item).map_err(|e| store_failed(&e))?;
-            let artifact = wire::artifact::from_record(record);
-            found.push(artifact.map_err(|e| Status::internal(e.to_string()))?);
-        }
-        found.sort_by_key(|a| (a.product, std::cmp::Reverse(a.version)));
-        Ok(found)
+        let listed = listed(&*self.context.store).await;
+        listed.map_err(|e| store_failed(&e))
     }
 
     /// An instance whose nodes are made of it.
     fn user(&self, name: &str) -> Option<String> {
+        let running = self.proxies_that_run(name);
         self.context.mirror.read(|state| {
             let mut instances = state.instances.values().map(|i| &i.value);
-            let of_instance = instances.find(|i| i.engine == name).map(|i| &i.id);
+            let is_made_of_it = |i: &Instance| {
+                let mut proxies = i.proxies.iter();
+                i.engine == name || proxies.any(|p| p.program == name || running.contains(&p.proxy))
+            };
+            let of_instance = instances.find(|i| is_made_of_it(i)).map(|i| &i.id);
             let runs_it = |s: &Shard| s.members.iter().any(|m| m.engine == name);
             let mut shards = state.shards.values().map(|s| &s.value);
             let of_node = shards.find(|s| runs_it(s)).map(|s| &s.instance);
             let goes_there = |t: &&Task| match &t.spec {
                 Spec::Upgrade(u) => u.engine == name && (!t.state.is_ended() || t.is_parked()),
+                Spec::Proxies(p) => {
+                    let goes_back = p.proxies.iter().any(|p| p.from_program == name);
+                    (p.program == name || goes_back) && (!t.state.is_ended() || t.is_parked())
+                }
                 _ => false,
             };
             let mut tasks = state.tasks.values().map(|t| &t.value);
             let of_task = tasks.find(goes_there).map(|t| &t.instance);
             of_instance.or(of_node).or(of_task).map(ToString::to_string)
+        })
+    }
+
+    /// Proxies with a process that was started from it, one that serves or one that may again.
+    fn proxies_that_run(&self, name: &str) -> BTreeSet<ProxyId> {
+        let is_it = |program: &Option<String>| program.as_deref() == Some(name);
+        self.context.hub.read(|fleet| {
+            let processes = fleet.proxy_processes.iter();
+            processes
+                .filter(|(_, p)| is_it(&p.program) || is_it(&p.spare))
+                .map(|(proxy, _)| proxy.clone())
+                .collect()
         })
     }
 

@@ -1,5 +1,7 @@
 //! `InstanceService`: admits what users ask for, all or nothing, in one transaction each.
 
+pub(super) mod again;
+mod auto_upgrade;
 mod change;
 mod describe;
 mod disks;
@@ -7,6 +9,7 @@ mod durability;
 mod failover;
 mod node;
 mod plan;
+mod proxies;
 pub(super) mod schedule;
 mod upgrade;
 mod version;
@@ -173,6 +176,31 @@ impl InstanceService for Instances {
         Ok(Response::new(
             self.admit_upgrade(request.into_inner()).await?,
         ))
+    }
+
+    async fn upgrade_proxy(
+        &self,
+        request: Request<api::UpgradeProxyRequest>,
+    ) -> Result<Response<api::UpgradeProxyResponse>, Status> {
+        let (task_id, plan) = self.admit_proxy_upgrade(request.into_inner()).await?;
+        Ok(Response::new(api::UpgradeProxyResponse { task_id, plan }))
+    }
+
+    async fn restart_proxy(
+        &self,
+        request: Request<api::RestartProxyRequest>,
+    ) -> Result<Response<api::RestartProxyResponse>, Status> {
+        let (task_id, plan) = self.admit_proxy_restart(request.into_inner()).await?;
+        Ok(Response::new(api::RestartProxyResponse { task_id, plan }))
+    }
+
+    async fn modify_instance_auto_upgrade(
+        &self,
+        request: Request<api::ModifyInstanceAutoUpgradeRequest>,
+    ) -> Result<Response<api::ModifyInstanceAutoUpgradeResponse>, Status> {
+        let revision = self.change_auto_upgrade(request.into_inner()).await?;
+        let answer = api::ModifyInstanceAutoUpgradeResponse { revision };
+        Ok(Response::new(answer))
     }
 
     async fn create_instance(
@@ -372,6 +400,10 @@ impl InstanceService for Instances {
             let not_before_ms = schedule::not_before(request.schedule.as_ref(), &instance)?;
             let (txn, task) =
                 self.switchover_txn(term, (&instance, revision), &targets, not_before_ms)?;
+            let task = Task {
+                in_window: schedule::is_window(request.schedule.as_ref()),
+                ..task
+            };
             if let Some(done) = self.admit(txn, &task, &token, "").await? {
                 let task_id = done.task.to_string();
                 return Ok(Response::new(api::SwitchOverResponse { task_id }));
@@ -421,6 +453,7 @@ fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
         event_count: 0,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: trace::current(),
         copied: slotmesh_task::Copied::default(),

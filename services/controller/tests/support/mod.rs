@@ -185,6 +185,7 @@ async fn controller(
         store: StoreChoice::Embedded,
         data: data.path().to_owned(),
         etcd: slotmesh_controller::settings::EtcdAccess::default(),
+        auto_upgrades: 1,
     };
     let app = App::bind(settings).await.unwrap();
     let (address, stop) = (app.address().to_owned(), stop.clone());
@@ -243,14 +244,34 @@ async fn agent_session(
     }
 }
 
+/// A program that no fake agent can hand a proxy over to.
+pub(crate) const BROKEN: &str = "proxy-6.6.6";
+
+/// A proxy is at once what it should be, by a process with the number that the fake proxy has.
 fn proxy_report(spec: &agent::ProxySpec) -> agent::ProxyReport {
     let state = match spec.desired() {
         agent::Desired::Removed => agent::ProcessState::Removed,
         _ => agent::ProcessState::Running,
     };
+    let (serves, handover) = match spec.program.as_str() {
+        BROKEN => ((String::new(), 0), agent::HandoverState::Failed),
+        program => (
+            (program.to_owned(), spec.generation),
+            agent::HandoverState::Done,
+        ),
+    };
     agent::ProxyReport {
         proxy_id: spec.proxy_id.clone(),
         state: state.into(),
+        program: Some(serves.0),
+        generation: serves.1,
+        handover: Some(agent::ProxyHandover {
+            program: spec.program.clone(),
+            generation: spec.generation,
+            state: handover.into(),
+            why: "its sum is another one".into(),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

@@ -3,11 +3,11 @@
 //!
 //! Invariant: record and phase change together, so that a successor finds them in step.
 
-use slotmesh_topology::{Shard, ShardId, TaskId, TransitionError};
+use slotmesh_topology::{Lineage, Older, Shard, ShardId, TaskId, TransitionError};
 
 use super::{Decision, TRY_MS_MAX, View, is_parked};
 use crate::{
-    detect::Loss,
+    detect::{self, Loss},
     spec::{FailoverPhase, Phase, ShardFailover, Spec, State, Task},
 };
 
@@ -67,6 +67,7 @@ pub fn declare(
         event_count: 0,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: String::new(),
         copied: crate::spec::Copied::default(),
@@ -136,6 +137,35 @@ pub fn with_phase(task: &Task, phase: FailoverPhase, message: &str, now_ms: u64)
     next
 }
 
+/// The record with the chosen node as the primary. In the middle of an upgrade the others may have another
+/// engine: what they refuse of the new primary from here on only their own counters say.
+fn promoted(
+    view: View<'_>,
+    run_id: &str,
+    lineage: Option<Lineage>,
+) -> Result<Shard, TransitionError> {
+    let mut next = view.shard.promoted(&view.task.id, run_id, lineage)?;
+    let engine = next.primary_member().map(|m| m.engine.clone());
+    let members = next.members.clone();
+    for member in members
+        .iter()
+        .filter(|m| Some(&m.engine) != engine.as_ref())
+    {
+        if next.older(&member.node).is_some() {
+            continue;
+        }
+        let seen = detect::alive(member, view.scene);
+        let refused = seen.and_then(|n| n.unexpected_errors);
+        next = next.is_older(Older {
+            node: member.node.clone(),
+            // Of one that does not say what it has refused before nobody will know what it refuses.
+            run_id: refused.map_or_else(String::new, |_| member.run_id.clone()),
+            refused: refused.unwrap_or_default(),
+        })?;
+    }
+    Ok(next)
+}
+
 /// What a decision writes; `None` for one that writes nothing.
 ///
 /// # Errors
@@ -175,7 +205,7 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
         },
         Decision::Commit { run_id, lineage } => Write {
             task: phased(FailoverPhase::Settle, ""),
-            shard: Some(view.shard.promoted(id, run_id, lineage.clone())?),
+            shard: Some(promoted(view, run_id, lineage.clone())?),
             event: "Commit",
             message: "the new primary has the epoch".into(),
         },

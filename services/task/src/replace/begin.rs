@@ -106,6 +106,7 @@ pub fn plan(
         event_count: 0,
         cancel_requested: false,
         not_before_ms: 0,
+        in_window: false,
         choice: None,
         trace_id: String::new(),
         copied: crate::spec::Copied::default(),

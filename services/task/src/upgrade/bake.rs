@@ -4,13 +4,14 @@
 //! the very process of the new one, without a full copy and without refusing a command. What is not
 //! known counts against it.
 
-use slotmesh_topology::{Member, NodeId};
+use slotmesh_topology::{Member, NodeId, Older};
 
 use super::{Decision, Rollback, View, given_up, wait};
-use crate::detect;
+use crate::{detect, switchover::REPORT_AGE_MS_MAX};
 
-/// After the switch the old primary may take so long to be seen in sync. Later, when it is not, the way
-/// back is closed: what it lacks may not be had from the stream any more.
+/// For so long the old primary may not be in sync, after the switch or later: a link that breaks comes
+/// back in less, and then it goes on in the stream, or the new one has to serve a copy in full, which is
+/// seen. After it the way back is closed: a bake is no time to wait for a node that may not come back.
 pub const FOLLOW_MS_MAX: u64 = 10_000;
 /// A proxy that has had trouble with the new primary for so long is a reason to go back.
 pub const TROUBLE_MS_MAX: u64 = 5_000;
@@ -36,7 +37,48 @@ pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
         new_run_id: target.run_id.clone(),
         new_sync_full: new_seen.map_or(0, |n| n.sync_full),
         diverged: false,
+        doubt: String::new(),
+        behind_since_ms: 0,
     }
+}
+
+/// The same for the shard's record, where everybody looks who may make the old primary a primary again.
+pub(super) fn older(rollback: &Rollback) -> Older {
+    Older {
+        node: rollback.old.clone(),
+        // What it has refused before is not known: nor is what it will.
+        run_id: match rollback.open {
+            true => rollback.old_run_id.clone(),
+            false => String::new(),
+        },
+        refused: rollback.old_unexpected_errors,
+    }
+}
+
+/// An open way back that is not known to be open at this moment, or is known again.
+pub(super) fn doubt(view: &View<'_>) -> Option<Decision> {
+    let rollback = view.part.rollback.as_ref().filter(|r| r.open)?;
+    let (old, new, now_ms) = (&rollback.old, &rollback.new, view.scene.now_ms);
+    let follows = view.shard.primary != *new || view.shard.member(old).is_some_and(|m| m.in_sync);
+    let behind_since_ms = match (follows, rollback.behind_since_ms) {
+        (true, _) => 0,
+        (false, 0) => now_ms,
+        (false, since_ms) => since_ms,
+    };
+    let is_silent = |node: &&NodeId| {
+        let seen = view.scene.fleet.node(node);
+        seen.is_none_or(|n| n.seen_ms + REPORT_AGE_MS_MAX < now_ms)
+    };
+    let doubt = match ([old, new].into_iter().find(is_silent), follows) {
+        (Some(silent), _) => format!("nothing was heard of {silent} lately"),
+        (None, false) => format!("{old} does not follow {new} at the moment"),
+        (None, true) => String::new(),
+    };
+    let is_new = doubt != rollback.doubt || behind_since_ms != rollback.behind_since_ms;
+    is_new.then_some(Decision::Doubt {
+        doubt,
+        behind_since_ms,
+    })
 }
 
 /// What closes the way back now, if anything does.
@@ -70,7 +112,12 @@ pub(super) fn closing(view: &View<'_>) -> Option<Decision> {
             return close(why, true);
         }
     }
-    let is_late = view.scene.now_ms >= view.part.phase_since_ms + FOLLOW_MS_MAX;
+    if view.shard.primary == *new && view.shard.older(old).is_none() {
+        let why = format!("nobody has written down what {old} had refused before");
+        return close(why, true);
+    }
+    let behind_since_ms = rollback.behind_since_ms;
+    let is_late = behind_since_ms > 0 && view.scene.now_ms >= behind_since_ms + FOLLOW_MS_MAX;
     if view.shard.primary == *new && !member.in_sync && is_late {
         return close(format!("{old} does not follow {new}"), true);
     }
@@ -102,6 +149,9 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
             why: rollback.why.clone(),
             diverged: rollback.diverged,
         };
+    }
+    if let Some(doubt) = doubt(view) {
+        return doubt;
     }
     if let Some(back) = view.goes_back() {
         return back;

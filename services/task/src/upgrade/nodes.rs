@@ -86,7 +86,20 @@ fn exchange(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) 
     }
     let wanted = assigned(view, member);
     let seen = view.scene.fleet.node(node);
-    if seen.is_some_and(|n| runs(n, wanted)) {
+    // Its old process goes on until it has ended, and may still refuse something.
+    let older = view.shard.older(node);
+    let is_it = |n: &&NodeView| older.is_some_and(|o| o.run_id == n.run_id);
+    let refused = |n: &NodeView| !detect::is_sound(view.shard, member, n);
+    if member.exchange == Some(Exchange::Keep) && seen.filter(is_it).is_some_and(refused) {
+        return Converged::Act(Decision::Exchange {
+            node: node.clone(),
+            engine: engine.to_owned(),
+            data: Exchange::Discard,
+        });
+    }
+    // A process that was asked to end for an earlier word of the record may look as if it stayed.
+    let is_told = |n: &NodeView| n.assigned_membership >= view.shard.roster.membership;
+    if seen.is_some_and(|n| is_told(n) && runs(n, wanted)) {
         return Converged::Act(Decision::Exchanged(node.clone()));
     }
     let trouble = seen.and_then(|n| n.trouble.as_ref());
@@ -161,10 +174,32 @@ fn is_left_behind(view: &View<'_>, member: &Member, engine: &str) -> bool {
         && !files_are_alike(view, &member.node)
 }
 
+/// It has the old engine still, behind a primary that has the new one: it may have refused something.
+fn follows_newer(view: &View<'_>, member: &Member, engine: &str) -> bool {
+    let is_old = full(view, &member.engine) != engine || member.exchange.is_some();
+    engine == view.upgrade.engine && is_old && view.primary_is_upgraded()
+}
+
+/// Whether it has refused nothing; `None`: it is not heard. Of one that the record does not know as
+/// older, nobody has counted.
+fn is_sound(view: &View<'_>, member: &Member) -> Option<bool> {
+    if view.shard.older(&member.node).is_none() {
+        return Some(false);
+    }
+    let seen = detect::alive(member, view.scene)?;
+    Some(detect::is_sound(view.shard, member, seen))
+}
+
 /// The next one: from here on nobody counts on it.
 fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> Converged {
     let node = &member.node;
-    let data = match is_left_behind(view, member, engine) {
+    let follows_newer = follows_newer(view, member, engine);
+    let differs = match follows_newer.then(|| is_sound(view, member)) {
+        Some(None) => return patience(view, format!("{node} to be heard before its turn")),
+        Some(Some(is_sound)) => !is_sound,
+        None => false,
+    };
+    let data = match differs || is_left_behind(view, member, engine) {
         true => Exchange::Discard,
         false => data,
     };
@@ -172,7 +207,8 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
         return patience(view, format!("{node} to be in sync before its turn"));
     }
     // One whose data is not to be trusted is not counted on for a moment longer.
-    let is_bad = data == Exchange::Discard && view.part.phase == UpgradePhase::Finalize;
+    let is_bad =
+        data == Exchange::Discard && (differs || view.part.phase == UpgradePhase::Finalize);
     if is_bad && !follows(view, member) {
         return patience(
             view,

@@ -22,6 +22,8 @@ use crate::{
 pub const PARALLEL_MAX: u32 = 50;
 /// A longer bake is a decision, not a wait.
 pub const BAKE_MS_MAX: u64 = 7 * 24 * 60 * 60 * 1_000;
+/// A task's deadline: its phases have their own, and a bake takes days.
+pub const TASK_MS_MAX: u64 = 60 * 24 * 60 * 60 * 1_000;
 /// What is not said: a minute in which errors show.
 pub const BAKE_MS: u64 = 60_000;
 
@@ -44,6 +46,8 @@ pub struct Options {
     pub in_window: bool,
     /// Also where writes have to wait for a node that restarts.
     pub allow_downtime: bool,
+    /// Nobody asks for it but the instance's setting.
+    pub automatic: bool,
 }
 
 /// What would be done.
@@ -110,6 +114,8 @@ pub fn plan(
         preserve_roles: options.preserve_roles,
         in_window: options.in_window,
         paused: false,
+        automatic: options.automatic,
+        allow_downtime: options.allow_downtime,
         shards: parts,
     };
     Ok(Planned {

@@ -23,6 +23,7 @@ fn options(to: &str) -> Options {
         preserve_roles: false,
         in_window: false,
         allow_downtime: false,
+        automatic: false,
     }
 }
 

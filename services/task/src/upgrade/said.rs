@@ -81,7 +81,8 @@ pub fn retried(mut task: Task, now_ms: u64) -> Task {
             if is_over {
                 (part.switch, part.rollback) = (None, None);
                 (part.why_back, part.on_request) = (None, false);
-                part.nodes.iter_mut().for_each(|n| n.staged = false);
+                // What they run now is noted when their hosts have tried the engine.
+                part.nodes.clear();
             }
             part.phase = phase;
             part.phase_since_ms = now_ms.max(part.phase_since_ms + 1);

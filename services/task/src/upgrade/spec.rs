@@ -27,6 +27,10 @@ pub struct Upgrade {
     pub in_window: bool,
     /// No further shard begins.
     pub paused: bool,
+    /// Nobody asked for it but the instance's setting.
+    pub automatic: bool,
+    /// Agreed to: writes may wait for a node that restarts.
+    pub allow_downtime: bool,
     /// In their order.
     pub shards: Vec<ShardUpgrade>,
 }
@@ -96,6 +100,10 @@ pub struct Rollback {
     pub new_sync_full: u64,
     /// What the old primary has is not what the new one has: it copies anew.
     pub diverged: bool,
+    /// Of an open one: why it is not known to be open at this moment; empty: it is.
+    pub doubt: String,
+    /// Since when the old primary has not been in sync; 0: it is.
+    pub behind_since_ms: u64,
 }
 
 /// Phases of one shard's upgrade.
@@ -226,6 +234,18 @@ impl Upgrade {
         let done = self.shards.iter().map(|s| s.phase.steps_done()).sum();
         let all = self.shards.iter().map(|_| UpgradePhase::STEPS).sum();
         (done, all)
+    }
+}
+
+impl Rollback {
+    /// Its state as users see it, and why it is not open.
+    #[must_use]
+    pub fn shown(&self) -> (&'static str, &str) {
+        match (self.open, self.doubt.as_str()) {
+            (true, "") => ("Open", ""),
+            (true, doubt) => ("Unknown", doubt),
+            (false, _) => ("Closed", &self.why),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
 pub(super) const NEW: &str = "redis-8.2.3";
 pub(super) const BAKE_MS: u64 = 60_000;
 
-pub(super) fn instance() -> Instance {
+pub(crate) fn instance() -> Instance {
     Instance {
         id: "r".into(),
         name: "r".into(),
@@ -35,8 +35,14 @@ pub(super) fn instance() -> Instance {
         accounts: Vec::new(),
         durability: 0,
         maintenance_window: String::new(),
+        auto_upgrade: None,
         replace_after_s: REPLACE_AFTER_S,
     }
+}
+
+/// A task of such an upgrade.
+pub(crate) fn task() -> Task {
+    Story::new(&options()).task
 }
 
 pub(super) fn options() -> Options {
@@ -49,6 +55,7 @@ pub(super) fn options() -> Options {
         preserve_roles: false,
         in_window: false,
         allow_downtime: false,
+        automatic: false,
     }
 }
 
@@ -90,6 +97,7 @@ impl Story {
             event_count: 0,
             cancel_requested: false,
             not_before_ms: 0,
+            in_window: false,
             choice: None,
             trace_id: String::new(),
             copied: Copied::default(),
@@ -213,6 +221,7 @@ impl Story {
         for member in &shard.members {
             let spec = assignment::node(&self.instance, &shard, member);
             let seen = self.stage.node(member.node.as_str());
+            seen.assigned_membership = spec.membership;
             if spec.may_exchange && seen.engine.as_ref() != Some(&spec.engine) {
                 assert!(!member.in_sync && member.node != shard.primary);
                 seen.run_id.push('+');
@@ -245,6 +254,18 @@ impl Story {
             }
         }
         panic!("not in {phase:?}: {:?}, {:?}", self.part(), self.decide());
+    }
+
+    /// Until the record says that the node is to run what it ran before, while its agent says nothing.
+    pub(super) fn run_until_undone(&mut self, node: &str) {
+        for _ in 0..10 {
+            let member = self.stage.member(node);
+            if member.exchange.is_some() && member.engine.is_empty() {
+                return;
+            }
+            assert!(self.act(), "{:?}", self.decide());
+        }
+        panic!("not undone: {:?}", self.part());
     }
 
     pub(super) fn engines(&self) -> Vec<String> {

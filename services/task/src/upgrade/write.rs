@@ -5,7 +5,7 @@
 
 use slotmesh_topology::{Exchange, Mode, Shard, ShardId, TransitionError};
 
-use super::{Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, fleet, nodes};
+use super::{Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, bake, fleet, nodes};
 use crate::spec::{Phase, Spec, State, Task};
 
 /// What becomes of the shard's lock.
@@ -138,7 +138,25 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 part.switch = Some((**switch).clone());
                 part.rollback = rollback.clone().or(part.rollback.take());
             });
-            written(task, None, Lock::Keep, "Plan", message)
+            let older = rollback.as_ref().map(bake::older);
+            let next = older.map(|o| view.shard.is_older(o)).transpose()?;
+            written(task, next, Lock::Keep, "Plan", message)
+        }
+        Decision::Doubt {
+            doubt,
+            behind_since_ms,
+        } => {
+            let message = match doubt.as_str() {
+                "" => "the way back is open".to_owned(),
+                doubt => format!("the way back: {doubt}"),
+            };
+            let task = with(&view, &view.part.message, |part| {
+                if let Some(rollback) = &mut part.rollback {
+                    doubt.clone_into(&mut rollback.doubt);
+                    rollback.behind_since_ms = *behind_since_ms;
+                }
+            });
+            written(task, None, Lock::Keep, "Rollback", message)
         }
         Decision::Close { why, diverged } => close(&view, why, *diverged),
         Decision::TurnBack { why, on_request } => turn_back(&view, why, *on_request),
@@ -160,13 +178,11 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 true => Lock::Keep,
                 false => Lock::Free,
             };
-            written(
-                phased(*phase, message),
-                None,
-                lock,
-                phase.name(),
-                message.clone(),
-            )
+            // Nobody follows a newer engine any more.
+            let is_told = !view.part.phase.is_before() && !view.shard.roster.older.is_empty();
+            let next = is_told.then(|| view.shard.none_older());
+            let task = phased(*phase, message);
+            written(task, next, lock, phase.name(), message.clone())
         }
         Decision::Park(why) => {
             let words = format!("{why}; when that is mended, retry");

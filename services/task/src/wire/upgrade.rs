@@ -16,6 +16,8 @@ pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
         preserve_roles: record.preserve_roles,
         in_window: record.in_window,
         paused: record.paused,
+        automatic: record.automatic,
+        allow_downtime: record.allow_downtime,
         shards: record
             .shards
             .iter()
@@ -35,6 +37,8 @@ pub(super) fn to(upgrade: &Upgrade) -> store::UpgradeSpec {
         preserve_roles: upgrade.preserve_roles,
         in_window: upgrade.in_window,
         paused: upgrade.paused,
+        automatic: upgrade.automatic,
+        allow_downtime: upgrade.allow_downtime,
         shards: upgrade.shards.iter().map(shard_to).collect(),
     }
 }
@@ -111,6 +115,8 @@ fn rollback_from(record: &store::RollbackRecord) -> Rollback {
         new_run_id: record.new_run_id.clone(),
         new_sync_full: record.new_sync_full,
         diverged: record.diverged,
+        doubt: record.doubt.clone(),
+        behind_since_ms: record.behind_since_unix_ms,
     }
 }
 
@@ -125,6 +131,8 @@ fn rollback_to(rollback: &Rollback) -> store::RollbackRecord {
         new_run_id: rollback.new_run_id.clone(),
         new_sync_full: rollback.new_sync_full,
         diverged: rollback.diverged,
+        doubt: rollback.doubt.clone(),
+        behind_since_unix_ms: rollback.behind_since_ms,
     }
 }
 
@@ -165,11 +173,7 @@ fn phase_to(phase: UpgradePhase) -> store::UpgradePhase {
 
 #[allow(clippy::cast_precision_loss)] // Milliseconds for people; 2^52 µs is 142 years.
 pub(super) fn progress(part: &ShardUpgrade) -> api::ShardProgress {
-    let state = |rollback: &Rollback| match rollback.open {
-        true => "Open",
-        false => "Closed",
-    };
-    let rollback = part.rollback.as_ref();
+    let (rollback, why) = part.rollback.as_ref().map_or(("", ""), Rollback::shown);
     let switch = part.switch.as_ref();
     api::ShardProgress {
         shard_id: part.shard.to_string(),
@@ -179,8 +183,8 @@ pub(super) fn progress(part: &ShardUpgrade) -> api::ShardProgress {
         message: part.message.clone(),
         hold_ms: part.hold_us as f64 / 1000.0,
         critical_ms: switch.map_or(0.0, |s| s.critical_us as f64 / 1000.0),
-        rollback: rollback.map_or("", state).to_owned(),
-        rollback_why: rollback.map(|r| r.why.clone()).unwrap_or_default(),
+        rollback: rollback.to_owned(),
+        rollback_why: why.to_owned(),
         staged_nodes: u32::try_from(part.nodes.iter().filter(|n| n.staged).count()).unwrap_or(0),
         nodes: u32::try_from(part.nodes.len()).unwrap_or(0),
     }

@@ -15,6 +15,27 @@ pub enum Exchange {
     Discard,
 }
 
+/// A member that follows a primary of a newer engine: what that one writes it may refuse, and nobody
+/// but its own counter says so.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Older {
+    /// Which.
+    pub node: NodeId,
+    /// Its process.
+    pub run_id: String,
+    /// Replicated commands that it had refused before.
+    pub refused: u64,
+}
+
+impl Older {
+    /// Whether a process with this run id, which has refused so many commands (`None`: not known), has
+    /// all that its primary has.
+    #[must_use]
+    pub fn is_sound(&self, run_id: &str, refused: Option<u64>) -> bool {
+        self.run_id == run_id && refused.is_some_and(|count| count <= self.refused)
+    }
+}
+
 impl Shard {
     /// Says that a member is to run `engine` (empty: the instance's), and that its process may be
     /// ended for that.
@@ -40,11 +61,12 @@ impl Shard {
         if member.leaving {
             return Err(refusal(node, "is leaving the shard"));
         }
-        Ok(self.with_member(node, |m| {
+        let next = self.with_member(node, |m| {
             engine.clone_into(&mut m.engine);
             m.exchange = Some(data);
             m.in_sync = false;
-        }))
+        });
+        Ok(next.risen())
     }
 
     /// The member runs what it should. It proves anew that it is in sync.
@@ -55,14 +77,55 @@ impl Shard {
         if self.member(node).is_none() {
             return Err(refusal(node, "is not of this shard"));
         }
-        Ok(self.with_member(node, |m| m.exchange = None))
+        let mut next = self.with_member(node, |m| m.exchange = None);
+        next.roster.older.retain(|o| o.node != *node);
+        Ok(next.risen())
+    }
+
+    /// Says that a member's engine is older than that of a primary which it will follow: from here on
+    /// it is as good as that one only while it is this process, and refuses no further command.
+    ///
+    /// # Errors
+    /// When the node is not of this shard.
+    pub fn is_older(&self, older: Older) -> Result<Self, TransitionError> {
+        if self.member(&older.node).is_none() {
+            return Err(refusal(&older.node, "is not of this shard"));
+        }
+        let mut next = self.clone();
+        next.roster.older.retain(|o| o.node != older.node);
+        next.roster.older.push(older);
+        Ok(next)
+    }
+
+    /// Nobody follows a newer engine any more.
+    #[must_use]
+    pub fn none_older(&self) -> Self {
+        let mut next = self.clone();
+        next.roster.older.clear();
+        next
+    }
+
+    /// What a member's process must still be, if its engine is older than its primary's.
+    #[must_use]
+    pub fn older(&self, node: &NodeId) -> Option<&Older> {
+        self.roster.older.iter().find(|o| o.node == *node)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::tests::shard;
+    use crate::shard::{Handover, tests::shard};
+
+    fn handover(target: &str) -> Handover {
+        Handover {
+            task: "t".into(),
+            target: target.into(),
+            token: "once".into(),
+            deadline_unix_ms: 0,
+            max_hold_ms: 1_000,
+        }
+    }
 
     #[test]
     fn who_is_exchanged_is_not_in_sync_and_the_primary_never_is() {
@@ -77,6 +140,45 @@ mod tests {
         assert!(shard().exchange(&"z".into(), "x", Exchange::Keep).is_err());
         let done = next.exchanged(&"b".into()).unwrap();
         assert_eq!(done.member(&"b".into()).unwrap().exchange, None);
+        let numbers = [&shard(), &next, &done].map(|s| s.roster.membership);
+        assert_eq!(numbers, [0, 1, 2], "an agent knows which is the newer");
+    }
+
+    #[test]
+    fn an_older_follower_is_sound_while_it_is_the_same_process_and_refuses_nothing() {
+        let older = Older {
+            node: "a".into(),
+            run_id: "run-a".into(),
+            refused: 2,
+        };
+        assert!(older.is_sound("run-a", Some(2)) && older.is_sound("run-a", Some(1)));
+        for (run_id, refused) in [("run-a", Some(3)), ("run-a", None), ("run-x", Some(2))] {
+            assert!(!older.is_sound(run_id, refused), "{run_id} {refused:?}");
+        }
+    }
+
+    #[test]
+    fn an_older_one_is_remembered_until_it_is_the_primary_or_exchanged() {
+        let older = |node: &str| Older {
+            node: node.into(),
+            run_id: "x".into(),
+            refused: 0,
+        };
+        let told = shard().is_older(older("b")).unwrap();
+        let told = told.is_older(older("b")).unwrap();
+        assert_eq!(told.roster.older, [older("b")], "said twice");
+        assert!(shard().is_older(older("z")).is_err());
+        let exchange = told.exchange(&"b".into(), "x", Exchange::Keep).unwrap();
+        assert!(
+            exchange.older(&"b".into()).is_some(),
+            "its process is there still"
+        );
+        let exchanged = exchange.exchanged(&"b".into()).unwrap();
+        assert_eq!(exchanged.older(&"b".into()), None);
+        let declared = told.declare(handover("b")).unwrap();
+        let committed = declared.commit(declared.epoch, "once").unwrap();
+        assert_eq!(committed.older(&"b".into()), None);
+        assert!(told.none_older().roster.older.is_empty());
     }
 
     #[test]

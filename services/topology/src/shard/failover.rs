@@ -217,6 +217,7 @@ impl Shard {
             ),
             ..self.clone()
         };
+        next.roster.older.retain(|o| o.node != target);
         for member in &mut next.members {
             if member.node == target {
                 member.role = NodeRole::Primary;

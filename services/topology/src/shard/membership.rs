@@ -4,7 +4,7 @@
 //! may have confirmed a write is a member, from before its first confirmation until after its last.
 //! The primary never leaves, nor does the last replica that could take its place.
 
-use super::{Member, Mode, NodeRole, Shard, TransitionError};
+use super::{Member, Mode, NodeRole, Older, Shard, TransitionError};
 use crate::{
     id::{HostId, NodeId},
     instance::REPLICAS_MAX,
@@ -36,8 +36,11 @@ pub struct Roster {
     pub made: u32,
     /// Members that never were in sync, and that have their first process or none yet.
     pub newcomers: Vec<NodeId>,
-    /// Rises with each transition of membership, so that an agent knows which of two is the newer.
+    /// Rises with each transition of membership or of an exchange, so that an agent knows which of two
+    /// is the newer.
     pub membership: u64,
+    /// Members whose engine is older than that of a primary that they follow, or will follow.
+    pub older: Vec<Older>,
 }
 
 impl Shard {
@@ -142,6 +145,7 @@ impl Shard {
         next.members.retain(|m| m.node != *node);
         next.roster.made = self.numbers_given();
         next.roster.newcomers.retain(|n| n != node);
+        next.roster.older.retain(|o| o.node != *node);
         next.roster.membership += 1;
         next.roster.gone.push(gone);
         let excess = next.roster.gone.len().saturating_sub(GONE_MAX);
@@ -200,7 +204,7 @@ impl Shard {
         Ok(member)
     }
 
-    fn risen(mut self) -> Self {
+    pub(super) fn risen(mut self) -> Self {
         self.roster.membership += 1;
         self
     }

@@ -106,7 +106,9 @@ fn product_to(product: Product) -> store::Product {
     }
 }
 
-fn level_from(level: store::ReleaseLevel) -> Option<Level> {
+/// A level, if it is one.
+#[must_use]
+pub fn level_from(level: store::ReleaseLevel) -> Option<Level> {
     Some(match level {
         store::ReleaseLevel::Low => Level::Low,
         store::ReleaseLevel::Medium => Level::Medium,
@@ -115,7 +117,9 @@ fn level_from(level: store::ReleaseLevel) -> Option<Level> {
     })
 }
 
-fn level_to(level: Level) -> store::ReleaseLevel {
+/// A level as records and messages say it.
+#[must_use]
+pub fn level_to(level: Level) -> store::ReleaseLevel {
     match level {
         Level::Low => store::ReleaseLevel::Low,
         Level::Medium => store::ReleaseLevel::Medium,

@@ -2,7 +2,7 @@
 
 use slotmesh_proto::store::v1 as store;
 
-use crate::shard::{GoneNode, Roster};
+use crate::shard::{GoneNode, Older, Roster};
 
 pub(super) fn from(record: &store::ShardRecord) -> Roster {
     let gone = record.gone_nodes.iter().map(|gone| GoneNode {
@@ -14,7 +14,25 @@ pub(super) fn from(record: &store::ShardRecord) -> Roster {
         made: record.nodes_made,
         membership: record.membership,
         newcomers: record.newcomers.iter().map(|n| n.as_str().into()).collect(),
+        older: record.older.iter().map(older_from).collect(),
     }
+}
+
+fn older_from(record: &store::OlderFollower) -> Older {
+    Older {
+        node: record.node_id.as_str().into(),
+        run_id: record.run_id.clone(),
+        refused: record.refused,
+    }
+}
+
+pub(super) fn older_to(roster: &Roster) -> Vec<store::OlderFollower> {
+    let to = |older: &Older| store::OlderFollower {
+        node_id: older.node.to_string(),
+        run_id: older.run_id.clone(),
+        refused: older.refused,
+    };
+    roster.older.iter().map(to).collect()
 }
 
 pub(super) fn newcomers_to(roster: &Roster) -> Vec<String> {
@@ -49,6 +67,11 @@ mod tests {
             made: 5,
             membership: 9,
             newcomers: vec!["b".into()],
+            older: vec![Older {
+                node: "b".into(),
+                run_id: "run-b".into(),
+                refused: 3,
+            }],
         };
         let record = shard_to(&shard);
         assert_eq!(shard_from(&record).unwrap(), shard);

@@ -17,11 +17,12 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
         proxies: instance
             .proxies
             .iter()
-            .map(|(id, host)| {
-                let seen = proxies.iter().find(|p| p.hello.proxy_id == id.as_str());
+            .map(|placed| {
+                let id = placed.proxy.as_str();
+                let seen = proxies.iter().find(|p| p.hello.proxy_id == id);
                 api::ProxyEndpoint {
-                    proxy_id: id.to_string(),
-                    host_id: host.to_string(),
+                    proxy_id: id.to_owned(),
+                    host_id: placed.host.to_string(),
                     address: seen.map(|p| p.hello.address.clone()).unwrap_or_default(),
                     pid: seen.map(|p| p.hello.pid).unwrap_or_default(),
                 }

@@ -8,7 +8,7 @@ use slotmesh_task::{
     failover, place,
 };
 use slotmesh_topology::{
-    Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Shard,
+    Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Placement, Shard,
     instance::DATABASES, parameter, slot,
 };
 use tonic::Status;
@@ -106,12 +106,13 @@ impl Instances {
             proxies: proxy_hosts
                 .into_iter()
                 .enumerate()
-                .map(|(n, host)| (format!("{id}-proxy-{n}").into(), host))
+                .map(|(n, host)| Placement::new(format!("{id}-proxy-{n}").into(), host))
                 .collect(),
             workers_per_proxy: new.workers,
             created_unix_ms: clock::now_ms(),
             durability: request.durability,
             maintenance_window: String::new(),
+            auto_upgrade: None,
             replace_after_s: request
                 .replace_after_s
                 .unwrap_or(slotmesh_topology::instance::REPLACE_AFTER_S),

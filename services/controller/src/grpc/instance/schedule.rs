@@ -50,6 +50,12 @@ pub(in crate::grpc) fn not_before(
     }
 }
 
+/// The instance's maintenance window is waited for.
+pub(in crate::grpc) fn is_window(schedule: Option<&task_api::Schedule>) -> bool {
+    let when = schedule.and_then(|s| s.when.as_ref());
+    when == Some(&task_api::schedule::When::InMaintenanceWindow(true))
+}
+
 impl Instances {
     pub(super) async fn change_window(
         &self,
@@ -70,6 +76,14 @@ impl Instances {
         for _ in 0..ADMIT_TRIES {
             let term = self.context.leading()?;
             let (instance, revision) = self.instance(&request.instance_id)?;
+            if request.maintenance_window.is_empty() && instance.auto_upgrade.is_some() {
+                return Err(refuse(
+                    RefusalKind::Precondition,
+                    "AUTO_UPGRADE_ON",
+                    "patches are installed by themselves in the window: turn that off first \
+                     (slotmesh instance auto-upgrade INSTANCE --level off)",
+                ));
+            }
             let next = Instance {
                 maintenance_window: request.maintenance_window.clone(),
                 ..instance.clone()

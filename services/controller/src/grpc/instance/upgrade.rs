@@ -10,7 +10,7 @@ use slotmesh_task::{
     Spec, Task,
     admit::RefusalKind,
     schedule::Window,
-    upgrade::{self, BAKE_MS, Options, Planned, UpgradePhase},
+    upgrade::{self, BAKE_MS, Options, Planned, TASK_MS_MAX, UpgradePhase},
 };
 use slotmesh_topology::{
     Instance, InstanceState, Shard,
@@ -20,7 +20,7 @@ use slotmesh_topology::{
 use tonic::Status;
 use tracing::info;
 
-use super::{ADMIT_TRIES, Instances, busy, new_task};
+use super::{ADMIT_TRIES, Instances, again, busy, new_task};
 use crate::{
     clock,
     drive::write::encode_instance,
@@ -30,8 +30,6 @@ use crate::{
 
 /// What stands for the newest one that is listed.
 const LATEST: &str = "latest_version";
-/// A task's deadline: its phases have their own, and a bake takes days.
-const TASK_MS_MAX: u64 = 60 * 24 * 60 * 60 * 1_000;
 /// Shards that come first where nothing else is said.
 const CANARY_SHARDS: u32 = 1;
 
@@ -70,7 +68,7 @@ impl Instances {
                     plan: Some(plan),
                 });
             }
-            self.check_alone(&instance)?;
+            again::check_alone(&self.context, &instance.id, again::is_upgrade)?;
             let key = Key::Instance {
                 instance: instance.id.as_str(),
             }
@@ -124,7 +122,7 @@ impl Instances {
         planned.map_err(|r| refused(&r))
     }
 
-    fn plain_shards(&self, instance: &Instance) -> Vec<Shard> {
+    pub(super) fn plain_shards(&self, instance: &Instance) -> Vec<Shard> {
         let shards = self.context.mirror.read(|s| s.shards_of(&instance.id));
         let mut plain: Vec<Shard> = shards.into_iter().map(|s| s.value).collect();
         plain.sort_by_key(|s| s.index);
@@ -140,29 +138,6 @@ impl Instances {
                 .filter_map(|n| parse_reported(&n.version));
             engines.min_by_key(|(_, version)| *version).map(|(p, _)| p)
         })
-    }
-
-    #[allow(clippy::result_large_err)]
-    fn check_alone(&self, instance: &Instance) -> Result<(), Status> {
-        let other = self.context.mirror.read(|s| {
-            let is_open = |t: &&Task| {
-                t.instance == instance.id
-                    && matches!(t.spec, Spec::Upgrade(_))
-                    && (!t.state.is_ended() || t.is_parked())
-            };
-            let tasks = s.tasks.values().map(|t| &t.value);
-            tasks.clone().find(is_open).map(|t| t.id.clone())
-        });
-        match other {
-            None => Ok(()),
-            Some(task) => Err(refuse(
-                RefusalKind::Conflict,
-                "UPGRADE_UNDER_WAY",
-                format!(
-                    "task {task} upgrades the instance already; wait for its end, or cancel it"
-                ),
-            )),
-        }
     }
 
     /// What each listed engine would be to the instance, and whether the newest may be had.
@@ -220,7 +195,11 @@ fn possible(from: &[Engine], artifact: &Artifact) -> api::Upgrade {
 
 /// The engine that is meant; it has to be listed.
 #[allow(clippy::result_large_err)]
-fn meant(text: &str, product: Option<Product>, listed: &[Artifact]) -> Result<Engine, Status> {
+pub(super) fn meant(
+    text: &str,
+    product: Option<Product>,
+    listed: &[Artifact],
+) -> Result<Engine, Status> {
     let unknown = || {
         refuse(
             RefusalKind::Unavailable,
@@ -284,6 +263,7 @@ fn options(request: &api::ModifyInstanceMinorVersionRequest, to: Engine) -> Opti
         preserve_roles: request.preserve_roles,
         in_window: request.effective_time() == api::EffectiveTime::MaintainTime,
         allow_downtime: request.allow_downtime,
+        automatic: false,
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! Invariant: what is shown of a node or proxy is what its process said of itself.
 
-use slotmesh_proto::instance::v1 as api;
+use slotmesh_proto::{instance::v1 as api, store::v1::ReleaseLevel};
 use slotmesh_topology::{
     Shard,
     artifact::{Artifact, Product, Version, parse_reported},
+    wire,
 };
 use tonic::Status;
 
@@ -29,18 +30,30 @@ impl Instances {
             members.map(seen).collect::<Vec<_>>()
         });
         let running = self.context.hub.proxies();
-        let proxies = instance.proxies.iter().map(|(id, _)| {
-            let seen = running.iter().find(|p| p.hello.proxy_id == id.as_str());
+        let proxies = instance.proxies.iter().map(|placed| {
+            let id = placed.proxy.to_string();
+            let seen = running.iter().find(|p| p.hello.proxy_id == id);
             let version = seen.map(|p| p.hello.version.clone());
-            (id.to_string(), version.unwrap_or_default())
+            api::ProcessVersion {
+                id,
+                version: version.unwrap_or_default(),
+                program: placed.program.clone(),
+                ..api::ProcessVersion::default()
+            }
         });
         let shown = describe(nodes, proxies.collect(), &listed);
         let latest = shown.latest.as_ref().map(|a| a.name.as_str());
         let (refused, upgrades) = self.upgrades(&instance, latest).await?;
+        let (auto_upgrade_next, auto_upgrade_why) = self.next_auto_upgrade(&instance, &listed);
+        let level = instance.auto_upgrade;
+        let level = level.map_or(ReleaseLevel::Unspecified, wire::artifact::level_to);
         Ok(api::DescribeEngineVersionResponse {
             upgrade_possible: refused.is_empty(),
             upgrade_refused: refused,
             upgrades,
+            auto_upgrade: level.into(),
+            auto_upgrade_next,
+            auto_upgrade_why,
             ..shown
         })
     }
@@ -53,12 +66,12 @@ fn of_shard(shard: &Shard) -> impl Iterator<Item = (String, &slotmesh_topology::
 
 fn describe(
     nodes: Vec<(String, String, String)>,
-    proxies: Vec<(String, String)>,
+    proxies: Vec<api::ProcessVersion>,
     listed: &[Artifact],
 ) -> api::DescribeEngineVersionResponse {
     let engines = nodes.iter().filter_map(|(.., v)| parse_reported(v));
     let lowest = engines.min_by_key(|(_, version)| *version);
-    let of_proxies = proxies.iter().filter_map(|(_, v)| Version::parse(v));
+    let of_proxies = proxies.iter().filter_map(|p| Version::parse(&p.version));
     let lowest_proxy = of_proxies.min();
     let latest = lowest.and_then(|(product, _)| newest(listed, product));
     let proxy_latest = newest(listed, Product::Proxy);
@@ -75,6 +88,9 @@ fn describe(
         upgrade_possible: false,
         upgrade_refused: String::new(),
         upgrades: Vec::new(),
+        auto_upgrade: ReleaseLevel::Unspecified.into(),
+        auto_upgrade_next: String::new(),
+        auto_upgrade_why: String::new(),
         latest: latest.map(show),
         proxy_latest: proxy_latest.map(show),
         nodes: nodes
@@ -83,16 +99,10 @@ fn describe(
                 id,
                 shard_id,
                 version,
+                program: String::new(),
             })
             .collect(),
-        proxies: proxies
-            .into_iter()
-            .map(|(id, version)| api::ProcessVersion {
-                id,
-                version,
-                shard_id: String::new(),
-            })
-            .collect(),
+        proxies,
     }
 }
 
@@ -119,6 +129,14 @@ mod tests {
         }
     }
 
+    fn proxy(version: &str) -> api::ProcessVersion {
+        api::ProcessVersion {
+            id: "p".into(),
+            version: version.into(),
+            ..api::ProcessVersion::default()
+        }
+    }
+
     fn node(version: &str) -> (String, String, String) {
         ("s".into(), "n".into(), version.into())
     }
@@ -131,7 +149,7 @@ mod tests {
             listed(Product::Valkey, "8.0.1"),
         ];
         let nodes = vec![node("7.0.15"), node("7.0.9"), node("")];
-        let shown = describe(nodes, vec![("p".into(), "0.1.0".into())], &catalogue);
+        let shown = describe(nodes, vec![proxy("0.1.0")], &catalogue);
         assert_eq!(
             (shown.engine.as_str(), shown.major_version.as_str()),
             ("redis", "7.0")
@@ -155,7 +173,7 @@ mod tests {
 
     #[test]
     fn nodes_that_have_not_reported_are_not_called_the_latest() {
-        let shown = describe(vec![node("")], vec![("p".into(), String::new())], &[]);
+        let shown = describe(vec![node("")], vec![proxy("")], &[]);
         assert!(!shown.is_latest_version && !shown.is_proxy_latest_version);
         assert_eq!(shown.engine, "");
     }

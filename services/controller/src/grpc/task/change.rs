@@ -10,7 +10,7 @@ use slotmesh_proto::task::v1 as api;
 use slotmesh_task::{
     Choice, Spec, Task,
     admit::RefusalKind,
-    schedule,
+    proxies, schedule,
     table::{self, Cancel},
     upgrade, wire,
 };
@@ -20,9 +20,16 @@ use tonic::Status;
 use super::Tasks;
 use crate::{
     clock,
-    drive::write::put_task,
-    grpc::{instance::schedule::not_before, refuse, refused, store_failed, token::Token},
-    leader::LeaderOutcome,
+    drive::write::{encode_instance, put_task},
+    grpc::{
+        instance::{
+            again,
+            schedule::{is_window, not_before},
+        },
+        refuse, refused, store_failed,
+        token::Token,
+    },
+    leader::{LeaderOutcome, LeaderTxn},
     store::keys::Key,
 };
 
@@ -86,13 +93,20 @@ impl Tasks {
             let at_ms = not_before(request.schedule.as_ref(), &instance)?.max(1);
             let mut next = Task {
                 not_before_ms: at_ms,
+                in_window: is_window(request.schedule.as_ref()),
                 deadline_ms: at_ms.max(now_ms)
                     + task.deadline_ms.saturating_sub(task.not_before_ms),
                 ..task.clone()
             };
-            if let Spec::Upgrade(upgrade) = &mut next.spec {
-                // Its shards go on in windows only when that is the last word.
-                upgrade.in_window = is_window(request.schedule.as_ref());
+            // Parts go on in windows only when that is the last word.
+            let in_window = is_window(request.schedule.as_ref());
+            let has_parts = match &mut next.spec {
+                Spec::Upgrade(upgrade) => Some(&mut upgrade.in_window),
+                Spec::Proxies(changes) => Some(&mut changes.in_window),
+                _ => None,
+            };
+            if let Some(of_parts) = has_parts {
+                *of_parts = in_window;
                 next.deadline_ms = task.deadline_ms.max(at_ms);
                 // Nothing of it is looked for by its time.
                 next.not_before_ms = match at_ms > now_ms {
@@ -119,7 +133,14 @@ impl Tasks {
             ..request.clone()
         };
         let token = Token::of(&request.client_token, "ResolveTask", &body.encode_to_vec())?;
+        if choice == Choice::Retry {
+            let task = self.task(&request.task_id)?;
+            again::check_listed(&self.context, &task.value).await?;
+        }
         self.change(&request.task_id, &token, |task| {
+            if choice == Choice::Retry {
+                again::check(&self.context, task)?;
+            }
             let next = resolved(task, choice)?;
             let words = format!("an operator chose {}", choice.name());
             Ok(Some((next, "Resolved", words)))
@@ -142,9 +163,12 @@ impl Tasks {
             let Some((next, step, words)) = decide(&task.value)? else {
                 return Ok(task.value);
             };
-            let txn = term
+            let mut txn = term
                 .txn()
                 .unchanged(Key::Task { task: id }, task.mod_revision);
+            if task.value.state.is_ended() && !next.state.is_ended() {
+                txn = self.with_instance(txn, &task.value);
+            }
             let txn = token.put(put_task(txn, next, "", step, &words), id, "");
             let outcome = txn.commit(&*self.context.store).await;
             match outcome.map_err(|e| store_failed(&e))? {
@@ -168,6 +192,22 @@ impl Tasks {
             "CONFLICT",
             "the task moves on; try again",
         ))
+    }
+
+    /// Writes the instance as it is: of a task that is taken up again, and another that is admitted at the
+    /// same time, one has to look again.
+    fn with_instance(&self, txn: LeaderTxn, task: &Task) -> LeaderTxn {
+        let found = self
+            .context
+            .mirror
+            .read(|s| s.instances.get(&task.instance).cloned());
+        let Some(instance) = found else { return txn };
+        let key = Key::Instance {
+            instance: task.instance.as_str(),
+        }
+        .to_string();
+        txn.unchanged(key.clone(), instance.mod_revision)
+            .put(key, encode_instance(&instance.value))
     }
 
     #[allow(clippy::result_large_err)]
@@ -194,17 +234,13 @@ fn resolved(task: &Task, choice: Choice) -> Result<Task, Status> {
     match (&task.spec, choice) {
         (_, Choice::Retry) => schedule::retried(task, clock::now_ms()).map_err(|r| refused(&r)),
         (Spec::Upgrade(_), _) => Ok(upgrade::resolved(task, choice, clock::now_ms())),
+        (Spec::Proxies(_), _) => Ok(proxies::resolved(task, choice, clock::now_ms())),
         (Spec::Failover(_) | Spec::Replace(_) | Spec::Provision, _) => Ok(Task {
             choice: Some(choice),
             ..task.clone()
         }),
         _ => Err(refused(&schedule::not_on_the_menu(task))),
     }
-}
-
-fn is_window(schedule: Option<&api::Schedule>) -> bool {
-    let when = schedule.and_then(|s| s.when.as_ref());
-    when == Some(&api::schedule::When::InMaintenanceWindow(true))
 }
 
 fn not_cancellable(task: &Task) -> Status {

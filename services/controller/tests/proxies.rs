@@ -1,0 +1,243 @@
+//! UpgradeProxy and RestartProxy through the API: what is admitted, what is refused and in which words,
+//! and what agents are told.
+
+#![allow(clippy::unwrap_used)] // A test may: its panic is the finding.
+
+#[allow(dead_code)] // Other tests use the rest.
+mod support;
+
+use slotmesh_proto::{
+    artifact::v1::{self as artifacts, artifact_service_client::ArtifactServiceClient},
+    instance::v1::{self as api, instance_service_client::InstanceServiceClient},
+    store::v1::{self as records, TaskState},
+    task::v1::{self as tasks, task_service_client::TaskServiceClient},
+};
+use support::{BROKEN, Mesh, wait_for};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt;
+
+struct Stage {
+    mesh: Mesh,
+    instances: InstanceServiceClient<Channel>,
+    artifacts: ArtifactServiceClient<Channel>,
+    tasks: TaskServiceClient<Channel>,
+    id: String,
+}
+
+impl Stage {
+    /// An instance of one shard that serves through two fake proxies.
+    async fn new() -> Self {
+        let mut mesh = Mesh::start(2).await;
+        let channel = mesh.channel().await;
+        let mut instances = InstanceServiceClient::new(channel.clone());
+        let request = api::CreateInstanceRequest {
+            shard_count: 1,
+            proxy_count: Some(2),
+            ..Default::default()
+        };
+        let created = wait_for("the creation to be admitted", async || {
+            instances.create_instance(request.clone()).await.ok()
+        })
+        .await
+        .into_inner();
+        let id = created.instance_id;
+        for n in 0..2 {
+            mesh.add_proxy(&id, &format!("{id}-proxy-{n}")).await;
+        }
+        let mut stage = Self {
+            mesh,
+            instances,
+            artifacts: ArtifactServiceClient::new(channel.clone()),
+            tasks: TaskServiceClient::new(channel),
+            id,
+        };
+        assert_eq!(stage.ended(&created.task_id).await.state(), TaskState::Done);
+        stage
+    }
+
+    async fn list(&mut self, version: &str) {
+        let artifact = artifacts::Artifact {
+            product: records::Product::Proxy.into(),
+            version: version.into(),
+            sha256: "00".repeat(32),
+            source: "file:///opt/slotmesh-proxy".into(),
+            ..artifacts::Artifact::default()
+        };
+        let request = artifacts::AddArtifactRequest {
+            artifact: Some(artifact),
+            ..artifacts::AddArtifactRequest::default()
+        };
+        self.artifacts.add_artifact(request).await.unwrap();
+    }
+
+    fn upgrade(&self) -> api::UpgradeProxyRequest {
+        api::UpgradeProxyRequest {
+            instance_id: self.id.clone(),
+            bake_seconds: Some(0),
+            ..api::UpgradeProxyRequest::default()
+        }
+    }
+
+    async fn ask(
+        &mut self,
+        request: api::UpgradeProxyRequest,
+    ) -> Result<api::UpgradeProxyResponse, Status> {
+        let answer = self.instances.upgrade_proxy(request).await;
+        answer.map(tonic::Response::into_inner)
+    }
+
+    async fn ended(&mut self, task_id: &str) -> tasks::Task {
+        let is_open = |state| matches!(state, TaskState::Pending | TaskState::Running);
+        wait_for("the task to end", async || {
+            let request = tasks::GetTaskRequest {
+                task_id: task_id.to_owned(),
+            };
+            let task = self.tasks.get_task(request).await.ok()?.into_inner().task?;
+            (!is_open(task.state())).then_some(task)
+        })
+        .await
+    }
+
+    /// The program that each proxy is to run.
+    async fn programs(&mut self) -> Vec<String> {
+        let request = api::DescribeEngineVersionRequest {
+            instance_id: self.id.clone(),
+        };
+        let answer = self.instances.describe_engine_version(request).await;
+        let proxies = answer.unwrap().into_inner().proxies.into_iter();
+        proxies.map(|p| p.program).collect()
+    }
+}
+
+fn reason(status: &Status) -> String {
+    status.get_details_error_info().unwrap().reason
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_proxy_is_given_the_newest_listed_program_and_it_can_not_be_removed_then() {
+    let mut stage = Stage::new().await;
+    stage.list("0.2.0").await;
+    let plan = api::UpgradeProxyRequest {
+        plan_only: true,
+        ..stage.upgrade()
+    };
+    let plan = stage.ask(plan).await.unwrap();
+    assert_eq!(plan.task_id, "");
+    assert_eq!(plan.plan.unwrap().proxies.len(), 2);
+    let request = api::UpgradeProxyRequest {
+        client_token: "once".into(),
+        ..stage.upgrade()
+    };
+    let admitted = stage.ask(request.clone()).await.unwrap();
+    let again = stage.ask(request.clone()).await.unwrap();
+    assert_eq!(again.task_id, admitted.task_id, "one token, one task");
+    let other = api::UpgradeProxyRequest {
+        bake_seconds: Some(1),
+        ..request
+    };
+    let reused = stage.ask(other).await.unwrap_err();
+    assert_eq!(reason(&reused), "CLIENT_TOKEN_REUSED");
+    let task = stage.ended(&admitted.task_id).await;
+    assert_eq!(task.state(), TaskState::Done, "{}", task.message);
+    assert_eq!(task.kind, "UpgradeProxy");
+    let phases: Vec<_> = task.proxies.iter().map(|p| p.phase.as_str()).collect();
+    assert_eq!(phases, ["Done", "Done"]);
+    assert_eq!(stage.programs().await, ["proxy-0.2.0", "proxy-0.2.0"]);
+    let remove = artifacts::RemoveArtifactRequest {
+        name: "proxy-0.2.0".into(),
+        ..artifacts::RemoveArtifactRequest::default()
+    };
+    let refused = stage.artifacts.remove_artifact(remove).await.unwrap_err();
+    assert_eq!(reason(&refused), "ARTIFACT_IN_USE");
+    let nothing = stage.ask(stage.upgrade()).await.unwrap();
+    assert_eq!(nothing.task_id, "", "all of them run it");
+    let restart = api::RestartProxyRequest {
+        instance_id: stage.id.clone(),
+        proxy_instance_ids: vec![format!("{}-proxy-1", stage.id)],
+        bake_seconds: Some(0),
+        ..api::RestartProxyRequest::default()
+    };
+    let restarted = stage.instances.restart_proxy(restart).await.unwrap();
+    let task = stage.ended(&restarted.into_inner().task_id).await;
+    assert_eq!(
+        (task.state(), task.kind.as_str()),
+        (TaskState::Done, "RestartProxy")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_can_not_be_handed_over_to_stops_at_the_canary() {
+    let mut stage = Stage::new().await;
+    stage.list(BROKEN.trim_start_matches("proxy-")).await;
+    let admitted = stage.ask(stage.upgrade()).await.unwrap();
+    let task = stage.ended(&admitted.task_id).await;
+    assert_eq!(task.state(), TaskState::RolledBack);
+    assert!(
+        task.message.contains("its sum is another one"),
+        "{}",
+        task.message
+    );
+    assert_eq!(task.proxies[1].from_version, "");
+    assert!(task.proxies[1].message.starts_with("halted"));
+    assert_eq!(stage.programs().await, ["", ""]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_controller_goes_on_where_the_last_one_stopped() {
+    let mut stage = Stage::new().await;
+    stage.list("0.2.0").await;
+    let request = api::UpgradeProxyRequest {
+        bake_seconds: Some(2),
+        ..stage.upgrade()
+    };
+    let admitted = stage.ask(request.clone()).await.unwrap();
+    let busy = stage.ask(request).await.unwrap_err();
+    assert_eq!(reason(&busy), "PROXIES_UNDER_WAY");
+    wait_for("the first placement to be written", async || {
+        (stage.programs().await[0] == "proxy-0.2.0").then_some(())
+    })
+    .await;
+    stage.mesh.restart().await;
+    let task = stage.ended(&admitted.task_id).await;
+    assert_eq!(task.state(), TaskState::Done, "{}", task.message);
+    assert_eq!(stage.programs().await, ["proxy-0.2.0", "proxy-0.2.0"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_be_meant_is_refused_with_what_to_do() {
+    let mut stage = Stage::new().await;
+    let none = stage.ask(stage.upgrade()).await.unwrap_err();
+    assert_eq!(reason(&none), "ARTIFACT_NOT_FOUND");
+    assert!(none.message().contains("slotmesh artifact add"), "{none}");
+    stage.list("0.2.0").await;
+    let unknown = api::UpgradeProxyRequest {
+        proxy_instance_ids: vec!["nobody".into()],
+        ..stage.upgrade()
+    };
+    let unknown = stage.ask(unknown).await.unwrap_err();
+    assert_eq!(
+        (unknown.code(), reason(&unknown).as_str()),
+        (Code::NotFound, "PROXY_NOT_FOUND")
+    );
+    assert!(
+        unknown.message().contains("slotmesh proxy list"),
+        "{unknown}"
+    );
+    let elsewhere = api::RestartProxyRequest {
+        instance_id: stage.id.clone(),
+        mode: api::RestartMode::Rebuild.into(),
+        ..api::RestartProxyRequest::default()
+    };
+    let elsewhere = stage.instances.restart_proxy(elsewhere).await.unwrap_err();
+    assert_eq!(reason(&elsewhere), "REBUILD_NOT_POSSIBLE");
+    let later = api::UpgradeProxyRequest {
+        schedule: Some(tasks::Schedule {
+            when: Some(tasks::schedule::When::At("2999-01-01T00:00:00Z".into())),
+        }),
+        ..stage.upgrade()
+    };
+    assert_eq!(
+        reason(&stage.ask(later).await.unwrap_err()),
+        "TOO_FAR_AHEAD"
+    );
+}

@@ -1,0 +1,174 @@
+//! Windows, times, and what becomes of a task whose time has come.
+
+use super::*;
+
+const HOUR_MS: u64 = 60 * MINUTE_MS;
+
+#[test]
+fn a_window_is_open_now_or_opens_next() {
+    let window = Window::parse("02:00-03:30").unwrap();
+    let day = 20_000 * DAY_MS;
+    assert_eq!(window.next_ms(day), day + 2 * HOUR_MS);
+    assert_eq!(window.next_ms(day + 3 * HOUR_MS), day + 3 * HOUR_MS);
+    let late = day + 4 * HOUR_MS;
+    assert_eq!(window.next_ms(late), day + DAY_MS + 2 * HOUR_MS);
+    let night = Window::parse("23:00-01:00").unwrap();
+    assert_eq!(night.next_ms(day), day, "over midnight");
+    assert_eq!(night.next_ms(day + HOUR_MS), day + 23 * HOUR_MS);
+}
+
+#[test]
+fn a_window_may_say_that_it_is_utc_and_an_old_short_one_is_still_read() {
+    assert_eq!(Window::parse("23:30Z-00:30Z"), Window::parse("23:30-00:30"));
+    assert!(Window::parse("02:00-02:30").is_err());
+    assert!(Window::read("02:00-02:30").is_ok());
+}
+
+#[test]
+fn what_is_no_window_is_refused() {
+    for text in [
+        "",
+        "2-3",
+        "02:00",
+        "24:00-03:00",
+        "02:00-02:59",
+        "02:00Z-02:30Z",
+        "02:00ZZ-03:00Z",
+        "2:00-03:00",
+        "02:00-02:00",
+        "+2:00-03:00",
+    ] {
+        assert_eq!(
+            Window::parse(text).unwrap_err().reason,
+            "WINDOW_INVALID",
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_time_that_has_passed_is_now_and_one_too_far_is_refused() {
+    assert_eq!(at(5, 10), Ok(0));
+    assert_eq!(at(11, 10), Ok(11));
+    assert_eq!(
+        at(11 + AHEAD_MS_MAX, 10).unwrap_err().reason,
+        "TOO_FAR_AHEAD"
+    );
+}
+
+fn switch(to: &str) -> ShardSwitch {
+    ShardSwitch {
+        shard: "0".into(),
+        from: "a".into(),
+        to: to.into(),
+        from_epoch: slotmesh_topology::Epoch(1),
+        phase: Phase::Preflight,
+        phase_since_ms: 1,
+        message: String::new(),
+        hold_us: 0,
+        critical_us: 0,
+    }
+}
+
+fn shard() -> Shard {
+    let member = |node: &str, role| slotmesh_topology::Member {
+        node: node.into(),
+        host: "h".into(),
+        role,
+        run_id: "x".into(),
+        address: "x:1".into(),
+        in_sync: true,
+        priority: slotmesh_topology::PRIORITY,
+        leaving: false,
+        engine: String::new(),
+        exchange: None,
+    };
+    Shard {
+        instance: "r".into(),
+        id: "0".into(),
+        index: 0,
+        slots: slotmesh_topology::slot::split_evenly(1),
+        epoch: slotmesh_topology::Epoch(7),
+        primary: "b".into(),
+        members: vec![
+            member("a", slotmesh_topology::NodeRole::Replica),
+            member("b", slotmesh_topology::NodeRole::Primary),
+        ],
+        mode: slotmesh_topology::Mode::Serving,
+        closed_epoch: slotmesh_topology::Epoch(6),
+        departures: Vec::new(),
+        roster: Default::default(),
+    }
+}
+
+#[test]
+fn what_was_scheduled_is_planned_anew_when_it_begins() {
+    let plan = |to: &str| match begin(&[switch(to)], &[shard()], |_| None, 9) {
+        Beginning::Begin(switches) => switches[0].clone(),
+        Beginning::Busy(task) => panic!("busy with {task}"),
+    };
+    let moved = plan("a");
+    assert_eq!((moved.from.as_str(), moved.from_epoch.0), ("b", 7));
+    assert_eq!(plan("b").phase, Phase::Done);
+    assert_eq!(plan("gone").phase, Phase::RolledBack);
+    let busy = begin(&[switch("a")], &[shard()], |_| Some("t-2".into()), 9);
+    assert_eq!(busy, Beginning::Busy("t-2".into()));
+}
+
+fn scheduled(not_before_ms: u64) -> Task {
+    Task {
+        spec: Spec::Switchover(vec![switch("a")]),
+        state: State::Pending,
+        not_before_ms,
+        deadline_ms: not_before_ms + HOUR_MS,
+        in_window: true,
+        ..crate::upgrade::story::task()
+    }
+}
+
+const NIGHT: &str = "02:00-03:00";
+
+#[test]
+fn a_task_that_waits_for_a_window_does_not_begin_outside_of_it_when_its_time_was_missed() {
+    let day = 20_000 * DAY_MS;
+    let task = scheduled(day + 2 * HOUR_MS);
+    let at = |now_ms| put_off(&task, NIGHT, now_ms, 0);
+    assert_eq!(at(day + HOUR_MS), None, "its time has not come");
+    assert_eq!(at(day + 2 * HOUR_MS + 1), None, "it begins");
+    // No controller led, or the clock jumped forward over the window.
+    let late = at(day + 5 * HOUR_MS).unwrap();
+    assert_eq!(late.not_before_ms, day + DAY_MS + 2 * HOUR_MS);
+    assert_eq!(late.deadline_ms, task.deadline_ms + DAY_MS);
+    assert!(is_scheduled(&late), "it may still be given another time");
+    // The clock jumps back: it waits again, and is not begun twice.
+    assert_eq!(put_off(&late, NIGHT, day + 2 * HOUR_MS + 1, 0), None);
+    assert!(day + 2 * HOUR_MS < late.not_before_ms);
+    // Without a window any time is one; one with a time of its own is not put off.
+    assert_eq!(put_off(&task, "", day + 5 * HOUR_MS, 0), None);
+    let by_time = Task {
+        in_window: false,
+        ..task.clone()
+    };
+    assert_eq!(put_off(&by_time, NIGHT, day + 5 * HOUR_MS, 0), None);
+    let begun = Task {
+        state: State::Running,
+        ..task.clone()
+    };
+    assert_eq!(put_off(&begun, NIGHT, day + 5 * HOUR_MS, 0), None);
+}
+
+#[test]
+fn a_window_that_a_jump_has_opened_does_not_count_until_the_clock_is_steady() {
+    let day = 20_000 * DAY_MS;
+    let open = day + 2 * HOUR_MS + MINUTE_MS;
+    let task = scheduled(day + 2 * HOUR_MS);
+    let rested = put_off(&task, NIGHT, open, 5 * MINUTE_MS).unwrap();
+    assert_eq!(rested.not_before_ms, open + 5 * MINUTE_MS);
+    let last = day + 3 * HOUR_MS - MINUTE_MS;
+    let rested = put_off(&task, NIGHT, last, 5 * MINUTE_MS).unwrap();
+    assert_eq!(
+        rested.not_before_ms,
+        day + DAY_MS + 2 * HOUR_MS,
+        "it closes before"
+    );
+}
