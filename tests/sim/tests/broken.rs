@@ -85,7 +85,8 @@ fn serving_on_without_a_right_is_caught() {
 
 #[test]
 fn promoting_somebody_who_is_behind_is_caught() {
-    caught_by(Variant::NotHighest, &["A8"]);
+    // Whom it names may be a process that has ended since: then nobody is ever promoted.
+    caught_by(Variant::NotHighest, &["A8", "liveness"]);
 }
 
 #[test]

@@ -192,7 +192,11 @@ impl Worker {
     pub(super) fn prepare_data(&self, dir: &NodeDir, spec: &NodeSpec) -> std::io::Result<()> {
         let last = dir.load_spec().map(|last| last.engine);
         let starts = self.exchange.trouble.as_ref().map_or(0, |t| t.starts);
-        if spec.may_exchange && spec.discard_data && last.as_ref() != Some(&spec.engine) {
+        // While its shard fails over an assignment does not say what is to become of the data, so the
+        // engine may have been started with files that it can't load.
+        let fails = (self.exchange.trouble.as_ref()).is_some_and(|t| t.engine == spec.engine);
+        let is_other = last.as_ref() != Some(&spec.engine);
+        if spec.may_exchange && spec.discard_data && (is_other || fails) {
             tracing::info!(node = %self.node_id, to = %spec.engine, "data discarded: it is copied from the primary");
             return dir.discard_data();
         }

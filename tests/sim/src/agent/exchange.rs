@@ -107,7 +107,13 @@ impl Worker {
         let Some(spec) = assigned.map(|a| &a.spec) else {
             return last;
         };
-        if spec.may_exchange && spec.discard_data && last != spec.engine {
+        // One that does not start may have been started with files that it was not to load.
+        let fails = self
+            .exchange
+            .trouble
+            .as_ref()
+            .is_some_and(|t| t.engine == spec.engine);
+        if spec.may_exchange && spec.discard_data && (last != spec.engine || fails) {
             let (node, mut ctx) = (self.seat.node, self.host.world.borrow_mut());
             let now = ctx.now();
             ctx.queue.at(now, Event::Script(Script::Discard(node)));

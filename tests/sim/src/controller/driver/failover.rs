@@ -11,7 +11,7 @@ use slotmesh_task::{
     step,
     switchover::StepStatus,
 };
-use slotmesh_topology::{FenceProof, HostId, Member, Mode, Shard, TaskId};
+use slotmesh_topology::{FenceProof, HostId, Mode, Shard, TaskId};
 
 use super::{ANSWER_MARGIN, Driver, StepKey, ask};
 use crate::{
@@ -262,42 +262,35 @@ impl Driver {
             }
             (Decision::Choose { node, why, .. }, Variant::NotHighest) => {
                 let mut others = shard.members.iter().filter(|m| m.node != lost.from);
-                // One that lives, so that it is promoted.
-                let lives = |m: &&Member| {
-                    let seen = fleet.node(&m.node);
-                    seen.is_some_and(|seen| seen.detached && seen.run_id == m.run_id)
-                };
-                let behind = others.find(|m| m.node != node && lives(m));
+                let behind = others.find(|m| m.node != node && !m.run_id.is_empty());
                 let member = behind.or_else(|| shard.member(&node));
                 let (node, run_id) = member
                     .map(|m| (m.node.clone(), m.run_id.clone()))
                     .unwrap_or_default();
                 Decision::Choose { node, run_id, why }
             }
-            (Decision::Wait { .. } | Decision::Choose { .. }, Variant::AnyProcess)
-                if lost.phase == FailoverPhase::Choose =>
-            {
+            (decision, Variant::AnyProcess) if is_choice(&decision, lost) => {
                 let others = shard.members.iter().filter(|m| m.node != lost.from);
                 let mut restarted = others.filter_map(|m| {
                     let seen = fleet.node(&m.node)?;
                     let other = !seen.run_id.is_empty() && seen.run_id != m.run_id;
                     other.then(|| (m.node.clone(), seen.run_id.clone()))
                 });
-                match restarted.next() {
-                    Some((node, run_id)) => Decision::Choose {
-                        node,
-                        run_id,
-                        why: String::new(),
-                    },
-                    None => Decision::Wait {
-                        until_ms: self.desk.now_ms() + 20,
-                        what: String::new(),
-                    },
-                }
+                // Where nobody was started again it is as good as the real one.
+                restarted.next().map_or(decision, |(node, run_id)| {
+                    let why = String::new();
+                    Decision::Choose { node, run_id, why }
+                })
             }
             (decision, _) => decision,
         }
     }
+}
+
+/// Whether it is the moment at which somebody is chosen.
+fn is_choice(decision: &Decision, lost: &ShardFailover) -> bool {
+    lost.phase == FailoverPhase::Choose
+        && matches!(decision, Decision::Wait { .. } | Decision::Choose { .. })
 }
 
 pub(super) fn host_index(host: &HostId) -> Option<usize> {
