@@ -48,7 +48,17 @@ pub(crate) fn program() -> PathBuf {
         }
         let agent = Path::new(env!("CARGO_BIN_EXE_slotmesh-agent"));
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "slotmesh-proxy", "--bins"]);
+        // All programs as the tests of the whole mesh build them: with other features each of the two
+        // would build everything again.
+        build.args(["build", "--quiet", "--bins"]);
+        for program in [
+            "slotmesh-ctl",
+            "slotmesh-controller",
+            "slotmesh-agent",
+            "slotmesh-proxy",
+        ] {
+            build.args(["--package", program]);
+        }
         if agent.parent().is_some_and(|dir| dir.ends_with("release")) {
             build.arg("--release");
         }
