@@ -91,6 +91,8 @@ pub struct Checks {
     wiped: BTreeMap<u64, String>,
     /// What primaries had whose processes ended.
     ended: BTreeSet<u64>,
+    /// Processes that ended.
+    gone: BTreeSet<String>,
     /// Until when agents are gone or stand still.
     away: BTreeMap<usize, Micros>,
     several: BTreeMap<usize, Micros>,
@@ -250,6 +252,7 @@ impl Checks {
     /// A process ended. What a primary had that ends is on its disk, if that: nobody can read it from
     /// its backlog any more.
     pub fn ended(&mut self, shard: usize, run_id: &str, ops: &[Op]) {
+        self.gone.insert(run_id.to_owned());
         let mut primaries = (self.shards.entry(shard).or_default().primaries).values();
         if primaries.any(|(_, named)| named == run_id) {
             self.ended.extend(ops.iter().map(|op| op.id));

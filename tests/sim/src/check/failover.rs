@@ -146,7 +146,8 @@ impl Checks {
     }
 
     /// Another process of a replica than the recorded one has not, whatever it loaded; the lost primary
-    /// may have been started again, and nobody has more.
+    /// may have been started again, and nobody has more. Where every process that had caught up has
+    /// ended, an asynchronous shard goes on from its disks.
     fn had_caught_up(&mut self, index: usize, old: &Shard, new: &Shard) {
         let target = new.failover().and_then(|f| f.target.as_ref());
         let Some(target) = target.filter(|t| **t != old.primary) else {
@@ -154,12 +155,22 @@ impl Checks {
         };
         let run_id = |shard: &Shard| shard.member(target).map(|m| m.run_id.clone());
         let (was, is) = (run_id(old), run_id(new));
-        if was != is && !self.loss_was_accepted && !self.anybody_may_lead {
+        let from_disks = !self.durable && self.all_have_ended(index, old);
+        if was != is && !from_disks && !self.loss_was_accepted && !self.anybody_may_lead {
             self.fail(
                 "F4: whoever is chosen is the process that had caught up",
                 || format!("shard {index}: {target} as {is:?}, recorded as {was:?}"),
             );
         }
+    }
+
+    /// Whether the lost primary's process has ended, and those of all that had caught up with it.
+    fn all_have_ended(&self, index: usize, shard: &Shard) -> bool {
+        let past = self.shards.get(&index);
+        let lost = past.and_then(|past| past.primaries.last_key_value());
+        let mut others = shard.members.iter().filter(|m| m.node != shard.primary);
+        lost.is_some_and(|(_, (_, run_id))| self.gone.contains(run_id))
+            && others.all(|m| !m.in_sync || self.gone.contains(&m.run_id))
     }
 
     fn lease_is_compared(&mut self, index: usize, proof: Option<FenceProof>, txn: &Txn) {
