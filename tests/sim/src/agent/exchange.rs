@@ -188,7 +188,8 @@ impl Worker {
             self.exchange.trouble = None;
         }
         if self.is_settling() && self.exchange.ending.is_none() && !self.appends {
-            self.appends = self.admin(Admin::Append).await.is_some();
+            // A refusal begins nothing: it is asked again at the next answer.
+            self.appends = matches!(self.admin(Admin::Append).await, Some(Answer::Ok));
         }
     }
 
