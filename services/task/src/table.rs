@@ -189,6 +189,21 @@ pub fn of_failover(phase: FailoverPhase) -> Row {
     }
 }
 
+/// Writes the row of one phase; what differs between phases is all that is said of each.
+fn rows(
+    name: &'static str,
+) -> impl Fn(&'static str, &'static str, &'static str, Undo, Option<u64>, Cancel) -> Row {
+    move |precheck, act, verify, undo, deadline_ms, cancel| Row {
+        name,
+        precheck,
+        act,
+        verify,
+        undo,
+        deadline_ms,
+        cancel,
+    }
+}
+
 /// Of a replacement; `turned_back`: the new node leaves again.
 #[must_use]
 pub fn of_replace(phase: ReplacePhase, turned_back: bool) -> Row {
@@ -198,15 +213,7 @@ pub fn of_replace(phase: ReplacePhase, turned_back: bool) -> Row {
         true => Cancel::Refused("the task turns back already: the new node leaves again"),
         false => Cancel::Honoured,
     };
-    let row = |precheck, act, verify, undo, deadline_ms, cancel| Row {
-        name: phase.name(),
-        precheck,
-        act,
-        verify,
-        undo,
-        deadline_ms,
-        cancel,
-    };
+    let row = rows(phase.name());
     match phase {
         ReplacePhase::Join => row(
             "the node is of the shard and no primary, the new host has a live agent",

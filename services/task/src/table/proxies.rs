@@ -1,6 +1,6 @@
 //! The steps of a change of proxies.
 
-use super::{Cancel, OVER, Row, Undo, ended};
+use super::{Cancel, OVER, Row, Undo, ended, rows};
 use crate::proxies::{Changes, HANDOVER_MS_MAX, ProxyPhase, UNFIT_MS_MAX};
 
 const NOTHING: Undo = Undo::By("nothing was changed");
@@ -13,15 +13,7 @@ const GOES_BACK: Cancel = Cancel::Refused("the proxy goes back already");
 /// Of a change of proxies.
 #[must_use]
 pub fn of_proxy(phase: ProxyPhase) -> Row {
-    let row = |precheck, act, verify, undo, deadline_ms, cancel| Row {
-        name: phase.name(),
-        precheck,
-        act,
-        verify,
-        undo,
-        deadline_ms,
-        cancel,
-    };
+    let row = rows(phase.name());
     match phase {
         ProxyPhase::Ready => row(
             "the program is listed",

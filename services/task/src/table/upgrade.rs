@@ -1,6 +1,6 @@
 //! The steps of an upgrade.
 
-use super::{Cancel, OVER, Row, Undo, ended};
+use super::{Cancel, OVER, Row, Undo, ended, rows};
 use crate::{
     switchover,
     upgrade::{NODE_MS_MAX, ShardUpgrade, Upgrade, UpgradePhase},
@@ -16,15 +16,7 @@ const FORWARD: Cancel =
 /// Of an upgrade.
 #[must_use]
 pub fn of_upgrade(phase: UpgradePhase) -> Row {
-    let row = |precheck, act, verify, undo, deadline_ms, cancel| Row {
-        name: phase.name(),
-        precheck,
-        act,
-        verify,
-        undo,
-        deadline_ms,
-        cancel,
-    };
+    let row = rows(phase.name());
     match phase {
         UpgradePhase::Stage => row(
             "the table of releases allows it",
