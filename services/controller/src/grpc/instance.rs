@@ -459,3 +459,20 @@ fn new_task(instance: &InstanceId, spec: Spec, limit_ms: u64) -> Task {
         copied: slotmesh_task::Copied::default(),
     }
 }
+
+/// An artifact of a test's catalogue, by its name.
+#[cfg(test)]
+fn listed(name: &str) -> slotmesh_topology::artifact::Artifact {
+    use slotmesh_topology::artifact::{Artifact, Level, SHA256_LENGTH, parse_name};
+
+    let (product, version) = parse_name(name).unwrap();
+    Artifact {
+        product,
+        version,
+        level: Level::Low,
+        release_note: String::new(),
+        sha256: [0; SHA256_LENGTH],
+        source: "file:///opt/program".into(),
+        created_unix_ms: 1,
+    }
+}

@@ -199,22 +199,8 @@ fn show(planned: &Planned, not_before_ms: u64) -> api::ProxyPlan {
 
 #[cfg(test)]
 mod tests {
-    use slotmesh_topology::artifact::{Level, SHA256_LENGTH, parse_name};
-
     use super::*;
-
-    fn listed(name: &str) -> Artifact {
-        let (product, version) = parse_name(name).unwrap();
-        Artifact {
-            product,
-            version,
-            level: Level::Low,
-            release_note: String::new(),
-            sha256: [0; SHA256_LENGTH],
-            source: "file:///opt/program".into(),
-            created_unix_ms: 1,
-        }
-    }
+    use crate::grpc::instance::listed;
 
     #[test]
     fn the_latest_is_the_newest_proxy_and_an_engine_is_refused() {

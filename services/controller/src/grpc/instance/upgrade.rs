@@ -316,22 +316,8 @@ fn show(
 
 #[cfg(test)]
 mod tests {
-    use slotmesh_topology::artifact::{Level, SHA256_LENGTH};
-
     use super::*;
-
-    fn listed(name: &str) -> Artifact {
-        let (product, version) = parse_name(name).unwrap();
-        Artifact {
-            product,
-            version,
-            level: Level::Low,
-            release_note: String::new(),
-            sha256: [0; SHA256_LENGTH],
-            source: "file:///opt/program".into(),
-            created_unix_ms: 1,
-        }
-    }
+    use crate::grpc::instance::listed;
 
     #[test]
     fn the_latest_is_the_newest_of_the_nodes_own_product_and_a_name_may_cross_over() {
