@@ -358,11 +358,8 @@ fn resolve(view: &View<'_>) -> Decision {
         until_ms: view.now_ms + 100,
         what: what.into(),
     };
-    let (Some(old), Some(new)) = (
-        view.fleet.node(&view.switch.from),
-        view.fleet.node(&view.switch.to),
-    ) else {
-        return wait("a report of both nodes");
+    let Some(old) = view.fleet.node(&view.switch.from) else {
+        return wait("a report of the old primary");
     };
     // Only what was seen after the phase began counts: earlier reports show the middle of it.
     if old.seen_ms <= view.switch.phase_since_ms || is_stale(view, old) {
@@ -374,9 +371,11 @@ fn resolve(view: &View<'_>) -> Decision {
             .map(|m| m.run_id.as_str())
             .unwrap_or_default()
     };
-    let target_is_primary = new.seen_ms > view.switch.phase_since_ms
-        && new.role == Some(NodeRole::Primary)
-        && new.run_id == run_id(&view.switch.to);
+    // A target whose host is gone for good is never heard of by a leader that began after that.
+    let new = (view.fleet.node(&view.switch.to)).filter(|n| n.seen_ms > view.switch.phase_since_ms);
+    let target_is_primary = new.is_some_and(|new| {
+        new.role == Some(NodeRole::Primary) && new.run_id == run_id(&view.switch.to)
+    });
     let target_address = view
         .shard
         .member(&view.switch.to)
@@ -384,12 +383,13 @@ fn resolve(view: &View<'_>) -> Decision {
     // An old primary that follows the target, with no failover under way, has been told by it that
     // it took over. If that process is gone since, nobody else has the shard's next epoch either:
     // name it all the same, and its end is that of any primary.
-    let target_is_gone = new.seen_ms > view.switch.phase_since_ms
-        && new.run_id != run_id(&view.switch.to)
-        && matches!(
-            new.state,
-            ProcessState::Running | ProcessState::Stopped | ProcessState::Failed
-        );
+    let target_is_gone = new.is_some_and(|new| {
+        new.run_id != run_id(&view.switch.to)
+            && matches!(
+                new.state,
+                ProcessState::Running | ProcessState::Stopped | ProcessState::Failed
+            )
+    });
     if old.role == Some(NodeRole::Replica)
         && old.run_id == run_id(&view.switch.from)
         && Some(old.following.as_str()) == target_address

@@ -327,6 +327,23 @@ fn reports_from_before_the_trouble_decide_nothing() {
 }
 
 #[test]
+fn a_leader_that_never_heard_of_the_target_gives_the_old_primary_its_rights_back() {
+    let mut fleet = fleet();
+    fleet.nodes.retain(|id, _| *id == at(Phase::Resolve).from);
+    fleet.nodes.values_mut().for_each(|n| n.seen_ms = NOW + 10);
+    assert_eq!(
+        next_at(
+            Phase::Resolve,
+            &declared(),
+            &fleet,
+            StepStatus::NotStarted,
+            NOW + 20
+        ),
+        Decision::Run(Step::TakeBack)
+    );
+}
+
+#[test]
 fn a_new_leader_with_no_memory_of_the_step_asks_again_or_resolves() {
     let mut fleet = fleet();
     hold_all(&mut fleet, HoldLevel::Held, 4);
