@@ -88,6 +88,31 @@ fn a_primary_is_not_declared_lost_for_one_that_has_refused_commands() {
 }
 
 #[test]
+fn whose_engine_is_newer_than_the_new_primarys_is_not_taken_for_one_that_refuses() {
+    let mut stage = story(0, Some(2)).stage;
+    let mut before = Stage::new();
+    before.shard.roster = stage.shard.roster.clone();
+    before.fleet = stage.fleet.clone();
+    stage = before;
+    for newer in ["a", "c"] {
+        stage.member(newer).engine = "redis-8.2.3".into();
+    }
+    stage.end("a");
+    let mut story = Story::declared(stage, Some(FenceProof::Exited));
+    offsets(&mut story, 120, 100);
+    assert_eq!(chosen(&mut story), Ok("b".into()));
+    let decision = story.decision();
+    let written = write(story.view(), &decision).unwrap().unwrap();
+    (story.task, story.stage.shard) = (written.task, written.shard.unwrap());
+    let commit = Decision::Commit {
+        run_id: "run-b".into(),
+        lineage: None,
+    };
+    let written = write(story.view(), &commit).unwrap().unwrap();
+    assert!(written.shard.unwrap().roster.older.is_empty());
+}
+
+#[test]
 fn who_has_another_engine_than_the_new_primary_is_watched_from_its_first_command_on() {
     let mut stage = Stage::new();
     // In the middle of an upgrade: b has the newer engine, c not yet.

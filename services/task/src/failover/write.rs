@@ -138,7 +138,8 @@ pub fn with_phase(task: &Task, phase: FailoverPhase, message: &str, now_ms: u64)
 }
 
 /// The record with the chosen node as the primary. In the middle of an upgrade the others may have another
-/// engine: what they refuse of the new primary from here on only their own counters say.
+/// engine: what they refuse of the new primary from here on only their own counters say. Where it was the
+/// older one that followed the lost primary, those with that one's engine know all that it says.
 fn promoted(
     view: View<'_>,
     run_id: &str,
@@ -146,10 +147,12 @@ fn promoted(
 ) -> Result<Shard, TransitionError> {
     let mut next = view.shard.promoted(&view.task.id, run_id, lineage)?;
     let engine = next.primary_member().map(|m| m.engine.clone());
+    let lost = view.shard.primary_member().map(|m| m.engine.clone());
+    let newer = (view.shard.older(&next.primary)).and(lost);
     let members = next.members.clone();
     for member in members
         .iter()
-        .filter(|m| Some(&m.engine) != engine.as_ref())
+        .filter(|m| Some(&m.engine) != engine.as_ref() && Some(&m.engine) != newer.as_ref())
     {
         if next.older(&member.node).is_some() {
             continue;
