@@ -4,7 +4,8 @@
 //! suspend, and ends [`MARGIN`] before whoever gave it may act on its end. It comes from the host's
 //! lease, or else from every agent that could promote a replica. Once it has ended without a
 //! successor the shard is fenced, and only the lease gives the right back, with an assignment that
-//! is not from before that lease.
+//! is not from before that lease. Nothing is given before the fencer watches over it: an agent may
+//! die right after.
 
 pub mod guard;
 pub mod promises;
@@ -25,6 +26,8 @@ use slotmesh_proto::{
     store::v1::NodeRole,
 };
 
+use tokio::{sync::watch, time::timeout};
+
 use self::promises::Promises;
 use crate::{journal::Journal, node::Assigned};
 
@@ -41,6 +44,9 @@ const SETTLE: Duration = Duration::from_millis(2_200);
 /// A controller that has kept the lease and does not answer for so long is left for another one,
 /// while there is right enough to find it.
 const UNHEARD_MAX: Duration = Duration::from_millis(1_200);
+/// For the guard to tell the fencer of a new primary; it does so at once, and looks at each node every
+/// 50 ms anyway. A worker that has waited for longer tries again at its next turn.
+const WATCHED_WITHIN: Duration = Duration::from_millis(100);
 /// Reports that are not answered yet; a burst sends one in 3 ms.
 const UNANSWERED_MAX: usize = 1_024;
 
@@ -126,6 +132,8 @@ pub fn decide(sight: &Sight) -> Right {
 pub struct Lease {
     started: Boot,
     inner: Mutex<Inner>,
+    /// Primaries that the fencer was told of.
+    watched: watch::Sender<BTreeSet<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -169,6 +177,7 @@ impl Lease {
         Self {
             started,
             inner: Mutex::new(inner),
+            watched: watch::Sender::default(),
         }
     }
 
@@ -239,16 +248,37 @@ impl Lease {
 
     /// Whether a node may be given rights.
     pub fn may_serve(&self, assigned: &Assigned) -> bool {
-        if !is_guarded(&assigned.spec) {
-            return true;
-        }
+        let spec = &assigned.spec;
+        !is_guarded(spec)
+            || self.has_right(assigned) && self.watched.borrow().contains(&spec.node_id)
+    }
+
+    fn has_right(&self, assigned: &Assigned) -> bool {
         let right = self.right(&assigned.spec, assigned.revision, Boot::now());
         matches!(right, Right::Serve { .. } | Right::Ask { .. })
     }
 
-    /// Whether this node is not fenced for want of a right.
-    pub fn may_serve_node(&self, node_id: &str) -> bool {
-        !self.lock().fenced.contains(node_id)
+    /// Waits until the fencer watches over a node that has a right; no longer than [`WATCHED_WITHIN`].
+    pub async fn until_watched(&self, assigned: &Assigned) {
+        if !is_guarded(&assigned.spec) || !self.has_right(assigned) {
+            return;
+        }
+        let mut watched = self.watched.subscribe();
+        let told = watched.wait_for(|nodes| nodes.contains(&assigned.spec.node_id));
+        let _ = timeout(WATCHED_WITHIN, told).await;
+    }
+
+    fn watched(&self) -> BTreeSet<String> {
+        self.watched.borrow().clone()
+    }
+
+    /// The fencer watches over these, and no others.
+    fn set_watched(&self, nodes: BTreeSet<String>) {
+        self.watched.send_if_modified(|old| {
+            let news = *old != nodes;
+            *old = nodes;
+            news
+        });
     }
 
     /// Remembers that the node's right has ended, or is back; `true`: it was not so before.

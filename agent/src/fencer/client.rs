@@ -1,6 +1,7 @@
 //! The agent's end: starts the fencer when there is something to guard, and keeps it informed.
 //!
-//! Invariant: while there is something to guard it never waits; a message that can't be sent is sent again at the next look.
+//! Invariant: it never waits; a message that can't be sent is sent again at the next look. A host whose nodes may become
+//! primaries has a fencer before they do.
 
 use std::{os::unix::net::UnixDatagram, path::PathBuf, time::Duration};
 
@@ -20,6 +21,9 @@ const PET_EVERY: Duration = Duration::from_millis(200);
 const GOODBYE_WITHIN: Duration = Duration::from_millis(500);
 /// Between two starts of a fencer that does not come up.
 const START_EVERY: Duration = Duration::from_secs(1);
+/// How long a primary waits for a fencer that does not come up; a shard that serves with one guard
+/// less is better than one that does not serve.
+const GIVEN_UP_AFTER: Duration = Duration::from_secs(3);
 
 /// A primary to guard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +54,8 @@ pub struct FencerClient {
     child: Option<Process>,
     start_at: Boot,
     pet_at: Boot,
+    /// Since when no message could be sent.
+    deaf_since: Option<Boot>,
     /// Without the ends of rights, which always change.
     told: Option<(Vec<PathBuf>, Vec<PathBuf>)>,
 }
@@ -75,27 +81,32 @@ impl FencerClient {
             child: None,
             start_at: Boot::default(),
             pet_at: Boot::default(),
+            deaf_since: None,
             told: None,
         })
     }
 
-    /// Tells the fencer what to guard, and starts one where there is none.
-    pub fn pet(&mut self, pet: &Pet) {
+    /// Tells the fencer what to guard, and starts one where there is none; on `standby` also with
+    /// nothing to guard. `true`: it knows of all, or there is none and will be none.
+    pub fn pet(&mut self, pet: &Pet, standby: bool) -> bool {
+        if self.program.is_none() {
+            return true;
+        }
         let now = Boot::now();
         let names = pet.nodes.iter().map(|node| node.dir.clone()).collect();
         let told = Some((names, pet.keep.clone()));
-        let nothing = pet.nodes.is_empty() && pet.keep.is_empty();
+        let nothing = pet.nodes.is_empty() && pet.keep.is_empty() && !standby;
         if told == self.told && (nothing || now < self.pet_at) {
-            return;
+            return true;
         }
-        self.pet_at = now.plus(PET_EVERY);
-        if self.send(&Message::Pet(pet.clone())) {
-            self.told = told;
-        } else if !pet.nodes.is_empty() {
-            self.start(now);
-        } else {
-            self.told = told;
+        if self.send(&Message::Pet(pet.clone())) || nothing {
+            (self.told, self.deaf_since) = (told, None);
+            self.pet_at = now.plus(PET_EVERY);
+            return true;
         }
+        self.told = None;
+        self.start(now);
+        now >= self.deaf_since.get_or_insert(now).plus(GIVEN_UP_AFTER)
     }
 
     /// The agent ends as it was told to, and with it the fencer, whoever has started it.

@@ -2,7 +2,8 @@
 //!
 //! Invariant: it waits for nobody. Asking and fencing run beside its looks, so that a peer or a node
 //! that does not answer delays no other shard's fence; and what has no right is fenced again at
-//! every look, in case a grant that was on its way came after the fence.
+//! every look, in case a grant that was on its way came after the fence. The fencer watches from
+//! before the first right is given until after the last one is seen to be gone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -57,6 +58,8 @@ pub struct Guard {
     /// By node: when its replicas' agents may be asked again.
     ask_at: BTreeMap<String, Boot>,
     fenced_since: BTreeMap<String, Boot>,
+    /// Fenced nodes that were found without any right to take.
+    bare: BTreeSet<String>,
     work: JoinSet<Done>,
     busy: BTreeSet<(Kind, String)>,
 }
@@ -82,6 +85,7 @@ impl Guard {
             channels: BTreeMap::new(),
             ask_at: BTreeMap::new(),
             fenced_since: BTreeMap::new(),
+            bare: BTreeSet::new(),
             work: JoinSet::new(),
             busy: BTreeSet::new(),
         }
@@ -90,7 +94,7 @@ impl Guard {
     /// Looks until `stop`, then tells the fencer that the end was meant.
     pub async fn run(
         mut self,
-        assignments: watch::Receiver<Option<Arc<Assignment>>>,
+        mut assignments: watch::Receiver<Option<Arc<Assignment>>>,
         stop: CancellationToken,
     ) {
         let mut tick = interval(LOOK_EVERY);
@@ -102,9 +106,11 @@ impl Guard {
                     self.done(done);
                     continue;
                 }
+                // A new primary waits for the fencer to know of it.
+                Ok(()) = assignments.changed() => {}
                 _ = tick.tick() => {}
             }
-            let assignment = assignments.borrow().clone();
+            let assignment = assignments.borrow_and_update().clone();
             if let Some(assignment) = assignment {
                 self.look(&assignment);
             }
@@ -115,6 +121,7 @@ impl Guard {
     fn look(&mut self, assignment: &Assignment) {
         let guarded: Vec<&NodeSpec> = assignment.nodes.iter().filter(|s| is_guarded(s)).collect();
         self.forget_others(&guarded);
+        let mut serving = BTreeSet::new();
         let now = Boot::now();
         let mut pet = Pet::default();
         for spec in guarded {
@@ -125,10 +132,12 @@ impl Guard {
             };
             match self.host.lease.right(spec, assignment.revision, now) {
                 Right::Serve { until } => {
+                    serving.insert(spec.node_id.clone());
                     pet.nodes.extend(until.map(watched));
                     self.lift(&spec.node_id);
                 }
                 Right::Ask { until } => {
+                    serving.insert(spec.node_id.clone());
                     pet.nodes.push(watched(until));
                     self.lift(&spec.node_id);
                     self.ask(spec, now);
@@ -138,10 +147,21 @@ impl Guard {
                     pet.keep.push(watched(now).dir);
                     self.ask(spec, now);
                 }
-                Right::Fence => self.fence(spec, now),
+                Right::Fence => {
+                    if !self.bare.contains(&spec.node_id) {
+                        pet.keep.push(watched(now).dir);
+                    }
+                    self.fence(spec, now);
+                }
             }
         }
-        self.fencer.pet(&pet);
+        // Whoever may be a primary one day must not wait for a fencer's start then.
+        let standby = assignment.nodes.iter().any(|s| s.epoch > 0);
+        let watched = match self.fencer.pet(&pet, standby) {
+            true => serving,
+            false => &serving & &self.host.lease.watched(),
+        };
+        self.host.lease.set_watched(watched);
     }
 
     fn forget_others(&mut self, guarded: &[&NodeSpec]) {
@@ -151,12 +171,14 @@ impl Guard {
         self.ask_at.retain(|node, _| names.contains(node.as_str()));
         self.fenced_since
             .retain(|node, _| names.contains(node.as_str()));
+        self.bare.retain(|node| names.contains(node.as_str()));
         self.channels.retain(|address, _| agents.contains(address));
     }
 
     fn lift(&mut self, node: &str) {
         if self.host.lease.set_fenced(node, false) {
             self.fenced_since.remove(node);
+            self.bare.remove(node);
             tracing::info!(node, "the right to serve is back; fence lifted");
         }
     }
@@ -222,6 +244,9 @@ impl Guard {
             }
             Ok(Done::Severed(node, severed)) => {
                 self.busy.remove(&(Kind::Sever, node.clone()));
+                if severed != Severed::Taken && self.fenced_since.contains_key(&node) {
+                    self.bare.insert(node.clone());
+                }
                 match severed {
                     Severed::Already => {}
                     Severed::Taken => tracing::warn!(node, "rights taken"),

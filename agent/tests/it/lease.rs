@@ -256,6 +256,50 @@ async fn a_primary_without_agent_that_is_followed_lives_and_the_next_agent_takes
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_is_guarded_from_its_first_moment_although_its_agent_dies_in_the_next() {
+    let mut mesh = Mesh::provisioned("").await;
+    mesh.controller.keep_leases(Some(1));
+    mesh.stop_agent(0).await;
+    let mut program = Program::start(&mesh, &[]);
+    eventually("a fencer with nothing to guard", async || {
+        program.fencer().is_some_and(|f| f.is_alive())
+    })
+    .await;
+    mesh.controller.until_kept("h-a").await;
+    let agent = mesh.agent(1).address.clone();
+    mesh.controller.change(|record| {
+        record.replica_agents = vec![agent];
+        record.epoch = 2;
+    });
+    mesh.controller
+        .until("the grant", 0, |n| n.granted_epoch == 2)
+        .await;
+    program.kill();
+    let (primary, replica) = (node(&mesh, 0), node(&mesh, 1));
+    assert!(primary.is_alive());
+    replica.signal(Signal::STOP);
+    eventually("the fencer to kill", async || !primary.is_alive()).await;
+    replica.signal(Signal::CONT);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fencer_that_never_comes_up_delays_a_grant_and_prevents_none() {
+    let mut mesh = leased().await;
+    mesh.stop_agent(0).await;
+    let mut settings = settings(&mesh.controller, "h-a", mesh.data(0));
+    // Ends at once, and hears nothing.
+    settings.fencer_binary = Some("true".into());
+    mesh.agents[0] = Some(Agent::start(settings).await);
+    let since = Instant::now();
+    mesh.controller.change(|record| record.epoch = 2);
+    mesh.controller
+        .until("the grant", 0, |n| n.granted_epoch == 2)
+        .await;
+    let took = since.elapsed();
+    assert!(took > Duration::from_secs(2), "given after {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_that_is_told_to_end_leaves_no_fencer_behind() {
     for more in [&[][..], &["--stop-all-on-exit"]] {
         let (mesh, mut program) = under_a_program().await;
@@ -306,5 +350,4 @@ fn a_lease_starts_with_no_right() {
         lease.promised("r-1", "s-1").is_some(),
         "it may have promised before"
     );
-    assert!(lease.may_serve_node("a"));
 }

@@ -33,6 +33,7 @@ impl Worker {
         }
         self.set_parameters(assigned).await;
         self.ensure_observer(assigned).await;
+        self.host.lease.until_watched(assigned).await;
         for _ in 0..ROUNDS_MAX {
             let decision = self.decide(assigned).await;
             let actions = match decision {

@@ -389,14 +389,15 @@ impl Worker {
         let Some((fence::UserKind::Proxy, epoch)) = fence::parse_user(&order.proxy_user) else {
             return response(StepOutcome::NoEffect, "no proxy user is named");
         };
-        if !self.host.lease.may_serve_node(&self.node_id) {
-            let why = "this host's lease has run out, so the node may not serve now";
-            return response(StepOutcome::Uncertain, why);
-        }
         match self.end_failover().await {
             Ok(Role::Primary) => {}
             Ok(Role::Replica) => return response(StepOutcome::NoEffect, "the node is a replica"),
             Err(why) => return response(StepOutcome::Uncertain, &why),
+        }
+        let assigned = self.assigned.borrow().clone();
+        if assigned.is_some_and(|a| !self.host.lease.may_serve(&a)) {
+            let why = "this host has no lease, so the node may not serve now";
+            return response(StepOutcome::Uncertain, why);
         }
         let dialect = self.run.dialect();
         let user = slotmesh_proto::agent::v1::EpochUser {
