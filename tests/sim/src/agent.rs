@@ -93,6 +93,8 @@ pub(crate) struct Host {
     pub(crate) seats: Rc<RefCell<Vec<Seat>>>,
     pub(crate) answers: Answers<Got>,
     pub(crate) assigned: RefCell<BTreeMap<String, Assigned>>,
+    /// An assignment has come that the guard has not seen.
+    pub(crate) news: Cell<bool>,
     pub(crate) steps: RefCell<BTreeMap<usize, VecDeque<StepCall>>>,
     pub(crate) reports: RefCell<BTreeMap<usize, NodeReport>>,
     /// Connections to targets, and the calls that wait for their login.
@@ -212,6 +214,7 @@ impl Agent {
             seats: Rc::clone(&self.seats),
             answers: Answers::default(),
             assigned: RefCell::default(),
+            news: Cell::default(),
             steps: RefCell::default(),
             reports: RefCell::default(),
             targets: RefCell::default(),
@@ -371,6 +374,7 @@ impl Agent {
         let host = Rc::clone(host);
         self.fibers.push(Fiber::new(async move {
             host.append([Fact::Term(assignment.term)]).await;
+            host.news.set(true);
             let mut assigned = host.assigned.borrow_mut();
             for spec in assignment.nodes {
                 let newer = assigned

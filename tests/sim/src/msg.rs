@@ -225,8 +225,13 @@ pub enum Rpc {
         /// `None`: the store did not answer.
         confirmed: Option<bool>,
     },
-    /// Agent to its fencer: all primaries, and until when they may serve.
-    Pet(Vec<Watched>),
+    /// Agent to its fencer.
+    Pet {
+        /// All primaries that may serve, and until when.
+        watched: Vec<Watched>,
+        /// Nodes that stay watched as they were.
+        keep: Vec<usize>,
+    },
     /// Agent to its node over the local socket: never lost, but either side may die.
     Admin {
         /// Chosen by the caller.

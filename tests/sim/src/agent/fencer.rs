@@ -56,9 +56,11 @@ impl Fencer {
     /// Something happens to it.
     pub fn handle(&mut self, ctx: &mut Ctx, input: Input) {
         match input {
-            Input::Rpc(_, Rpc::Pet(watched)) => {
+            Input::Rpc(_, Rpc::Pet { watched, keep }) => {
                 let with_process = |w: Watched| Some((w, ctx.life(Party::Node(w.node))?));
-                self.watched = watched.into_iter().filter_map(with_process).collect();
+                self.watched.retain(|(w, _)| keep.contains(&w.node));
+                self.watched
+                    .extend(watched.into_iter().filter_map(with_process));
             }
             Input::Rpc(_, Rpc::AdminReply { call, answer }) => {
                 let Some(at) = self.asked.iter().position(|(c, _)| *c == call) else {

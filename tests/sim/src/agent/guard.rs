@@ -2,7 +2,7 @@
 //! what the agent's guard does.
 //!
 //! Invariant: what has no right is fenced again at every look; a right is counted from before it was
-//! asked for.
+//! asked for; the fencer watches from before the first right is given until after the last is gone.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -19,7 +19,7 @@ use slotmesh_proto::agent::v1::{NodeSpec, PromiseNotToPromoteRequest};
 
 use super::{Got, Host, Seat};
 use crate::{
-    fiber::{Fiber, sleep},
+    fiber::Fiber,
     msg::{Party, Rpc, Watched},
     plan::{Point, Script},
     redis::{Admin, Answer},
@@ -49,6 +49,10 @@ pub(crate) struct Rights {
     promised: BTreeMap<String, (u64, Boot)>,
     fenced: BTreeSet<String>,
     fenced_since: BTreeMap<String, Micros>,
+    /// Fenced nodes that were found without any right to take.
+    bare: BTreeSet<String>,
+    /// Primaries that the fencer was told of.
+    watched: BTreeSet<String>,
     ask_at: BTreeMap<String, Micros>,
     busy: BTreeSet<String>,
     /// What this agent has promised to others.
@@ -68,6 +72,8 @@ impl Rights {
             promised: BTreeMap::new(),
             fenced: BTreeSet::new(),
             fenced_since: BTreeMap::new(),
+            bare: BTreeSet::new(),
+            watched: BTreeSet::new(),
             ask_at: BTreeMap::new(),
             busy: BTreeSet::new(),
             given: Promises::since(boot(now)),
@@ -137,12 +143,8 @@ impl Host {
             return true;
         }
         let right = self.right(&assigned.spec, assigned.revision);
-        matches!(right, Right::Serve { .. } | Right::Ask { .. })
-    }
-
-    /// Whether a node is not fenced for want of a right.
-    pub(crate) fn may_serve_node(&self, node: &str) -> bool {
-        !self.rights.borrow().fenced.contains(node)
+        let watched = (self.rights.borrow().watched).contains(&assigned.spec.node_id);
+        watched && matches!(right, Right::Serve { .. } | Right::Ask { .. })
     }
 
     /// For the step that promotes.
@@ -174,21 +176,15 @@ pub(crate) async fn run(host: Rc<Host>) {
         let seats = host.seats.borrow().clone();
         look(&host, &seats, &mut work);
         let until = host.now() + LOOK_EVERY;
+        let wake = crate::msg::Timer::Call(0);
+        host.world.borrow_mut().timer(host.me, LOOK_EVERY, wake);
         // Asking and fencing run beside it: their answers wake it.
         loop {
             work.retain_mut(|fiber| !fiber.poll());
-            let now = host.now();
-            if now >= until {
+            if host.now() >= until || host.news.take() {
                 break;
             }
-            if work.is_empty() {
-                sleep(&host.world, host.me, until - now).await;
-            } else {
-                host.world
-                    .borrow_mut()
-                    .timer(host.me, until - now, crate::msg::Timer::Call(0));
-                pending_once().await;
-            }
+            pending_once().await;
         }
     }
 }
@@ -211,8 +207,8 @@ fn look(host: &Rc<Host>, seats: &[Seat], work: &mut Vec<Fiber>) {
     if assigned.is_empty() {
         return;
     }
-    let mut watched = Vec::new();
-    let mut unproven = false;
+    let (mut watched, mut keep) = (Vec::new(), Vec::new());
+    let mut serving = BTreeSet::new();
     for seat in seats {
         let Some(assigned) = assigned.get(&seat.name).filter(|a| is_guarded(&a.spec)) else {
             let mut rights = host.rights.borrow_mut();
@@ -220,6 +216,7 @@ fn look(host: &Rc<Host>, seats: &[Seat], work: &mut Vec<Fiber>) {
             rights.promised.remove(&seat.name);
             rights.ask_at.remove(&seat.name);
             rights.fenced_since.remove(&seat.name);
+            rights.bare.remove(&seat.name);
             continue;
         };
         let watch = |until: Boot| Watched {
@@ -232,33 +229,42 @@ fn look(host: &Rc<Host>, seats: &[Seat], work: &mut Vec<Fiber>) {
         match host.right(&assigned.spec, assigned.revision) {
             Right::Serve { until } => {
                 lift(host, &seat.name);
+                serving.insert(seat.name.clone());
                 watched.extend(until.map(watch));
             }
             Right::Ask { until } => {
                 lift(host, &seat.name);
+                serving.insert(seat.name.clone());
                 watched.push(watch(until));
                 work.extend(ask(host, assigned));
             }
             Right::Unproven => {
-                unproven = true;
+                keep.push(seat.node);
                 work.extend(ask(host, assigned));
             }
             Right::Fence if host.variant() == Variant::NoSelfFence => {}
-            Right::Fence => work.extend(fence(host, seat)),
+            Right::Fence => {
+                if !host.rights.borrow().bare.contains(&seat.name) {
+                    keep.push(seat.node);
+                }
+                work.extend(fence(host, seat));
+            }
         }
     }
-    if !unproven && host.variant() != Variant::NoSelfFence {
-        let pet = Rpc::Pet(watched);
+    if host.variant() != Variant::NoSelfFence {
+        let pet = Rpc::Pet { watched, keep };
         host.world
             .borrow_mut()
             .local(host.me, Party::Fencer(host.index), pet);
     }
+    host.rights.borrow_mut().watched = serving;
 }
 
 fn lift(host: &Host, node: &str) {
     let mut rights = host.rights.borrow_mut();
     rights.fenced.remove(node);
     rights.fenced_since.remove(node);
+    rights.bare.remove(node);
 }
 
 /// Asks the agents of all replicas, unless that is under way or was just done.
@@ -335,43 +341,48 @@ fn fence(host: &Rc<Host>, seat: &Seat) -> Option<Fiber> {
     };
     let (host, seat) = (Rc::clone(host), seat.clone());
     Some(Fiber::new(async move {
-        sever(&host, &seat, hard).await;
-        host.rights
-            .borrow_mut()
-            .busy
-            .remove(&format!("sever {}", seat.name));
+        let taken = sever(&host, &seat, hard).await;
+        let mut rights = host.rights.borrow_mut();
+        rights.busy.remove(&format!("sever {}", seat.name));
+        if !taken && rights.fenced.contains(&seat.name) {
+            rights.bare.insert(seat.name.clone());
+        }
     }))
 }
 
-async fn sever(host: &Host, seat: &Seat, hard: bool) {
-    if host.world.borrow().life(Party::Node(seat.node)).is_none() {
-        return;
-    }
+/// Whether there was something to take.
+async fn sever(host: &Host, seat: &Seat, hard: bool) -> bool {
     for _ in 0..TRIES {
-        if take(host, seat, hard).await.is_some() {
-            return;
-        }
         if host.world.borrow().life(Party::Node(seat.node)).is_none() {
-            return;
+            return false;
+        }
+        if let Some(taken) = take(host, seat, hard).await {
+            return taken;
         }
     }
-    host.kill(seat.node);
+    if host.world.borrow().life(Party::Node(seat.node)).is_some() {
+        host.kill(seat.node);
+    }
+    false
 }
 
-async fn take(host: &Host, seat: &Seat, hard: bool) -> Option<()> {
+async fn take(host: &Host, seat: &Seat, hard: bool) -> Option<bool> {
     let Answer::Users(users) = admin(host, seat, Admin::Users).await? else {
         return None;
     };
+    let mut taken = false;
     for (name, user) in &users {
         let proxy = parse_user(name).is_some_and(|(kind, _)| kind == UserKind::Proxy);
         if proxy && user.full {
             admin(host, seat, Admin::SoftFence(name.clone())).await?;
+            taken = true;
         }
     }
     if hard && !users.is_empty() {
         admin(host, seat, Admin::Delete(users.into_keys().collect())).await?;
+        taken = true;
     }
-    Some(())
+    Some(taken)
 }
 
 async fn admin(host: &Host, seat: &Seat, command: Admin) -> Option<Answer> {

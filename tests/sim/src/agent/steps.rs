@@ -335,6 +335,9 @@ impl Worker {
             Ok(Role::Replica) => return response(StepOutcome::NoEffect, "the node is a replica"),
             Err(why) => return response(StepOutcome::Uncertain, why),
         }
+        if self.assigned().is_some_and(|a| !self.host.may_serve(&a)) {
+            return response(StepOutcome::Uncertain, "the host has no right to serve");
+        }
         self.login = None;
         let (user, password) = (order.master_user.clone(), order.master_password.clone());
         let login = self.admin(Admin::SetLogin { user, password }).await;
@@ -342,9 +345,6 @@ impl Worker {
             order.proxy_user.clone(),
             password_sha256(&order.proxy_password),
         );
-        if !self.host.may_serve_node(&self.seat.name) {
-            return response(StepOutcome::NoEffect, "the host has no right to serve");
-        }
         let grant = self
             .admin(Admin::Grant {
                 user,
