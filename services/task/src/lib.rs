@@ -12,6 +12,7 @@ pub mod detect;
 pub mod drain;
 pub mod failover;
 pub mod observe;
+mod parts;
 pub mod place;
 pub mod provision;
 pub mod proxies;

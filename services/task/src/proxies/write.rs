@@ -6,7 +6,10 @@
 use slotmesh_topology::Placement;
 
 use super::{Change, Changes, Decision, ProxyPhase, View};
-use crate::spec::{Spec, State, Task};
+use crate::{
+    parts,
+    spec::{Spec, State, Task},
+};
 
 /// How a proxy says that it was not begun because of another one.
 pub(super) const HALTED: &str = "halted: ";
@@ -168,33 +171,25 @@ pub fn ended(task: &Task, changes: &Changes) -> Option<(State, String)> {
     if !changes.proxies.iter().all(|p| p.phase.is_ended()) {
         return None;
     }
-    let (done, all) = (count(changes, ProxyPhase::Done), changes.proxies.len());
     let what = match changes.restart {
         true => "run a new process",
         false => "run it",
     };
-    if done == all {
-        return Some((State::Done, format!("all {all} proxies {what}")));
-    }
     let others = changes
         .proxies
         .iter()
         .filter(|p| p.phase != ProxyPhase::Done);
-    let mut why: Vec<String> = others
+    let why = others
         .filter(|p| !p.message.starts_with(HALTED))
-        .map(|p| format!("proxy {} ({}): {}", p.proxy, p.phase.name(), p.message))
-        .collect();
-    why.dedup();
-    let why = why.join("; ");
-    Some(match (done, task.cancel_requested) {
-        (0, true) => (State::Cancelled, why),
-        (0, false) => (State::RolledBack, why),
-        _ => {
-            let words = format!(
-                "{done} of {all} proxies {what}, the others serve as before; retry goes on with \
-                 those: {why}"
-            );
-            (State::NeedsOperator, words)
-        }
+        .map(|p| format!("proxy {} ({}): {}", p.proxy, p.phase.name(), p.message));
+    let (done, all) = (count(changes, ProxyPhase::Done), changes.proxies.len());
+    Some(match done == all {
+        true => (State::Done, format!("all {all} proxies {what}")),
+        false => parts::fell_short(
+            done,
+            task.cancel_requested,
+            &format!("{done} of {all} proxies {what}, the others serve as before"),
+            why.collect(),
+        ),
     })
 }
