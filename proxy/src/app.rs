@@ -174,6 +174,7 @@ impl App {
             audience: Arc::clone(&shared.audience),
             report,
             announced: AtomicBool::new(false),
+            writing: Mutex::default(),
             routing: Arc::clone(&routing),
             next_id: Arc::new(AtomicU64::new(1)),
             stance,

@@ -15,11 +15,15 @@
 //! | `spare` | what has given everything stands by, and serves again |
 //! | `told` | how a client's connections to nodes are told |
 //! | `report` | what whoever started a process that takes over can read |
+//! | `scribe` | writes it, and who serves, beside the conversation |
+//! | `prepare` | what a process does before it asks: makes room, tries itself |
 
 mod door;
 mod giver;
 mod listening;
+mod prepare;
 mod report;
+mod scribe;
 mod spare;
 mod taker;
 mod told;
@@ -27,7 +31,7 @@ mod wire;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use slotmesh_proto::handover::v1 as pb;
@@ -83,6 +87,15 @@ pub struct Counts {
     pub left: AtomicU64,
     /// Conversations that ended before everything was given.
     pub failed: AtomicU64,
+    /// For how long a client was stopped that went, at most, in microseconds; of the last hand-over.
+    pub stopped_max_us: AtomicU64,
+}
+
+impl Counts {
+    fn stopped(&self, longest: Duration) {
+        let longest_us = u64::try_from(longest.as_micros()).unwrap_or(u64::MAX);
+        self.stopped_max_us.store(longest_us, Ordering::Relaxed);
+    }
 }
 
 /// What both sides need of their process.
@@ -101,6 +114,8 @@ pub(crate) struct Office {
     pub(crate) report: Report,
     /// proxy.json names this process.
     pub(crate) announced: AtomicBool,
+    /// It is being written.
+    pub(crate) writing: Mutex<()>,
     pub(crate) routing: Arc<Routing>,
     /// Id of the next client.
     pub(crate) next_id: Arc<AtomicU64>,
@@ -126,21 +141,22 @@ impl Office {
         self.stance.borrow().role
     }
 
-    /// This process accepts clients from now on, at a socket that it got or that it still has.
+    /// This process accepts clients from now on, at a socket that it got or that it still has. The agent
+    /// is told by [`Office::announce_again`]: a disk may need longer than clients can wait.
     fn serve(&self, socket: Option<Arc<TcpListener>>) {
+        self.announced.store(false, Ordering::Relaxed);
         self.stance.send_modify(|stance| {
             stance.role = Role::Serving;
             if let Some(socket) = socket {
                 stance.socket = Some(socket);
             }
         });
-        self.announced.store(false, Ordering::Relaxed);
-        self.announce_again();
     }
 
     /// Tells the agent that this process serves, if it was not told yet. False: it still is not.
     fn announce_again(&self) -> bool {
-        if self.announced.load(Ordering::Relaxed) || self.role() != Role::Serving {
+        let _writing = self.writing();
+        if self.is_announced() {
             return true;
         }
         if let Err(error) = self.announce() {
@@ -151,6 +167,11 @@ impl Office {
         true
     }
 
+    /// The agent knows who serves, as far as this process has to tell it.
+    fn is_announced(&self) -> bool {
+        self.announced.load(Ordering::Relaxed) || self.role() != Role::Serving
+    }
+
     /// Does not return before the agent was told, unless the process ends.
     fn insist(&self) {
         /// A disk that is full has room again some day.
@@ -158,6 +179,12 @@ impl Office {
         while !self.announce_again() && !self.stop.is_cancelled() {
             std::thread::park_timeout(AGAIN);
         }
+    }
+
+    /// As long as this is held, this process does not write proxy.json: what it writes late must not
+    /// stand in the place of what its successor writes.
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Another process accepts clients from now on.
@@ -278,15 +305,4 @@ pub(crate) fn ask(proxy_id: &str, instance: &str, door: &Path, revision: u64) ->
 fn common_version(ask: &pb::Ask) -> Option<u32> {
     let version = ask.version_max.min(*VERSIONS.end());
     (version >= ask.version_min && VERSIONS.contains(&version)).then_some(version)
-}
-
-/// A short way to a socket in a directory: its own path may be longer than an address of a socket can
-/// be. Good while the directory's descriptor is.
-fn short_path(path: &Path) -> std::io::Result<(std::fs::File, PathBuf)> {
-    use std::os::fd::AsRawFd as _;
-    let missing = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
-    let dir = std::fs::File::open(path.parent().ok_or_else(missing)?)?;
-    let name = path.file_name().ok_or_else(missing)?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
-    Ok((dir, short))
 }

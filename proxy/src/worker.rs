@@ -111,6 +111,8 @@ pub enum Notice {
         /// When it stopped.
         since: Option<Instant>,
     },
+    /// Requests were answered by errors that are no client's fault.
+    Faults { shard: ShardNo, count: u64 },
 }
 
 /// What others see of a worker.
@@ -444,6 +446,9 @@ impl Worker {
                 trouble,
                 since: trouble.since_us.map(at),
             });
+        }
+        for (shard, count) in self.core.out.faults.drain(..) {
+            self.unsent_notices.push(Notice::Faults { shard, count });
         }
         self.send_notices();
         let counters: &Counters = &self.core.counters;

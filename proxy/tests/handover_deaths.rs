@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use support::LIMIT;
-use support::handover::{Process, door, mesh, take_back, take_over_report, wait_metric};
+use support::handover::{Process, door, mesh, metric, take_back, take_over_report, wait_metric};
 use support::talk::Talk;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -153,6 +153,46 @@ async fn a_process_that_fails_its_trial_takes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_may_open_too_few_files_takes_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let _nodes = mesh(data.path());
+    let old = Process::start(data.path(), None);
+    let (address, _) = old.serves(data.path()).await;
+    let mut clients = connect(address).await;
+    let files = CLIENTS as u32; // one for each would do, but for those that it needs itself
+    let mut new = Process::start_with_files(data.path(), Some(&door(data.path())), files);
+    assert_eq!(new.ended().await, Some(5));
+    let told = take_over_report(data.path());
+    let reason = told["reason"].as_str().unwrap();
+    assert!(reason.contains("of 364 or more"), "{reason}");
+    assert_eq!(served(&mut clients).await, CLIENTS);
+    assert_eq!(support::handover::serving_pid(data.path()), Some(old.pid()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_nobody_left_to_take_over_from_a_new_process_ends_in_the_middle_of_its_trial() {
+    /// A trial waits longer for a node.
+    const AT_ONCE: Duration = Duration::from_secs(3);
+    let data = tempfile::tempdir().unwrap();
+    let nodes = mesh(data.path());
+    let mut old = Process::start(data.path(), None);
+    old.serves(data.path()).await;
+    nodes[1].freeze();
+    let mut new = Process::start(data.path(), Some(&door(data.path())));
+    let path = data.path().join("take-over.json");
+    support::wait_for("the new process to try itself", || {
+        path.exists().then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // so that it is in the middle
+    old.kill();
+    let ended = timeout(AT_ONCE, new.ended()).await;
+    nodes[1].thaw();
+    let code = ended.expect("it tries on").expect("a signal ended it");
+    assert!(matches!(code, 3 | 6), "{code}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_times_there_and_back() {
     let data = tempfile::tempdir().unwrap();
     let _nodes = mesh(data.path());
@@ -171,4 +211,6 @@ async fn ten_times_there_and_back() {
         wait_metric(new_admin, "clients", CLIENTS as u64).await;
     }
     assert_eq!(served(&mut clients).await, CLIENTS);
+    // Each that has given says for how long a client was stopped.
+    assert!(metric(old_admin, "handover_stopped_max_us").await > 0);
 }

@@ -5,7 +5,6 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use slotmesh_proto::handover::v1 as pb;
 use support::fixture::{Fixture, fixture};
@@ -47,6 +46,14 @@ async fn monitors_see_every_command_once_there_and_back() {
         talk.expect("MONITOR", "+OK\r\n").await;
         monitors.push(tokio::spawn(watch(talk, last.clone())));
     }
+    // What is said to nodes for those who listen is shown to those who monitor.
+    let mut listeners = Vec::new();
+    for number in 0..4 {
+        let mut talk = Talk::connect(old.address).await;
+        let answer = talk.ask(&format!("SUBSCRIBE channel:{number}")).await;
+        assert!(answer.contains("subscribe"), "{answer}");
+        listeners.push(talk);
+    }
     let stop = CancellationToken::new();
     let writer = {
         let (stop, address) = (stop.clone(), old.address);
@@ -63,16 +70,15 @@ async fn monitors_see_every_command_once_there_and_back() {
                 if ends {
                     return number;
                 }
-                tokio::time::sleep(Duration::from_millis(1)).await;
             }
         })
     };
     let old_door = door(data.path());
     let new = successor(data.path(), 3).await;
-    wait_metric(new.admin, "clients", 7).await;
+    wait_metric(new.admin, "clients", 11).await;
     wait_metric(old.admin, "clients", 0).await;
     assert_eq!(take_back(old_door).await, "");
-    wait_metric(old.admin, "clients", 7).await;
+    wait_metric(old.admin, "clients", 11).await;
     wait_metric(new.admin, "clients", 0).await;
     stop.cancel();
     let written = writer.await.unwrap();

@@ -361,7 +361,7 @@ impl Core {
             let mut places = cut.places.iter_mut();
             let place = places.find(|place| place.origin == Origin::Node(source));
             if let Some(place) = place.filter(|place| !place.heard) {
-                place.heard = memchr::memmem::find(line, &cut.marker).is_some();
+                place.heard = is_publishing(line, &cut.marker);
             }
         }
     }
@@ -428,6 +428,13 @@ impl Core {
     }
 }
 
+/// A line of MONITOR shows that a marker is published, and not that somebody listens for it, which
+/// happens before.
+fn is_publishing(line: &[u8], marker: &[u8]) -> bool {
+    let at = memchr::memmem::find(line, marker);
+    at.is_some_and(|at| line[..at].ends_with(b"\"PUBLISH\" \""))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -475,6 +482,26 @@ mod tests {
             !divert(&mut core.pubsub.cuts, FEED, (1, 1), b"x"),
             "behind it"
         );
+    }
+
+    #[test]
+    fn whoever_monitors_waits_for_the_marker_and_not_for_those_who_listen_for_it() {
+        let mut core = core_with_cut(false);
+        let node = Source {
+            shard: 3,
+            replica: None,
+        };
+        core.pubsub.cuts[0].places[0].origin = Origin::Node(node);
+        for line in [
+            "\"SUBSCRIBE\" \"m\"",
+            "\"UNSUBSCRIBE\" \"m\"",
+            "\"GET\" \"m\"",
+        ] {
+            core.cut_shown(node, format!("+1.0 [0 127.0.0.1:1] {line}\r\n").as_bytes());
+            assert!(!core.is_cut_heard(b"m"), "{line}");
+        }
+        core.cut_shown(node, b"+1.0 [0 127.0.0.1:1] \"PUBLISH\" \"m\" \"\"\r\n");
+        assert!(core.is_cut_heard(b"m"));
     }
 
     #[test]

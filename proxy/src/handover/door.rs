@@ -8,12 +8,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use slotmesh_runtime::socket::short_path;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::wire::Wire;
-use super::{Office, giver, short_path};
+use super::{Office, giver};
 
 /// Conversations at a time: one hand-over, and a few questions.
 const CONVERSATIONS_MAX: usize = 8;

@@ -27,12 +27,18 @@ pub(super) const ACK_LIMIT: Duration = Duration::from_millis(500);
 /// For what was said before the ear was closed. It is there or never comes, so that nobody waits for it;
 /// but this thread may be kept from reading it by others.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
-/// Clients per message.
+/// Clients per message that say nothing: each descriptor counts, and some have two.
 pub(super) const BATCH: usize = 200;
+/// Clients per message that may notice that they are stopped. Each waits for all of its message, which
+/// takes some ten microseconds a client; with fewer, the words around a message take longer.
+const BATCH_LIVELY: usize = 64;
 /// Bytes of clients per message, passed by one client of each worker at most.
 pub(super) const BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Between looks at clients that could not travel yet.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// As long as everybody else is on the way: many of them can in a moment.
+const LOOK_SOON: Duration = Duration::from_millis(10);
+const SOON: Duration = Duration::from_secs(1);
 /// Signs of life.
 const REST_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the process stays as a spare once everybody has travelled.
@@ -90,6 +96,7 @@ fn serve_ask(office: &Office, wire: &Wire, ask: &pb::Ask) {
         schema_max: ask.schema_max,
         sent: 0,
         listening_at: Instant::now(),
+        stopped: Stopped::default(),
     };
     if let Err(error) = giver.give(offer, ask) {
         office.counts.failed.fetch_add(1, Ordering::Relaxed);
@@ -160,6 +167,31 @@ pub(super) struct Giver<'a> {
     sent: u64,
     /// When to try again those who listen to channels.
     pub(super) listening_at: Instant,
+    stopped: Stopped,
+}
+
+/// For how long clients that went were stopped: from the last byte that was read here to the other
+/// process's word that it has them.
+#[derive(Debug, Default)]
+struct Stopped(Vec<Duration>);
+
+impl Stopped {
+    /// So many are remembered, the first ones.
+    const MAX: usize = 100_000;
+
+    fn note(&mut self, parcels: &[Parcel]) {
+        let room = Self::MAX - self.0.len();
+        let times = parcels.iter().map(|parcel| parcel.stopped.elapsed());
+        self.0.extend(times.take(room));
+    }
+
+    /// The longest, and that of 99 of 100.
+    fn extremes(&mut self) -> (Duration, Duration) {
+        self.0.sort_unstable();
+        let rank = self.0.len().saturating_sub(1) * 99 / 100;
+        let at = |rank: usize| self.0.get(rank).copied().unwrap_or_default();
+        (at(self.0.len().saturating_sub(1)), at(rank))
+    }
 }
 
 impl Giver<'_> {
@@ -168,6 +200,7 @@ impl Giver<'_> {
         let began = Instant::now();
         tracing::info!(pid = ask.pid, release = ask.release, "hands over");
         say(self.wire, Said::Offer(offer), &[])?;
+        let writing = office.writing();
         self.give_listener()?;
         *office
             .successor
@@ -175,6 +208,7 @@ impl Giver<'_> {
             .unwrap_or_else(PoisonError::into_inner) = Some(ask.door.clone().into());
         office.wants_back.store(false, Ordering::Relaxed);
         office.be_relieved();
+        drop(writing);
         let mut relieved: Option<Instant> = None;
         let mut rest_at = Instant::now();
         loop {
@@ -188,7 +222,12 @@ impl Giver<'_> {
             }
             if relieved.is_none() {
                 let took = began.elapsed();
-                tracing::info!(?took, left, "has handed over all clients that can travel");
+                let (longest, most) = self.stopped.extremes();
+                office.counts.stopped(longest);
+                tracing::info!(
+                    ?took, left, stopped_max = ?longest, stopped_p99 = ?most,
+                    "has handed over all clients that can travel"
+                );
             }
             let since = *relieved.get_or_insert_with(Instant::now);
             let done = left == 0 && since.elapsed() >= SPARE_TIME;
@@ -205,7 +244,11 @@ impl Giver<'_> {
             if over || back {
                 return Ok(());
             }
-            if self.wire.has_news(LOOK_AGAIN) {
+            let pause = match since.elapsed() < SOON {
+                true => LOOK_SOON,
+                false => LOOK_AGAIN,
+            };
+            if self.wire.has_news(pause) {
                 // It has nothing to say now: it is gone.
                 let (_, _) = self.wire.receive::<pb::ToGiver>(ACK_LIMIT)?;
                 return Err(WireError::Nonsense("an answer that nobody waits for"));
@@ -271,6 +314,7 @@ impl Giver<'_> {
             let (answer, answered) = sync_channel(1);
             let collect = Collect {
                 clients_max: BATCH.div_ceil(workers),
+                lively_max: BATCH_LIVELY.div_ceil(workers),
                 bytes_max: BATCH_BYTES / workers,
                 schema_max: self.schema_max,
                 answer,
@@ -310,6 +354,7 @@ impl Giver<'_> {
             self.return_all(parcels);
             return Err(WireError::Late);
         };
+        self.stopped.note(&parcels);
         let numbered = parcels.into_iter().enumerate();
         let is_refused = |at: usize| refused.iter().any(|refused| *refused as usize == at);
         let (stay, go): (Vec<_>, Vec<_>) = numbered.partition(|(at, _)| is_refused(*at));

@@ -25,8 +25,8 @@ use crate::worker::{Accepted, Cutting, Pass, Reserve};
 const ANNOUNCED_MAX: usize = 80;
 /// For the other process to have everything confirmed by nodes; its own limit is shorter.
 const READY_LIMIT: Duration = Duration::from_secs(4);
-/// Between tries for those who could not be cut.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Between tries for those who could not be cut: as for others (`worker::passing`).
+const TRY_AGAIN: Duration = Duration::from_millis(300);
 
 impl Giver<'_> {
     /// One round of each worker. Returns how many went.
@@ -177,16 +177,17 @@ impl Announced {
         self.places.extend(places);
     }
 
-    /// Gives a client that was announced to its worker.
+    /// Gives a client that was announced to its worker, which is to be woken for it.
     pub(super) fn place(&self, office: &Office, client: Accepted) {
         let mut next = Some(client);
         while let Some(client) = next {
-            next = office.workers[self.worker].give(client);
+            next = office.workers[self.worker].put(client);
             if next.is_some() && office.stop.is_cancelled() {
                 office.clients.fetch_sub(1, Ordering::Relaxed);
                 return; // as with any other client
             }
             if next.is_some() {
+                office.workers[self.worker].wake();
                 std::thread::yield_now(); // there is room once it has turned
             }
         }

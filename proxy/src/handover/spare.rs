@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::giver::{DRAIN_LIMIT, LOOK_AGAIN, SPARE_TIME};
-use super::taker::{LOOK_INTERVAL, take_over, try_out};
+use super::prepare::get_ready;
+use super::taker::{LOOK_INTERVAL, take_over};
 use super::wire::Wire;
 use super::{Office, PROXY_JSON, Role, door};
 
@@ -104,7 +105,8 @@ pub(super) fn take_back(office: &Arc<Office>) -> Result<(), String> {
             let _ = tell.send(Ok(())); // only the first is waited for
         };
         taking.report.begin();
-        let ended = try_out(&taking).and_then(|()| take_over(&taking, &path, &first));
+        let ready = get_ready(&taking, &path);
+        let ended = ready.and_then(|()| take_over(&taking, &path, &first));
         if let Err(error) = &ended {
             taking.report.failed(error);
             tracing::warn!(%error, "the spare does not serve again");

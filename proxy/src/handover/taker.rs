@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use slotmesh_proto::handover::v1 as pb;
@@ -19,10 +18,11 @@ use slotmesh_proto::handover::v1::to_taker::Message as Heard;
 use tokio::net::TcpListener;
 
 use super::listening::Announced;
+use super::scribe::{Scribe, with_scribe};
 use super::wire::{Wire, WireError};
-use super::{Office, door, told};
+use super::{Office, door, prepare, told};
 use crate::core::client::ClientState;
-use crate::worker::{Accepted, Pass};
+use crate::worker::{Accepted, WorkerHandle};
 
 /// For an answer that needs no work.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -30,14 +30,13 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Between looks at whether this process was told to stop.
 pub(super) const LOOK_INTERVAL: Duration = Duration::from_millis(100);
-/// How long a topology may take to come, from the disk or a controller.
-const TOPOLOGY_LIMIT: Duration = Duration::from_secs(10);
 /// A word that could not be written: what were the other process's last words, and has it ended? Its
 /// end shows milliseconds after its sockets are closed.
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// Conversations that end early are begun anew for those who are left, so often without one that came,
 /// after waits that double from [`LOOK_INTERVAL`] on.
 const TRIES: u32 = 5;
+
 /// Why a process could not take over.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
@@ -81,10 +80,15 @@ impl TakeError {
 
 /// Asks a process where it listens, and whether it would hand over.
 pub(crate) fn inquire(path: &Path, ask: pb::Ask) -> Result<pb::Offer, TakeError> {
+    first_look(path, ask).map(|(offer, _)| offer)
+}
+
+/// As [`inquire`]. What comes with the answer shows whether the process lives.
+pub(super) fn first_look(path: &Path, ask: pb::Ask) -> Result<(pb::Offer, Wire), TakeError> {
     let wire = connect(path)?;
     say(&wire, Said::Inquire(ask))?;
     let (answer, _) = wire.receive::<pb::ToTaker>(ANSWER_LIMIT)?;
-    offer_of(answer)
+    Ok((offer_of(answer)?, wire))
 }
 
 fn offer_of(answer: pb::ToTaker) -> Result<pb::Offer, TakeError> {
@@ -117,8 +121,8 @@ fn say(wire: &Wire, message: Said) -> Result<(), WireError> {
 /// # Errors
 /// Nothing was taken: the other process serves as before.
 pub(crate) fn relieve(office: &Office, path: &Path) -> Result<(), TakeError> {
-    let fit = match office.report.is_written() {
-        true => try_out(office),
+    let fit = match office.report.write() {
+        true => prepare::get_ready(office, path),
         // Nor could proxy.json be, and the agent would never know that this process serves.
         false => Err(TakeError::Unfit(
             "its data directory cannot be written".to_owned(),
@@ -132,24 +136,36 @@ pub(crate) fn relieve(office: &Office, path: &Path) -> Result<(), TakeError> {
     ended
 }
 
-/// As [`relieve`], without the trial. Says when everybody has come who can.
-pub(super) fn take_over(office: &Office, path: &Path, settled: &dyn Fn()) -> Result<(), TakeError> {
+/// As [`relieve`], without the trial. Says when everybody has come who can, and that was written down.
+pub(super) fn take_over(
+    office: &Office,
+    path: &Path,
+    settled: &(dyn Fn() + Sync),
+) -> Result<(), TakeError> {
+    with_scribe(office, settled, |scribe| take_all(office, path, scribe))
+}
+
+/// One conversation after the other.
+fn take_all(office: &Office, path: &Path, scribe: &Scribe<'_>) -> Result<(), TakeError> {
     let mut tries = 0;
     let progress = Progress::default();
     let taken = || office.counts.taken.load(Ordering::Relaxed);
     let taken_before = taken();
+    let number = office.report.number();
     let note = || {
         let left = u64::from(progress.left.get());
-        office.report.settled(taken() - taken_before, left);
+        let report = &office.report;
+        report.settled(number, taken() - taken_before, left)
     };
+    let told = Cell::new(false);
     let settled = || {
-        note();
-        settled();
-        office.announce_again();
+        if note() || !told.replace(true) || !office.is_announced() {
+            scribe.settled();
+        }
     };
     loop {
         let taken_then = taken();
-        let ended = try_take(office, path, &progress, &settled);
+        let ended = try_take(office, path, &progress, scribe, &settled);
         office.audience.expect_clients(false);
         if taken() > taken_then {
             tries = 0;
@@ -167,6 +183,7 @@ pub(super) fn take_over(office: &Office, path: &Path, settled: &dyn Fn()) -> Res
             Err(error) => {
                 tracing::warn!(%error, "some clients stay with the process that served before");
                 note();
+                scribe.news();
                 return Ok(());
             }
         }
@@ -177,6 +194,7 @@ fn try_take(
     office: &Office,
     path: &Path,
     progress: &Progress,
+    scribe: &Scribe<'_>,
     settled: &dyn Fn(),
 ) -> Result<(), TakeError> {
     let began = Instant::now();
@@ -199,6 +217,7 @@ fn try_take(
         office,
         wire: &wire,
         progress,
+        scribe,
         taken: 0,
         announced: None,
     };
@@ -230,6 +249,7 @@ struct Taker<'a> {
     office: &'a Office,
     wire: &'a Wire,
     progress: &'a Progress,
+    scribe: &'a Scribe<'a>,
     taken: u64,
     /// Clients that are to come.
     announced: Option<Announced>,
@@ -244,6 +264,7 @@ impl Taker<'_> {
                 Some(Heard::Listener(listener)) => {
                     take_listener(office, wire, &listener, fds)?;
                     self.progress.has_listener.set(true);
+                    self.scribe.news();
                 }
                 Some(Heard::Announce(announce)) => {
                     if let Some(before) = self.announced.take() {
@@ -296,6 +317,8 @@ impl Taker<'_> {
                 place_anywhere(office, client);
             }
         }
+        // Once for all of them: a worker that is woken for each turns for each.
+        office.workers.iter().for_each(WorkerHandle::wake);
         if is_announced {
             announced.end(office);
         }
@@ -409,54 +432,21 @@ fn read_batch(
     Ok((clients, refused))
 }
 
-/// Gives a client to the worker with the fewest.
+/// Gives a client to the worker with the fewest, which is to be woken for it.
 fn place_anywhere(office: &Office, client: Accepted) {
     let mut next = Some(client);
     while let Some(client) = next {
         let least = office.workers.iter().min_by_key(|worker| worker.load());
-        next = least.and_then(|worker| worker.give(client));
+        next = least.and_then(|worker| worker.put(client));
         if next.is_some() && office.stop.is_cancelled() {
             office.clients.fetch_sub(1, Ordering::Relaxed);
             return; // nobody takes it any more: it is closed, as all are
         }
         if next.is_some() {
+            office.workers.iter().for_each(WorkerHandle::wake);
             std::thread::yield_now(); // there is room once it has turned
         }
     }
-}
-
-/// Waits for a topology, and asks every worker to serve a client of its own.
-///
-/// # Errors
-/// What is wrong with this process.
-pub(super) fn try_out(office: &Office) -> Result<(), TakeError> {
-    let until = Instant::now() + TOPOLOGY_LIMIT;
-    while !office.routing.load().is_complete() {
-        if office.stop.is_cancelled() {
-            return Err(TakeError::Stopped);
-        }
-        if Instant::now() >= until {
-            let text = "no topology that serves every slot came from the disk or a controller";
-            return Err(TakeError::Unfit(text.to_owned()));
-        }
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-    let ask = |worker| {
-        let (answer, answered) = sync_channel(1);
-        office.pass(worker, Pass::Trial(answer));
-        answered
-    };
-    let asked: Vec<_> = (0..office.workers.len()).map(ask).collect();
-    for answered in asked {
-        // A worker answers in time, or has ended.
-        let ended = || match office.stop.is_cancelled() {
-            true => TakeError::Stopped,
-            false => TakeError::Unfit("a worker has ended".to_owned()),
-        };
-        let result = answered.recv().map_err(|_| ended())?;
-        result.map_err(TakeError::Unfit)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

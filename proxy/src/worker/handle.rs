@@ -13,6 +13,15 @@ impl WorkerHandle {
     /// Gives a client to the worker. It comes back if the worker takes none at the moment.
     #[must_use]
     pub fn give(&self, client: Accepted) -> Option<Accepted> {
+        let back = self.put(client);
+        if back.is_none() {
+            self.wake();
+        }
+        back
+    }
+
+    /// As [`WorkerHandle::give`]; the worker looks when it is woken.
+    pub(crate) fn put(&self, client: Accepted) -> Option<Accepted> {
         use std::sync::mpsc::TrySendError;
         // Before the send: the worker takes off what it takes out.
         self.waiting.fetch_add(1, Ordering::Relaxed);
@@ -21,10 +30,7 @@ impl WorkerHandle {
             return Some(client);
         }
         match self.inbox.try_send(Errand::Client(Box::new(client))) {
-            Ok(()) => {
-                self.wake();
-                None
-            }
+            Ok(()) => None,
             Err(TrySendError::Full(errand) | TrySendError::Disconnected(errand)) => {
                 self.waiting.fetch_sub(1, Ordering::Relaxed);
                 match errand {

@@ -6,22 +6,25 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::SyncSender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 
 use super::passing_topics::{Cutting, Reserve, Topics};
 use super::{Ordering, Worker};
-use crate::core::client::ClientState;
+use crate::core::client::{Client, ClientState, Pause};
 use crate::core::passing::{Frozen, QUIET_LIMIT_US, Settled};
 use crate::core::passing_lines::Pins;
 use crate::core::passing_topics::{Listening, Wanted};
 
 /// Some clients can be told and others not yet: how long the former wait for company. Replies of a
 /// node on the same network take less.
-const COMPANY_US: u64 = 10_000;
-/// One that could not be told is tried again after this.
-const RETRY_US: u64 = 1_000_000;
+const COMPANY_US: u64 = 2_000;
+/// One that could not be told is tried again after this, so that it is stopped less than half of the
+/// time ([`QUIET_LIMIT_US`]), and a hand-over is over within a second nevertheless.
+const RETRY_US: u64 = 300_000;
+/// Who has said nothing for so long hardly begins in the next milliseconds.
+const STILL_US: u64 = 1_000_000;
 /// Between looks at clients that were stopped.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
 /// The trial of a process may wait for connections to be made, and no longer.
@@ -55,7 +58,10 @@ pub(crate) enum Pass {
 /// Asks for clients. Always answered, if the worker lives.
 #[derive(Debug)]
 pub(crate) struct Collect {
+    /// Of those that have said nothing for a while, and of all that are stopped at a time.
     pub(crate) clients_max: usize,
+    /// Of the others, when none of the former is left: they are stopped in smaller groups.
+    pub(crate) lively_max: usize,
     /// Passed by one client at most.
     pub(crate) bytes_max: usize,
     pub(crate) schema_max: u32,
@@ -79,7 +85,28 @@ pub(crate) struct Parcel {
     pub(crate) pins: Pins,
     /// The sockets of the pins, in their order.
     pub(crate) lines: Vec<TcpStream>,
+    /// Since when it is not served.
+    pub(crate) stopped: Instant,
     frozen: Frozen,
+}
+
+/// Which clients go first: those whom a stop does not touch, then those who are between two requests.
+#[derive(Clone, Copy, Debug)]
+enum Manner {
+    Still,
+    AtRest,
+    Any,
+}
+
+impl Manner {
+    fn fits(self, client: &Client, now_us: u64) -> bool {
+        let at_rest = client.pause == Pause::None && client.in_flight() == 0;
+        match self {
+            Self::Still => at_rest && client.heard_us + STILL_US <= now_us,
+            Self::AtRest => at_rest,
+            Self::Any => client.pause != Pause::Frozen,
+        }
+    }
 }
 
 impl Parcel {
@@ -190,21 +217,34 @@ impl Worker {
         self.passing = Some(passing);
     }
 
-    /// Stops as many clients as are wanted.
+    /// Stops as many clients as are wanted, all of the first manner that there is.
     fn stop_clients(&mut self, passing: &mut Passing, collect: &Collect, now_us: u64) {
         let slots: Vec<u32> = self.core.sessions.slots().collect();
-        for slot in slots {
-            if passing.frozen.len() >= collect.clients_max {
-                break;
+        let manners = [
+            (Manner::Still, collect.clients_max),
+            (Manner::AtRest, collect.lively_max),
+            (Manner::Any, collect.lively_max),
+        ];
+        for (manner, wanted) in manners {
+            let room = collect.clients_max.saturating_sub(passing.frozen.len());
+            let stopped = passing.frozen.len();
+            for slot in &slots {
+                if passing.frozen.len() - stopped >= wanted.min(room) {
+                    break;
+                }
+                let Some(client) = self.core.sessions.get(*slot) else {
+                    continue;
+                };
+                let waits = passing.waits(*slot, client.generation, now_us);
+                if !manner.fits(client, now_us) || waits || !self.clients.has(*slot) {
+                    continue;
+                }
+                if let Ok(frozen) = self.core.freeze(*slot, collect.schema_max, false) {
+                    passing.frozen.push(frozen);
+                }
             }
-            let Some(client) = self.core.sessions.get(slot) else {
-                continue;
-            };
-            if passing.waits(slot, client.generation, now_us) || !self.clients.has(slot) {
-                continue;
-            }
-            if let Ok(frozen) = self.core.freeze(slot, collect.schema_max, false) {
-                passing.frozen.push(frozen);
+            if passing.frozen.len() > stopped {
+                return;
             }
         }
     }
@@ -287,6 +327,8 @@ impl Worker {
                 Settled::Yes => ready += 1,
                 Settled::NotYet => waiting += 1,
                 Settled::No => {
+                    let stopped_us = now_us.saturating_sub(frozen.since_us());
+                    tracing::debug!(slot = frozen.slot, stopped_us, "a client stays for now");
                     self.core.thaw(&frozen);
                     passing.put_off(frozen.key(), now_us);
                     continue;
@@ -331,12 +373,14 @@ impl Worker {
             .filter_map(|no| nodes.take_out(no, registry));
         let lines: Vec<TcpStream> = taken.collect();
         debug_assert_eq!(lines.len(), pins.lines(), "a line that is up has a socket");
+        let stopped = self.started + Duration::from_micros(frozen.since_us());
         Some(Parcel {
             worker: self.index,
             socket,
             state,
             pins,
             lines,
+            stopped,
             frozen,
         })
     }

@@ -69,6 +69,7 @@ impl Worker {
             passing.topics.cutting = Some((cutting, frozen, now_us));
             return;
         }
+        tracing::debug!(stopped = frozen.len(), "nobody who listens can go now");
         for one in &frozen {
             self.core.thaw(one);
             passing.put_off(one.key(), now_us);
@@ -201,6 +202,7 @@ impl Worker {
             if heard && same && settled == Settled::Yes {
                 parcels.extend(self.pack(one));
             } else {
+                tracing::debug!(heard, same, ?settled, "a client that listens stays for now");
                 self.core.thaw(&one);
                 passing.put_off(one.key(), now_us);
             }

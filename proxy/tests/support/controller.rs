@@ -87,6 +87,10 @@ impl Controller {
         self.set(|settings| settings.hold_budget_ms = ms);
     }
 
+    pub(crate) fn hold_back(&self, engine: &str) {
+        self.set(|settings| engine.clone_into(&mut settings.held_back));
+    }
+
     fn set(&self, change: impl FnOnce(&mut pb::InstanceSettings)) {
         let delta = {
             let mut state = self.state.lock().unwrap();

@@ -146,11 +146,28 @@ impl Drop for Process {
 impl Process {
     /// Takes over from the one whose door it is told.
     pub(crate) fn start(data: &Path, take_over: Option<&Path>) -> Self {
+        Self::start_by(
+            std::process::Command::new(env!("CARGO_BIN_EXE_slotmesh-proxy")),
+            data,
+            take_over,
+        )
+    }
+
+    /// As [`Process::start`]; it may open so many files and sockets.
+    pub(crate) fn start_with_files(data: &Path, take_over: Option<&Path>, files: u32) -> Self {
+        let mut shell = std::process::Command::new("sh");
+        shell
+            .arg("-c")
+            .arg(format!("ulimit -n {files}; exec \"$0\" \"$@\""))
+            .arg(env!("CARGO_BIN_EXE_slotmesh-proxy"));
+        Self::start_by(shell, data, take_over)
+    }
+
+    fn start_by(mut command: std::process::Command, data: &Path, take_over: Option<&Path>) -> Self {
         static STARTED: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = STARTED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let log = data.join(format!("log.{number}"));
         let file = std::fs::File::create(&log).unwrap();
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_slotmesh-proxy"));
         command
             .args(["--proxy-id", "p1", "--instance", "i1", "--workers", "2"])
             .arg("--data")

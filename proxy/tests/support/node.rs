@@ -149,6 +149,7 @@ impl Node {
             "+latency",
             "+sort",
             "+client|unblock",
+            "+client|id",
         ];
         let fixed = ["ACL", "SETUSER", &user, "reset", "on", &secret, "~*", "&*"];
         let words: Vec<&str> = fixed.into_iter().chain(rights).collect();
@@ -296,6 +297,17 @@ impl Node {
 
 fn spawn(program: &Path, dir: &Path, address: SocketAddr, extra: &[String]) -> Child {
     let port = address.port().to_string();
+    // Redis 6 knows neither the option nor channels of shards.
+    let is_6 = program
+        .components()
+        .any(|part| part.as_os_str() == "redis-6.2");
+    let debug: &[&str] = match is_6 {
+        true => &[],
+        false => &["--enable-debug-command", "yes"],
+    };
+    let rights = OBSERVER_RIGHTS.iter();
+    let rights =
+        rights.filter(|right| !is_6 || !matches!(**right, "+ssubscribe" | "+sunsubscribe"));
     Command::new(program)
         .args([
             "--port",
@@ -307,7 +319,7 @@ fn spawn(program: &Path, dir: &Path, address: SocketAddr, extra: &[String]) -> C
             "--databases",
             "256",
         ])
-        .args(["--enable-debug-command", "yes"])
+        .args(debug)
         .args(["--repl-diskless-sync-delay", "0", "--appendonly", "no"])
         .args(["--user", "default", "off"])
         .args([
@@ -320,7 +332,7 @@ fn spawn(program: &Path, dir: &Path, address: SocketAddr, extra: &[String]) -> C
             "+@all",
         ])
         .args(["--user", "observer", "on", &format!(">{OBSERVER}")])
-        .args(OBSERVER_RIGHTS)
+        .args(rights)
         .args(["--masteruser", "admin", "--masterauth", ADMIN])
         .args(["--dir", dir.to_str().unwrap()])
         .args(extra)
