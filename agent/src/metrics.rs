@@ -13,6 +13,14 @@ pub struct Metrics {
     pub damaged_files: Counter,
     pub proxy_starts: Counter,
     pub proxy_adoptions: Counter,
+    /// Another process of a proxy has taken over from the one that served.
+    pub proxy_hand_overs: Counter,
+    /// From its start to the listener, over all of these.
+    pub proxy_hand_over_ms: Counter,
+    /// The process of before has taken its clients back.
+    pub proxy_taken_back: Counter,
+    /// A proxy goes on with the process that it had.
+    pub proxy_hand_overs_failed: Counter,
     pub steps: Counter,
     /// Answered from the journal: repeated, or from the past.
     pub steps_settled: Counter,
@@ -40,7 +48,7 @@ impl Counter {
 
 impl Metrics {
     /// Every counter with its name, for an exporter.
-    pub fn all(&self) -> [(&'static str, u64); 12] {
+    pub fn all(&self) -> [(&'static str, u64); 16] {
         [
             ("slotmesh_agent_node_starts_total", self.node_starts.get()),
             (
@@ -55,6 +63,22 @@ impl Metrics {
             (
                 "slotmesh_agent_proxy_adoptions_total",
                 self.proxy_adoptions.get(),
+            ),
+            (
+                "slotmesh_agent_proxy_hand_overs_total",
+                self.proxy_hand_overs.get(),
+            ),
+            (
+                "slotmesh_agent_proxy_hand_over_ms_total",
+                self.proxy_hand_over_ms.get(),
+            ),
+            (
+                "slotmesh_agent_proxy_taken_back_total",
+                self.proxy_taken_back.get(),
+            ),
+            (
+                "slotmesh_agent_proxy_hand_overs_failed_total",
+                self.proxy_hand_overs_failed.get(),
             ),
             ("slotmesh_agent_steps_total", self.steps.get()),
             (

@@ -142,9 +142,15 @@ impl Process {
     /// agent started there that died before it could record it. The directory alone is no proof,
     /// since a person's shell may work there too; younger ones are its own helpers.
     pub fn find_in(dir: &Path, marks: &[String]) -> Option<Self> {
+        Self::find_other_in(dir, marks, &[])
+    }
+
+    /// As [`Process::find_in`], of those that are not known.
+    pub fn find_other_in(dir: &Path, marks: &[String], known: &[Self]) -> Option<Self> {
         let entries = fs::read_dir("/proc").ok()?.flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        let here = pids.filter_map(Self::find).filter(|p| p.runs_in(dir));
+        let others = pids.filter_map(Self::find).filter(|p| !known.contains(p));
+        let here = others.filter(|p| p.runs_in(dir));
         let marked = here.filter(|p| {
             let raw = fs::read(format!("/proc/{}/cmdline", p.pid)).unwrap_or_default();
             let shown = String::from_utf8_lossy(&raw);

@@ -191,7 +191,7 @@ impl Worker {
         self.saved.clone_from(&known);
         self.runs = known.unwrap_or_default();
         let dir = self.dir.clone();
-        self.runs.adopt(|attempt| dir.find(attempt));
+        self.runs.adopt(|attempt, known| dir.find(attempt, known));
         self.look();
         if self.runs.processes().is_empty()
             && let (Some(process), Some(kept)) = (self.dir.recorded(), &self.kept)
@@ -220,11 +220,9 @@ impl Worker {
         }
         let attempt = self.runs.attempt.as_ref().map(|a| a.giver.is_some());
         match (self.runs.serving.is_some(), attempt, wanted) {
-            (true, Some(_), _) => self.watch_attempt().await,
+            (true, Some(_), _) | (false, Some(false), _) => self.watch_attempt().await,
             (true, None, Some(wanted)) => self.converge(&wanted),
             (true, None, None) => {}
-            // It will serve, or end.
-            (false, Some(false), _) => {}
             (false, _, wanted) if !self.other_serves_soon() => match wanted {
                 Some(wanted) => self.restart(&wanted),
                 None => {
@@ -288,6 +286,9 @@ impl Worker {
             return;
         };
         let (proxy, pid) = (&self.proxy_id, run.process.pid);
+        // Late, but it serves.
+        self.runs.failure.take_if(|f| f.key == run.origin.key);
+        self.count(&seen);
         let Key {
             program,
             generation,
@@ -315,6 +316,19 @@ impl Worker {
         self.changing.settled();
         if let Err(error) = self.dir.record(run.process) {
             tracing::warn!(proxy = %self.proxy_id, %error, "process of proxy not recorded");
+        }
+    }
+
+    fn count(&self, seen: &Seen) {
+        let metrics = &self.host.metrics;
+        match seen {
+            Seen::Started { relieved: true } => {
+                metrics.proxy_hand_overs.add(1);
+                let took_ms = self.runs.done.as_ref().map_or(0, |done| done.took_ms);
+                metrics.proxy_hand_over_ms.add(took_ms);
+            }
+            Seen::TakenBack => metrics.proxy_taken_back.add(1),
+            _ => {} // a failure is counted where it is found
         }
     }
 
@@ -378,6 +392,7 @@ impl Worker {
             "the proxy was not exchanged"
         );
         self.changing.settled();
+        self.host.metrics.proxy_hand_overs_failed.add(1);
         self.runs.failure = Some(Failure { key, why });
     }
 
@@ -441,7 +456,9 @@ impl Worker {
             tracing::info!(proxy = %self.proxy_id, pid = process.pid, "proxy stopped");
         }
         for _ in 0..STRAYS_MAX {
-            let Some(stray) = self.dir.stray() else { break };
+            let Some(stray) = self.dir.stray(&[]) else {
+                break;
+            };
             stray.stop(Some(Signal::TERM), STOP_GRACE).await;
         }
         self.runs.forget_processes();

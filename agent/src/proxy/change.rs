@@ -18,7 +18,7 @@ use super::{
 use crate::{
     artifact::{ArtifactError, Engine, proxy_process_version},
     handover::driver::chain,
-    process::Process,
+    process::{Process, last_line},
 };
 use slotmesh_proto::agent::v1::ProcessState;
 
@@ -360,6 +360,7 @@ impl Worker {
                 tracing::info!(%proxy, pid = process.pid, relieves, "proxy started");
                 self.host.metrics.proxy_starts.add(1);
                 self.changing.deadline = Some(Instant::now() + SERVE_LIMIT);
+                self.changing.late = false;
                 self.runs.attempt = Some(Attempt {
                     process: Some(process),
                     ..attempt
@@ -371,7 +372,15 @@ impl Worker {
                 tracing::error!(proxy = %self.proxy_id, %program, %error, "proxy can't be started");
                 let why = match key.program.as_str() {
                     "" => format!("start {program}: {error}; see --proxy-binary of the agent"),
-                    _ => format!("start {program}: {error}"),
+                    // It may have ended before anybody could look at it, with a word.
+                    _ => {
+                        let log = self.dir.log();
+                        let said = last_line(&log);
+                        format!(
+                            "start {program}: {error}; {} ends with: {said}",
+                            log.display()
+                        )
+                    }
                 };
                 if relieves {
                     self.fail(key, why);
@@ -390,12 +399,23 @@ impl Worker {
         Ok(())
     }
 
-    /// A process that does not come to serve in time is ended.
+    /// A process that does not come to serve in time is ended, unless it has clients.
     pub(super) async fn watch_attempt(&mut self) {
         let limit = Instant::now() + SERVE_LIMIT;
         let deadline = *self.changing.deadline.get_or_insert(limit);
         let attempt = self.runs.attempt.as_ref().and_then(|a| a.process);
         if let Some(process) = attempt.filter(|_| deadline <= Instant::now()) {
+            let told = self.dir.take_over(process);
+            if told.is_some_and(|told| told.has_clients()) {
+                let (proxy, pid) = (&self.proxy_id, process.pid);
+                tracing::error!(
+                    proxy,
+                    pid,
+                    "a process has taken over, and its proxy.json does not say so: is the disk full?"
+                );
+                self.changing.deadline = Some(limit);
+                return;
+            }
             self.changing.late = true;
             process.stop(Some(Signal::TERM), STOP_GRACE).await;
             self.look();

@@ -3,16 +3,11 @@
 //! Invariant: an answer is waited for so long and no longer, and what it says is no proof: who serves
 //! stands in proxy.json.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::AsRawFd as _,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
 
 use prost::Message as _;
 use slotmesh_proto::handover::v1 as pb;
+use slotmesh_runtime::socket::short_path;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
@@ -63,13 +58,4 @@ async fn converse(door: &Path) -> io::Result<String> {
         Some(pb::to_taker::Message::TakenBack(answer)) => Ok(answer.problem),
         _ => Err(io::Error::other("it answered something else")),
     }
-}
-
-/// Its own path may be longer than an address of a socket can be. Good while the directory is open.
-fn short_path(door: &Path) -> io::Result<(File, PathBuf)> {
-    let missing = || io::Error::from(io::ErrorKind::InvalidInput);
-    let dir = File::open(door.parent().ok_or_else(missing)?)?;
-    let name = door.file_name().ok_or_else(missing)?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
-    Ok((dir, short))
 }

@@ -150,10 +150,12 @@ impl Runs {
         write_atomic(&dir.join(FILE), &text, 0o600)
     }
 
-    /// An agent that died as it started a process may not have recorded it; `find` looks for it.
-    pub(super) fn adopt(&mut self, find: impl FnOnce(&Attempt) -> Option<Process>) {
+    /// An agent that died as it started a process may not have recorded it; `find` looks for it among
+    /// those that are not known for something else.
+    pub(super) fn adopt(&mut self, find: impl FnOnce(&Attempt, &[Process]) -> Option<Process>) {
+        let known = self.processes();
         if let Some(attempt) = self.attempt.as_mut().filter(|a| a.process.is_none()) {
-            attempt.process = find(attempt);
+            attempt.process = find(attempt, &known);
         }
         self.attempt.take_if(|attempt| attempt.process.is_none());
     }

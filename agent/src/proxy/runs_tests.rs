@@ -145,9 +145,12 @@ fn an_agent_that_died_as_it_started_a_process_finds_it_or_begins_anew() {
     for found in [Some(process(5)), None] {
         let mut story = Story::begun();
         story.runs.attempt = Some(attempt(2, None, Some(1)));
-        story.runs.adopt(|_| found);
+        story.runs.adopt(|_, known| {
+            assert_eq!(known, [process(1)], "those are somebody else");
+            found
+        });
         assert_eq!(story.runs.attempt.is_some(), found.is_some());
-        story.runs.adopt(|_| panic!("it is known"));
+        story.runs.adopt(|_, _| panic!("it is known"));
     }
 }
 

@@ -47,6 +47,7 @@ pub(super) struct TakeOver {
     pub(super) reason: String,
     /// What kind of failure it was.
     code: String,
+    phase: String,
     /// Clients that have come.
     pub(super) taken: u32,
 }
@@ -55,6 +56,11 @@ impl TakeOver {
     /// The process that serves did not want to hand over.
     pub(super) fn is_refused(&self) -> bool {
         self.code == "refused"
+    }
+
+    /// It has the listener, and clients.
+    pub(super) fn has_clients(&self) -> bool {
+        matches!(self.phase.as_str(), "serving" | "done")
     }
 }
 
@@ -196,19 +202,22 @@ impl ProxyDir {
         Process::spawn(&attempt.origin.path, &args, &dir, LOG, Output::Append)
     }
 
-    /// The process of an attempt whose agent died before it recorded it.
-    pub(super) fn find(&self, attempt: &Attempt) -> Option<Process> {
+    /// The process of an attempt whose agent died before it recorded it. One that is known may have taken
+    /// over from the same process before.
+    pub(super) fn find(&self, attempt: &Attempt, known: &[Process]) -> Option<Process> {
         match &attempt.giver {
             Some(door) => {
-                Process::find_in(&self.0, &[format!("--take-over\0{}\0", door.display())])
+                let marks = [format!("--take-over\0{}\0", door.display())];
+                Process::find_other_in(&self.0, &marks, known)
             }
-            None => self.stray(),
+            None => self.stray(known),
         }
     }
 
-    /// The oldest process of this proxy.
-    pub(super) fn stray(&self) -> Option<Process> {
+    /// The oldest process of this proxy that is not known.
+    pub(super) fn stray(&self, known: &[Process]) -> Option<Process> {
         let dir = self.0.canonicalize().ok()?;
-        Process::find_in(&dir, &[format!("--data\0{}\0", dir.display())])
+        let marks = [format!("--data\0{}\0", dir.display())];
+        Process::find_other_in(&dir, &marks, known)
     }
 }

@@ -3,12 +3,14 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use slotmesh_agent::{
     app::{App, AppError},
     control::Control,
+    metrics::Metrics,
     process::{Process, last_lines},
     settings::Settings,
 };
@@ -25,6 +27,7 @@ use crate::controller::{Controller, NODES, Record, WAIT, password, user};
 #[derive(Debug)]
 pub(crate) struct Agent {
     pub(crate) address: String,
+    pub(crate) metrics: Arc<Metrics>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<Result<(), AppError>>,
 }
@@ -71,6 +74,7 @@ impl Agent {
     pub(crate) async fn start(settings: Settings) -> Self {
         let app = bind(settings).await;
         let address = app.address().to_string();
+        let metrics = app.metrics();
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             app.run(async {
@@ -80,6 +84,7 @@ impl Agent {
         });
         Self {
             address,
+            metrics,
             stop: Some(stop),
             task,
         }

@@ -52,6 +52,12 @@ async fn a_proxy_is_exchanged_and_goes_back_and_no_client_notices() {
     let restarted = world.until_runs(&release, 5).await;
     assert_ne!(restarted.pid, before.pid);
     assert!(witnesses.testify().await > 0);
+    let seen = &agent.metrics;
+    let (relieved, back) = (seen.proxy_hand_overs.get(), seen.proxy_taken_back.get());
+    assert_eq!(
+        (relieved, back, seen.proxy_hand_overs_failed.get()),
+        (5, 3, 0)
+    );
     agent.stop().await;
 }
 

@@ -113,6 +113,39 @@ async fn an_agent_that_dies_at_any_moment_of_it_is_followed_by_one_that_goes_on(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_spare_is_not_taken_for_the_process_that_an_agent_died_starting() {
+    let world = World::start().await;
+    let release = world.add_release("0.9.0");
+    let agent = world.start_agent().await;
+    world.assign("", 0);
+    world.until_runs("", 0).await;
+    world.assign(&release, 1);
+    let spare = world.until_runs(&release, 1).await;
+    world.assign("", 0);
+    let serves = world.until_runs("", 0).await;
+    agent.stop().await;
+    // It has written down what it is about to start, and has not started it. The spare was started with
+    // the same words.
+    let path = world.proxy_dir().join("runs.json");
+    let text = std::fs::read(&path).unwrap();
+    let mut runs: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let mut origin = runs["spares"][0]["run"]["origin"].clone();
+    origin["key"]["generation"] = 3.into();
+    runs["attempt"] = serde_json::json!({
+        "origin": origin, "workers": 2, "giver": runs["serving"]["door"], "process": null,
+        "since_unix_ms": 0,
+    });
+    std::fs::write(&path, runs.to_string()).unwrap();
+    assert!(Process::find(spare.pid).is_some(), "it is there still");
+
+    world.assign(&release, 3);
+    let agent = world.start_agent().await;
+    let next = world.until_runs(&release, 3).await;
+    assert!(![spare.pid, serves.pid].contains(&next.pid), "{next:?}");
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_stops_its_host_or_a_removal_ends_both_processes() {
     let world = World::start().await;
     let release = world.add_release("0.9.0");
