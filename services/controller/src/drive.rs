@@ -15,6 +15,7 @@ mod lost;
 mod proxies;
 pub(crate) mod replace;
 mod switchover;
+mod timing;
 mod upgrade;
 mod upgrade_auto;
 pub(crate) mod write;
@@ -79,6 +80,8 @@ struct Answer {
     key: StepKey,
     status: StepStatus,
     critical_us: u64,
+    /// Of a hand-over: the agent's words about its parts.
+    said: String,
     /// Of a promotion: the node after it.
     promoted: Option<NodeView>,
 }
@@ -94,8 +97,8 @@ pub struct Driver {
     /// This controller, for the records of epochs.
     who: String,
     steps: HashMap<StepKey, StepStatus>,
-    /// Length of the critical section, for the task's record.
-    critical_us: HashMap<(TaskId, ShardId), u64>,
+    /// Of switches under way, for the task's record.
+    timings: HashMap<(TaskId, ShardId), timing::Timing>,
     /// Nodes as they were after their promotion.
     promoted: HashMap<StepKey, NodeView>,
     /// Since when something is seen gone.
@@ -133,7 +136,7 @@ impl Driver {
             term,
             who,
             steps: HashMap::new(),
-            critical_us: HashMap::new(),
+            timings: HashMap::new(),
             promoted: HashMap::new(),
             sightings: Sightings::default(),
             recorded: lost::Recorded::default(),
@@ -244,7 +247,7 @@ impl Driver {
         };
         self.steps.retain(|key, _| is_open(&key.task));
         self.promoted.retain(|key, _| is_open(&key.task));
-        self.critical_us.retain(|(task, _), _| is_open(task));
+        self.timings.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;
             self.replace_lost().await?;
@@ -263,7 +266,9 @@ impl Driver {
     fn answered(&mut self, answer: Answer) {
         if answer.critical_us > 0 {
             let shard = (answer.key.task.clone(), answer.key.shard.clone());
-            self.critical_us.insert(shard, answer.critical_us);
+            if let Some(timing) = self.timings.get_mut(&shard) {
+                timing.answered(answer.critical_us, answer.said);
+            }
         }
         if let Some(promoted) = answer.promoted {
             self.promoted.insert(answer.key.clone(), promoted);

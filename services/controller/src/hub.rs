@@ -64,7 +64,8 @@ pub struct ProxyEntry {
 pub(crate) struct Peers {
     pub(crate) hosts: BTreeMap<HostId, HostEntry>,
     pub(crate) proxies: BTreeMap<ProxyId, ProxyEntry>,
-    holds: BTreeMap<(InstanceId, ShardId, u64), u64>,
+    /// Longest wait in each hold, by proxy.
+    holds: BTreeMap<(InstanceId, ShardId, u64), BTreeMap<ProxyId, u64>>,
     sessions: u64,
     /// Rises with everything that is said.
     pub(crate) version: u64,
@@ -361,6 +362,9 @@ impl Hub {
     pub fn proxy_reported(&self, proxy: &ProxyId, session: u64, report: topology::Report) -> bool {
         let (shards, troubles) = (report.shards.clone(), report.troubles.clone());
         let counted = (report.commands, report.errors);
+        let faults = report.faults.iter();
+        let faults = faults.map(|f| (f.shard_id.as_str().into(), f.count));
+        let faults: BTreeMap<ShardId, u64> = faults.collect();
         let instance = self.tell(|peers| {
             let version = peers.version;
             let entry = peers
@@ -382,12 +386,12 @@ impl Hub {
             entry.report = report;
             for hold in holds {
                 let key = (instance.clone(), ShardId::from(hold.shard_id), hold.epoch);
-                let longest = peers.holds.entry(key).or_default();
+                let ended = peers.holds.entry(key).or_default();
+                let longest = ended.entry(proxy.clone()).or_default();
                 *longest = hold.longest_us.max(*longest);
             }
-            while peers.holds.len() > HOLDS_MAX {
-                peers.holds.pop_first();
-            }
+            let surplus = peers.holds.len().saturating_sub(HOLDS_MAX);
+            (0..surplus).for_each(|_| drop(peers.holds.pop_first()));
             Some(instance)
         });
         if instance.is_none() {
@@ -407,6 +411,7 @@ impl Hub {
             let is_news = *view != before;
             // Counters always rise: nobody is woken for them.
             (view.commands, view.errors) = counted;
+            view.faults = faults;
             is_news
         });
         true
@@ -437,7 +442,20 @@ impl Hub {
     #[must_use]
     pub fn longest_hold_us(&self, instance: &InstanceId, shard: &ShardId, epoch: Epoch) -> u64 {
         let key = (instance.clone(), shard.clone(), epoch.0);
-        self.peers(|peers| peers.holds.get(&key).copied().unwrap_or_default())
+        let longest = |peers: &mut Peers| peers.holds.get(&key)?.values().max().copied();
+        self.peers(longest).unwrap_or_default()
+    }
+
+    /// Whether every proxy that is heard has said how long the hold was that `epoch` ended.
+    pub(crate) fn holds_are_known(
+        &self,
+        instance: &InstanceId,
+        shard: &ShardId,
+        epoch: Epoch,
+    ) -> bool {
+        let fresh = self.read(|fleet| fleet.fresh_proxies(instance).count());
+        let key = (instance.clone(), shard.clone(), epoch.0);
+        self.peers(|peers| peers.holds.get(&key).map_or(0, BTreeMap::len)) >= fresh
     }
 
     /// Hosts with a session.

@@ -80,4 +80,11 @@ fn the_longest_hold_over_all_proxies_is_kept() {
     }
     assert_eq!(hub.longest_hold_us(&"r".into(), &"0".into(), Epoch(5)), 900);
     assert_eq!(hub.longest_hold_us(&"r".into(), &"0".into(), Epoch(6)), 0);
+    let known = |epoch| hub.holds_are_known(&"r".into(), &"0".into(), Epoch(epoch));
+    assert!(known(5) && !known(6), "the only proxy has said it of one");
+    hub.proxy_opened(topology::Hello {
+        proxy_id: "q".into(),
+        ..hello()
+    });
+    assert!(!known(5), "the other one has not");
 }

@@ -231,11 +231,9 @@ fn unfit(view: &View<'_>) -> Option<String> {
             "{to} refused commands of {from}, whose engine is newer: its data differs"
         ));
     }
-    if old.lag_bytes > LAG_BYTES_MAX {
-        return Some(format!(
-            "{to} lags {} bytes, more than {LAG_BYTES_MAX}",
-            old.lag_bytes
-        ));
+    let lag = lag_bytes(old, new);
+    if lag > LAG_BYTES_MAX {
+        return Some(format!("{to} lags {lag} bytes, more than {LAG_BYTES_MAX}"));
     }
     if new.max_memory != 0 && new.max_memory < old.used_memory {
         return Some(format!(
@@ -244,6 +242,13 @@ fn unfit(view: &View<'_>) -> Option<String> {
         ));
     }
     None
+}
+
+/// How far the target is behind, at most. A primary knows only what it was told: once a second, by each of its
+/// replicas, and nothing at all in the first second after it became one. What the target has is in
+/// its own report, which may be older than the primary's; neither says less than the truth for long.
+fn lag_bytes(old: &NodeView, new: &NodeView) -> u64 {
+    old.lag_bytes.min(old.offset.saturating_sub(new.offset))
 }
 
 fn is_stale(view: &View<'_>, seen: &NodeView) -> bool {

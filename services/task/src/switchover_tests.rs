@@ -210,7 +210,10 @@ fn preflight_refuses_what_is_not_fit_and_says_why() {
             "caught up",
         ),
         (
-            |f| f.nodes.get_mut(&"a".into()).unwrap().lag_bytes = LAG_BYTES_MAX + 1,
+            |f| {
+                let old = f.nodes.get_mut(&"a".into()).unwrap();
+                (old.lag_bytes, old.offset) = (LAG_BYTES_MAX + 1, LAG_BYTES_MAX + 1);
+            },
             "lags",
         ),
         (
@@ -243,6 +246,20 @@ fn preflight_refuses_what_is_not_fit_and_says_why() {
             other => panic!("{reason}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn a_target_that_says_itself_what_it_has_is_not_waited_for_until_its_primary_hears_it() {
+    let mut fleet = fleet();
+    // As in the first second of a new primary: it was told nothing yet.
+    let old = fleet.nodes.get_mut(&"a".into()).unwrap();
+    (old.lag_bytes, old.offset) = (90_000_000, 90_000_000);
+    fleet.nodes.get_mut(&"b".into()).unwrap().offset = 90_000_000 - LAG_BYTES_MAX;
+    let next = next(Phase::Preflight, &shard(), &fleet, StepStatus::NotStarted);
+    assert!(
+        matches!(next, Decision::Advance(Phase::Prewarm, _)),
+        "{next:?}"
+    );
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::{
     fence,
     handover::{
         Event, Failover, HandOver, Observation, Outcome, Record, Role, Verdict,
-        driver::{Done, Driver, chain, set_login},
+        driver::{Done, Driver, Parts, chain, set_login},
     },
     journal::record::{Begun, Ended, Fact, FenceMark, Memory, StepKey},
     node::{Assigned, facts},
@@ -205,7 +205,7 @@ impl Worker {
             target_address: order.target_address.clone(),
             frozen_revision,
         };
-        let deadline = deadline_of(request);
+        let (origin, deadline) = (Instant::now(), deadline_of(request));
         let begun = Begun {
             request: request.clone(),
             deadline_unix_ms: unix_ms() + millis(deadline - Instant::now()),
@@ -218,7 +218,6 @@ impl Worker {
         {
             return response(StepOutcome::NoEffect, &chain(&error));
         }
-        let origin = Instant::now();
         let machine = HandOver::new(deadline - origin).checking_target(order.check.is_some());
         let done = self
             .drive(request, order, machine, Event::Begin, origin, deadline)
@@ -232,6 +231,7 @@ impl Worker {
             done.unwrap_or(Done {
                 outcome: unfinished,
                 critical: None,
+                parts: Parts::default(),
             }),
         )
     }
@@ -299,7 +299,11 @@ impl Worker {
         };
         self.concluded
             .extend(facts::after_hand_over(request, &self.node_id, verdict));
-        let mut answer = response(outcome, why);
+        let words = match verdict {
+            Verdict::Done { .. } => done.parts.words(done.critical),
+            Verdict::NoEffect | Verdict::Uncertain => why.to_owned(),
+        };
+        let mut answer = response(outcome, &words);
         answer.committed = verdict == Verdict::Done { committed: true };
         answer.critical_us = critical_us;
         answer
@@ -366,6 +370,7 @@ impl Worker {
             done.unwrap_or(Done {
                 outcome: unfinished,
                 critical: None,
+                parts: Parts::default(),
             }),
         )
     }

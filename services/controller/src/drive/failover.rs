@@ -342,6 +342,7 @@ impl Driver {
                     key,
                     status,
                     critical_us: 0,
+                    said: String::new(),
                     promoted,
                 })
                 .await;

@@ -11,9 +11,15 @@ use slotmesh_task::{
 use slotmesh_topology::{Handover, Instance, Shard};
 use tracing::{Instrument as _, info, warn};
 
-use super::{Answer, DriveError, Driver, Next, StepKey};
+use super::{Answer, DriveError, Driver, Next, StepKey, timing::Timing};
 use crate::{clock, mirror::Versioned};
 
+/// Proxies say how long they held when what they held is sent, which is after they have the new epoch, and
+/// the agent answers when it has looked once more. So long that is waited for; nobody waits but the
+/// record of what it cost.
+const HOLDS_WAIT: Duration = Duration::from_millis(200);
+/// Between two looks meanwhile.
+const HOLDS_LOOK_MS: u64 = 10;
 /// After a step that failed, before the machine may ask for it again.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
 
@@ -72,6 +78,7 @@ impl Driver {
         let lost = is_handing_over
             .then(|| self.loss_of(&shard.value, instance.value.durability))
             .flatten();
+        self.note_applied(task, switch, &shard.value);
         let decision = self.hub.read(|fleet| {
             switchover::decide(View {
                 task: &task.value.id,
@@ -113,8 +120,36 @@ impl Driver {
                 }
             },
             Decision::FailOver(loss) => self.declare_lost(&shard, &loss).await,
-            Decision::Close(note) => self.close(task, switch, &shard, &note).await,
+            Decision::Close(note) => match self.awaits_holds(task, switch, &shard.value) {
+                true => Ok(Next::At(clock::now_ms() + HOLDS_LOOK_MS)),
+                false => self.close(task, switch, &shard, &note).await,
+            },
         }
+    }
+
+    /// When every proxy sends to the new primary; reports of it wake the loop.
+    fn note_applied(&mut self, task: &Versioned<Task>, switch: &ShardSwitch, shard: &Shard) {
+        let switched = (task.value.id.clone(), switch.shard.clone());
+        let Some(timing) = self.timings.get_mut(&switched) else {
+            return;
+        };
+        let is_applied = |fleet: &slotmesh_task::Fleet| {
+            fleet.all_applied(&shard.instance, &shard.id, shard.epoch)
+        };
+        if shard.epoch > switch.from_epoch && self.hub.read(is_applied) {
+            timing.applied();
+        }
+    }
+
+    /// All is done, but not everybody has said how long it took.
+    fn awaits_holds(&self, task: &Versioned<Task>, switch: &ShardSwitch, shard: &Shard) -> bool {
+        let switched = (task.value.id.clone(), switch.shard.clone());
+        let timing = self.timings.get(&switched);
+        let Some(timing) = timing.filter(|t| t.applied_since() < HOLDS_WAIT) else {
+            return false;
+        };
+        let hub = &self.hub;
+        !timing.is_answered() || !hub.holds_are_known(&shard.instance, &shard.id, shard.epoch)
     }
 
     async fn advance(
@@ -151,8 +186,15 @@ impl Driver {
                     task.value
                         .with_phase(&switch.shard, Phase::Hold, "", clock::now_ms());
                 let event = (switch.shard.as_str(), "Declare", "proxies hold");
-                self.write_shard_and_task(task, next_task, shard, &next, event)
-                    .await
+                let switched = (task.value.id.clone(), switch.shard.clone());
+                self.timings.insert(switched.clone(), Timing::begin());
+                let written = self
+                    .write_shard_and_task(task, next_task, shard, &next, event)
+                    .await;
+                if let Some(timing) = self.timings.get_mut(&switched) {
+                    timing.declared();
+                }
+                written
             }
             Err(error) => {
                 self.advance(task, switch, Phase::RolledBack, &error.to_string())
@@ -203,15 +245,24 @@ impl Driver {
             task.value
                 .with_phase(&switch.shard, Phase::Done, note, clock::now_ms());
         let moved = (task.value.id.clone(), switch.shard.clone());
-        let critical_us = self.critical_us.get(&moved).copied().unwrap_or_default();
+        let timing = self.timings.remove(&moved);
+        let critical_us = timing.as_ref().map_or(0, |t| t.critical_us);
+        let parts = timing.map(|t| t.words()).unwrap_or_default();
         next_task.edit_switch(&switch.shard, |s| {
             (s.hold_us, s.critical_us) = (hold_us, critical_us)
         });
         info!(
             task = %task.value.id, shard = %switch.shard, epoch = %shard.value.epoch,
-            primary = %shard.value.primary, hold_us, note, "switchover done"
+            primary = %shard.value.primary, hold_us, parts, note, "switchover done"
         );
-        let event = (switch.shard.as_str(), "Close", "the old epoch is revoked");
+        let mut words = "the old epoch is revoked".to_owned();
+        if !parts.is_empty() {
+            words.push_str(&format!(
+                "; held for {:.1} ms: {parts}",
+                Duration::from_micros(hold_us).as_secs_f64() * 1000.0
+            ));
+        }
+        let event = (switch.shard.as_str(), "Close", words.as_str());
         self.write_shard_and_task(task, next_task, shard, &shard.value.close(), event)
             .await
     }
@@ -261,6 +312,14 @@ impl Driver {
         step: Step,
     ) {
         let key = step_key(task, switch);
+        let switched = (task.value.id.clone(), switch.shard.clone());
+        if let Some(timing) = self
+            .timings
+            .get_mut(&switched)
+            .filter(|_| step == Step::HandOver)
+        {
+            timing.asked();
+        }
         let (node, term) = (step.node(switch), self.term.number());
         let now_ms = clock::now_ms();
         let request = step::request(&task.value, switch, instance, shard, step, term, now_ms);
@@ -272,7 +331,7 @@ impl Driver {
                 Some(address) => agents.execute(&address, request).await,
                 None => Err(tonic::Status::unavailable("its agent has no session")),
             };
-            let (status, critical_us) = status_of(answer, term);
+            let (status, critical_us, said) = status_of(answer, term);
             let failed = !matches!(status, StepStatus::Done { .. });
             if failed {
                 warn!(%node, step = step.name(), ?status, "step failed");
@@ -286,6 +345,7 @@ impl Driver {
                     key,
                     status,
                     critical_us,
+                    said,
                     promoted: None,
                 })
                 .await;
@@ -317,9 +377,15 @@ fn step_key(task: &Versioned<Task>, switch: &ShardSwitch) -> StepKey {
 fn status_of(
     answer: Result<pb::ExecuteStepResponse, tonic::Status>,
     term: u64,
-) -> (StepStatus, u64) {
+) -> (StepStatus, u64, String) {
     match answer {
-        Ok(answer) => (step::status_of(&answer, term), answer.critical_us),
-        Err(status) => (StepStatus::Uncertain(status.message().to_owned()), 0),
+        Ok(answer) => {
+            let status = step::status_of(&answer, term);
+            (status, answer.critical_us, answer.message)
+        }
+        Err(status) => {
+            let why = status.message().to_owned();
+            (StepStatus::Uncertain(why), 0, String::new())
+        }
     }
 }
