@@ -8,7 +8,7 @@
 mod fault;
 mod load;
 mod report;
-mod timeline;
+pub(crate) mod timeline;
 
 use std::{path::Path, time::Duration};
 

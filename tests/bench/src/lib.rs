@@ -7,6 +7,7 @@ pub mod calm;
 pub mod chaos;
 pub mod durable;
 pub mod failover;
+mod probe;
 pub mod proxy;
 pub mod proxy_upgrade;
 pub mod report;

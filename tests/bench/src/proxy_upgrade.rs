@@ -29,7 +29,7 @@ use self::{
     idle::Idle,
     report::Change,
 };
-use crate::{chaos::history::now_us, report::Output};
+use crate::{chaos::history::now_us, probe::Probe, report::Output};
 
 /// Load before the first hand-over, and after the last one.
 const QUIET: Duration = Duration::from_secs(2);
@@ -147,6 +147,7 @@ async fn measure(args: &Args, mut proxy: Proxy) -> anyhow::Result<Report> {
         messages_per_second: args.messages,
     };
     let crew = Crew::start(&plan, &books).await?;
+    let probe = Probe::start()?;
     let began = Instant::now();
     sleep(QUIET).await;
     let (mut changes, mut failed, mut words) = (Vec::new(), 0, Vec::new());
@@ -174,7 +175,7 @@ async fn measure(args: &Args, mut proxy: Proxy) -> anyhow::Result<Report> {
     sleep(QUIET).await;
     crew.end().await;
     idle.end().await;
-    let mut report = Report::of(books.pages(), &changes);
+    let mut report = Report::of(books.pages(), &changes, &probe.end());
     (report.failed, report.words) = (failed, words);
     report.seconds = began.elapsed().as_secs_f64();
     Ok(report)

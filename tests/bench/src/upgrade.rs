@@ -3,6 +3,7 @@
 //! Invariant: the load runs from before the first process is exchanged until every node is in sync
 //! again, and nothing of it is repeated by the clients.
 
+mod holds;
 mod report;
 mod waits;
 
@@ -10,21 +11,28 @@ use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};
 use slotmesh_ctl::{api::Api, progress, up::engine};
-use slotmesh_harness::{Mesh, MeshOptions, engines, programs, wait_until};
+use slotmesh_harness::{Mesh, MeshOptions, RedisServer, engines, programs, wait_until};
 use slotmesh_proto::{
     instance::v1::{FinalizeBy, ModifyInstanceMinorVersionRequest, Shard},
     store::v1::{NodeRole, OperatorChoice, TaskState},
     task::v1::{ResolveTaskRequest, Task},
 };
-use tokio::{process::Command, time::Instant};
+use tokio::{
+    process::Command,
+    time::{Instant, sleep},
+};
 
 pub use self::report::Report;
 use self::{
-    report::{BackTimes, ShardTimes},
+    holds::{Anchor, Switch, switches},
+    report::{Calm, Hold, WayBack},
     waits::Waits,
 };
 use crate::{
     args::LoadArgs,
+    chaos::history::now_us,
+    failover::timeline,
+    probe::Probe,
     switchover::{Load, Target, connect},
 };
 
@@ -32,8 +40,8 @@ use crate::{
 const TASK_LIMIT: Duration = Duration::from_secs(300);
 /// Until replicas follow again.
 const SYNC_LIMIT: Duration = Duration::from_secs(60);
-/// After the switch back has been committed, a proxy has its new route within milliseconds.
-const WRITES_LIMIT: Duration = Duration::from_secs(10);
+/// Load before anything is changed: what clients wait for on this machine as it is.
+const CALM: Duration = Duration::from_secs(3);
 /// Keys of one request that fills the shards.
 const FILL_BATCH: u32 = 500;
 
@@ -119,10 +127,24 @@ struct Run<'a> {
     mesh: Mesh,
     target: Target,
     api: Api,
+    anchor: Anchor,
 }
 
-/// Of the shards of an upgrade, in their order.
-type Primaries = Vec<(String, String)>;
+/// What looks on.
+struct Watch {
+    waits: Waits,
+    probe: Probe,
+    /// Ids of the shards, in the order of the waits.
+    shards: Vec<String>,
+}
+
+impl Watch {
+    /// How late a thread woke at most that wanted nothing else, in milliseconds.
+    fn late_ms(&self, from: Instant, to: Instant) -> f64 {
+        let us = |at: Instant| now_us().saturating_sub(at.elapsed().as_micros() as u64);
+        self.probe.late_ms(us(from), us(to))
+    }
+}
 
 impl<'a> Run<'a> {
     async fn start(args: &'a Args, kind: Architecture, number: u32) -> anyhow::Result<Self> {
@@ -142,6 +164,7 @@ impl<'a> Run<'a> {
             mesh,
             target,
             api,
+            anchor: Anchor::now(),
         })
     }
 
@@ -152,15 +175,38 @@ impl<'a> Run<'a> {
         report.to.clone_from(&name);
         self.in_sync().await?;
         fill(&self.target, self.args.keys).await?;
-        let shards = self.api.describe_shards(&self.target.instance).await?;
+        let shards = self.shards().await?;
+        let plain = RedisServer::start(&engines::find("")?, &[]).await?;
         let load = &self.args.load;
         let load = Load::start(&self.target, load.clients, load.pace()).await?;
-        let waits = Waits::start(&self.target, &shards).await?;
-        let went = self.there_and_back(&name, &waits, report).await;
-        let wrong = waits.stop().await;
-        report.told.merge(load.audit().await?);
+        let watch = Watch {
+            waits: Waits::start(&self.target, &shards, &plain.address).await?,
+            probe: Probe::start()?,
+            shards: shards.into_iter().map(|s| s.shard_id).collect(),
+        };
+        self.anchor = Anchor::now();
+        sleep(CALM).await;
+        let changed = Instant::now();
+        let went = self.there_and_back(&name, &watch, report).await;
+        self.note_calm(&watch, changed, report);
+        let wrong = watch.waits.stop().await;
+        watch.probe.end();
+        // What was found by now is to be seen, also of a mesh that is not well in the end.
+        if let Err(error) = self.in_sync().await {
+            report.told.sample(format!("{error:#}"));
+        }
+        match load.audit().await {
+            Ok(told) => report.told.merge(told),
+            Err(error) => {
+                report.failed += 1;
+                report.told.sample(format!("{error:#}"));
+            }
+        }
         report.told.client_errors += wrong.len() as u64;
         wrong.into_iter().for_each(|what| report.told.sample(what));
+        let lost = timeline::failovers(&self.api, &self.target.instance, self.anchor.wall).await?;
+        let of_mesh = |t: Task| format!("mesh {}: a failover: {}", self.number + 1, said(&t));
+        report.failovers.extend(lost.into_iter().map(of_mesh));
         went?;
         self.mesh.stop().await?;
         Ok(())
@@ -169,25 +215,22 @@ impl<'a> Run<'a> {
     async fn there_and_back(
         &mut self,
         name: &str,
-        waits: &Waits,
+        watch: &Watch,
         report: &mut Report,
     ) -> anyhow::Result<()> {
         if self.args.back {
             let before = self.mesh.full_copies();
-            let primaries = self.primaries().await?;
-            let began = Instant::now();
             let task = self.begin(name, FinalizeBy::Operator).await?;
             let bakes = |t: &Task| {
                 let mut shards = t.shards.iter();
                 shards.all(|s| s.phase == "Bake" && s.rollback == "Open")
             };
-            let task = self.until(&task, "every shard's bake, the way back open", bakes);
-            let Some(task) = given(task.await, report) else {
+            let there = self.until(&task, "every shard's bake, the way back open", bakes);
+            let Some(there) = given(there.await, report) else {
                 return Ok(());
             };
-            self.note(&task, began, waits, report);
             report.full_copies += self.mesh.full_copies() - before;
-            self.go_back(&task, &primaries, waits, report).await?;
+            self.go_back(&there, watch, report).await?;
         }
         let before = self.mesh.full_copies();
         let began = Instant::now();
@@ -198,82 +241,122 @@ impl<'a> Run<'a> {
             let took = began.elapsed().as_secs_f64() * 1000.0;
             report.task_ms.push(took);
             report.upgrades += 1;
-            self.note(&task, began, waits, report);
+            for switch in self.switches(&task).await {
+                self.note(&task, &switch, "there", watch, report);
+            }
             self.in_sync().await?;
         }
         report.full_copies += self.mesh.full_copies() - before;
         Ok(())
     }
 
-    /// Takes all shards back and notes when writes reach the old primaries.
+    /// Takes all shards back; notes the switches of both ways, and when writes were served again.
     async fn go_back(
         &mut self,
-        task: &Task,
-        primaries: &Primaries,
-        waits: &Waits,
+        there: &Task,
+        watch: &Watch,
         report: &mut Report,
     ) -> anyhow::Result<()> {
         let copies = self.mesh.full_copies();
         let word = Instant::now();
         let request = ResolveTaskRequest {
-            task_id: task.task_id.clone(),
+            task_id: there.task_id.clone(),
             choice: OperatorChoice::Undo.into(),
             client_token: Api::token(None),
         };
         self.api.tasks().resolve_task(request).await?;
-        let mut writes: Vec<Option<Instant>> = vec![None; primaries.len()];
-        wait_until(TASK_LIMIT, "writes on the old primaries", async || {
-            let now = self.primaries().await?;
-            for (at, (was, is)) in primaries.iter().zip(&now).enumerate() {
-                if was == is {
-                    writes[at].get_or_insert_with(Instant::now);
-                }
-            }
-            let back = writes.iter().flatten().count();
-            anyhow::ensure!(back == writes.len(), "{back} of {} are", writes.len());
-            Ok(())
-        })
-        .await?;
-        let mut firsts = Vec::new();
-        for (at, since) in writes.into_iter().flatten().enumerate() {
-            let what = "a write on an old primary";
-            let first = wait_until(WRITES_LIMIT, what, async || {
-                waits.first_since(at, since).context("none yet")
-            });
-            firsts.push(first.await?);
-        }
         let ended = |t: &Task| t.state() == TaskState::Cancelled;
-        let ended = self.until(&task.task_id, "the way back", ended).await;
-        if given(ended, report).is_none() {
+        let back = self.until(&there.task_id, "the way back", ended).await;
+        let Some(back) = given(back, report) else {
             return Ok(());
+        };
+        for switch in self.switches(&back).await {
+            if switch.turned_back.is_none() {
+                self.note(there, &switch, "there", watch, report);
+                continue;
+            }
+            self.note(&back, &switch, "back", watch, report);
+            self.note_way_back(&switch, word, watch, report);
         }
         self.in_sync().await?;
         report.ways_back += 1;
         report.full_copies_back += self.mesh.full_copies() - copies;
-        for (at, (first, (shard, _))) in firsts.into_iter().zip(primaries).enumerate() {
-            report.back.push(BackTimes {
-                mesh: self.number + 1,
-                architecture: self.kind.name(),
-                shard: shard.clone(),
-                to_writes_ms: (first - word).as_secs_f64() * 1000.0,
-                wait_ms: waits.longest_ms(at, word, Instant::now()),
-            });
-        }
         Ok(())
     }
 
-    fn note(&self, task: &Task, began: Instant, waits: &Waits, report: &mut Report) {
+    /// The committed switches of an ended task.
+    async fn switches(&mut self, task: &Task) -> Vec<Switch> {
+        let events = timeline::of_task(&mut self.api, &task.task_id, self.anchor.wall);
+        switches(&events.await, self.anchor)
+    }
+
+    fn note(
+        &self,
+        task: &Task,
+        switch: &Switch,
+        way: &'static str,
+        watch: &Watch,
+        report: &mut Report,
+    ) {
+        let Some(at) = watch.shards.iter().position(|id| *id == switch.shard) else {
+            return;
+        };
+        let shard = task.shards.iter().find(|s| s.shard_id == switch.shard);
+        let (from, to) = (switch.declared, switch.closed);
+        // What the machine did while that client waited, and not a moment longer.
+        let (wanted, acknowledged) = watch.waits.longest(at, from, to).unwrap_or((from, to));
+        report.holds.push(Hold {
+            mesh: self.number + 1,
+            architecture: self.kind.name(),
+            shard: switch.shard.clone(),
+            way,
+            hold_ms: shard.map_or(0.0, |s| s.hold_ms),
+            critical_ms: shard.map_or(0.0, |s| s.critical_ms),
+            wait_ms: ms(wanted, acknowledged),
+            plain_ms: watch.waits.plain_ms(wanted, acknowledged),
+            late_ms: watch.late_ms(wanted, acknowledged),
+            parts: switch.words.clone(),
+        });
+    }
+
+    fn note_way_back(&self, switch: &Switch, word: Instant, watch: &Watch, report: &mut Report) {
+        let at = watch.shards.iter().position(|id| *id == switch.shard);
+        let first = at.and_then(|at| watch.waits.first_since(at, switch.committed));
+        let Some(first) = first else {
+            let shard = &switch.shard;
+            let what = format!("shard {shard}: no write was acknowledged after it went back");
+            report.failed += 1;
+            report.told.sample(what);
+            return;
+        };
+        report.back.push(WayBack {
+            mesh: self.number + 1,
+            architecture: self.kind.name(),
+            shard: switch.shard.clone(),
+            to_turn_ms: ms(word, switch.turned_back.unwrap_or(word)),
+            to_declared_ms: ms(word, switch.declared),
+            to_writes_ms: ms(word, first),
+            wait_ms: at.map_or(0.0, |at| watch.waits.longest_ms(at, word, switch.closed)),
+            plain_ms: watch.waits.plain_ms(word, first),
+            late_ms: watch.late_ms(word, first),
+        });
+    }
+
+    /// What clients waited for before anything was changed, and since.
+    fn note_calm(&self, watch: &Watch, changed: Instant, report: &mut Report) {
+        let (before, plain_before) = watch.waits.percentiles(changed - CALM, changed);
         let now = Instant::now();
-        for (at, shard) in task.shards.iter().enumerate() {
-            report.shards.push(ShardTimes {
-                mesh: self.number + 1,
-                architecture: self.kind.name(),
-                shard: shard.shard_id.clone(),
-                hold_ms: shard.hold_ms,
-                critical_ms: shard.critical_ms,
-                wait_ms: waits.longest_ms(at, began, now),
-            });
-        }
+        let (since, plain_since) = watch.waits.percentiles(changed, now);
+        report.calm.push(Calm {
+            mesh: self.number + 1,
+            architecture: self.kind.name(),
+            before,
+            since,
+            plain_before,
+            plain_since,
+            late_before_ms: watch.late_ms(changed - CALM, changed),
+            late_since_ms: watch.late_ms(changed, now),
+        });
     }
 
     async fn begin(&self, name: &str, finalize: FinalizeBy) -> anyhow::Result<String> {
@@ -329,16 +412,6 @@ impl<'a> Run<'a> {
         Ok(api.describe_shards(&self.target.instance).await?)
     }
 
-    async fn primaries(&self) -> anyhow::Result<Primaries> {
-        let primary = |shard: &Shard| {
-            let mut nodes = shard.nodes.iter();
-            let found = nodes.find(|n| n.current_role() == NodeRole::Primary);
-            let id = found.map(|n| n.node_id.clone()).unwrap_or_default();
-            (shard.shard_id.clone(), id)
-        };
-        Ok(self.shards().await?.iter().map(primary).collect())
-    }
-
     async fn in_sync(&self) -> anyhow::Result<()> {
         wait_until(SYNC_LIMIT, "every replica to be in sync", async || {
             for shard in self.shards().await? {
@@ -351,6 +424,10 @@ impl<'a> Run<'a> {
         })
         .await
     }
+}
+
+fn ms(from: Instant, to: Instant) -> f64 {
+    to.saturating_duration_since(from).as_secs_f64() * 1000.0
 }
 
 fn said(task: &Task) -> String {

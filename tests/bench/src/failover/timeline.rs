@@ -1,4 +1,4 @@
-//! What the controller wrote down of a failover: the events of its task, from the fault on.
+//! What the controller wrote down of a task: its events, such as a failover's from the fault on.
 //!
 //! Invariant: only tasks made since the fault are asked for, so that a round never shows another's.
 
@@ -19,12 +19,12 @@ const WATCH_LIMIT: Duration = Duration::from_secs(20);
 
 /// One entry of a failover's task.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Event {
-    pub(super) shard: String,
-    pub(super) step: String,
-    /// Since the fault.
-    pub(super) at_ms: f64,
-    pub(super) message: String,
+pub(crate) struct Event {
+    pub(crate) shard: String,
+    pub(crate) step: String,
+    /// Since the start that was asked for.
+    pub(crate) at_ms: f64,
+    pub(crate) message: String,
 }
 
 struct Collector<'a> {
@@ -57,25 +57,43 @@ fn since(time: &str, start: SystemTime) -> Option<f64> {
 /// The events of all failovers since then, in the order of time.
 pub(super) async fn of(mesh: &Mesh, start: SystemTime) -> anyhow::Result<Vec<Event>> {
     let mut api: Api = mesh.api().await?;
+    let mut events = Vec::new();
+    for task in failovers(&api, &mesh.instance, start).await? {
+        events.extend(of_task(&mut api, &task.task_id, start).await);
+    }
+    events.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
+    Ok(events)
+}
+
+/// The failovers of an instance since then.
+///
+/// # Errors
+/// When no controller answers.
+pub(crate) async fn failovers(
+    api: &Api,
+    instance: &str,
+    start: SystemTime,
+) -> anyhow::Result<Vec<Task>> {
     let request = ListTasksRequest {
-        instance_id: mesh.instance.clone(),
+        instance_id: instance.to_owned(),
         kinds: vec!["Failover".into()],
         created_after: humantime::format_rfc3339_millis(start).to_string(),
         ..ListTasksRequest::default()
     };
-    let listed = api.tasks().list_tasks(request).await?.into_inner();
+    Ok(api.tasks().list_tasks(request).await?.into_inner().tasks)
+}
+
+/// The events of a task that has ended, or is about to, in their order.
+pub(crate) async fn of_task(api: &mut Api, task_id: &str, start: SystemTime) -> Vec<Event> {
     let mut events = Vec::new();
-    for task in listed.tasks {
-        let mut collector = Collector {
-            since: start,
-            events: &mut events,
-        };
-        let watched = progress::watch(&mut api, &task.task_id, 1, &mut collector);
-        // What is there until then is shown all the same.
-        let _ = timeout(WATCH_LIMIT, watched).await;
-    }
-    events.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
-    Ok(events)
+    let mut collector = Collector {
+        since: start,
+        events: &mut events,
+    };
+    let watched = progress::watch(api, task_id, 1, &mut collector);
+    // What is there until then is shown all the same.
+    let _ = timeout(WATCH_LIMIT, watched).await;
+    events
 }
 
 #[cfg(test)]

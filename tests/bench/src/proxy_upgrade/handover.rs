@@ -6,7 +6,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, bail};
@@ -32,6 +32,9 @@ use crate::chaos::history::now_us;
 const SERVE_LIMIT: Duration = Duration::from_secs(60);
 /// For all clients that can come, which takes a second at most if all is well.
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+/// Between looks at a file, and at a page of metrics.
+const FILE_LOOK: Duration = Duration::from_millis(2);
+const EMPTIED_LOOK: Duration = Duration::from_millis(10);
 /// So long without a client that goes, and those that are left are left.
 const STILL: Duration = Duration::from_millis(1_500);
 /// A spare answers once everybody has come back.
@@ -63,6 +66,15 @@ pub(super) struct Bound {
     handover: PathBuf,
 }
 
+/// What take-over.json says.
+#[derive(Debug, Deserialize)]
+struct TakeOver {
+    pid: u32,
+    phase: String,
+    serving_unix_ms: u64,
+    settled_unix_ms: u64,
+}
+
 /// What was seen of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Seen {
@@ -74,6 +86,9 @@ pub(super) struct Seen {
     pub(super) settled_us: u64,
     /// Clients that stayed behind.
     pub(super) left: u64,
+    /// Longest time that one which went was served by neither process, as the one before says; 0: it does
+    /// not say.
+    pub(super) stopped_us: u64,
 }
 
 /// The proxy of the mesh, whichever process it is.
@@ -138,8 +153,10 @@ impl Proxy {
             (By::Task, _) => Asked::Task(self.restart().await?),
         };
         let was_back = matches!(asked, Asked::Back(_));
-        let serving_us = self.other_serves(&before, &mut asked).await?;
-        let (settled_us, left) = settled(&before).await?;
+        let named_us = self.other_serves(&before, &mut asked).await?;
+        let (serving_us, settled_us, left) = self.settled(&before).await?;
+        let serving_us = serving_us.unwrap_or(named_us);
+        let stopped_us = stopped_us(&before.admin_address).await;
         match asked {
             Asked::Process | Asked::Answered => {}
             Asked::Back(answer) => answer.await??,
@@ -153,6 +170,7 @@ impl Proxy {
             serving_us,
             settled_us,
             left,
+            stopped_us,
         })
     }
 
@@ -231,6 +249,35 @@ impl Proxy {
         }
     }
 
+    /// When another process had the listener, when the last client had come that could, and how many are
+    /// left. The new process says when, in a file: a page of metrics of the one before costs it more than
+    /// some clients do, and proxy.json is written when its disk has time.
+    async fn settled(&self, before: &Bound) -> anyhow::Result<(Option<u64>, u64, u64)> {
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        let mut said = None;
+        while said.is_none() && Instant::now() < deadline {
+            tokio::time::sleep(FILE_LOOK).await;
+            said = self.take_over_of_other_than(before);
+        }
+        let (emptied_us, left) = emptied(before).await?;
+        let said_us = said.map(|said| {
+            let us =
+                |unix_ms: u64| now_us().saturating_sub(unix_us().saturating_sub(unix_ms * 1_000));
+            (us(said.serving_unix_ms), us(said.settled_unix_ms))
+        });
+        Ok(match (said_us, left) {
+            (Some((serving_us, settled_us)), 0) => (Some(serving_us), settled_us, 0),
+            (said_us, _) => (said_us.map(|said| said.0), emptied_us, left),
+        })
+    }
+
+    /// What another process than the one before says, once everybody has come to it.
+    fn take_over_of_other_than(&self, before: &Bound) -> Option<TakeOver> {
+        let text = std::fs::read(self.dir.join("take-over.json")).ok()?;
+        let said: TakeOver = serde_json::from_slice(&text).ok()?;
+        (said.pid != before.pid && said.phase == "done").then_some(said)
+    }
+
     /// The process that was started last has not given up.
     fn still_tries(&mut self) -> anyhow::Result<()> {
         let newest = self.children.last_mut().map(Child::try_wait);
@@ -255,8 +302,8 @@ enum Asked {
     Task(String),
 }
 
-/// When the last client went that could, and how many are left.
-async fn settled(before: &Bound) -> anyhow::Result<(u64, u64)> {
+/// When the last client went that could, and how many are left, as the process before says.
+async fn emptied(before: &Bound) -> anyhow::Result<(u64, u64)> {
     let deadline = Instant::now() + SETTLE_LIMIT;
     let (mut least, mut since, mut since_us) = (u64::MAX, Instant::now(), now_us());
     loop {
@@ -275,13 +322,31 @@ async fn settled(before: &Bound) -> anyhow::Result<(u64, u64)> {
         if Instant::now() >= deadline {
             bail!("clients still leave after {SETTLE_LIMIT:?}, {least} are there");
         }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(EMPTIED_LOOK).await;
     }
+}
+
+/// For how long a client was stopped at most, by the process that gave it.
+async fn stopped_us(admin: &str) -> u64 {
+    let page = scrape(admin).await.unwrap_or_default();
+    metric(&page, "slotmesh_proxy_handover_stopped_max_us").unwrap_or_default()
+}
+
+fn unix_us() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap_or_default().as_micros() as u64
 }
 
 /// How many a process has.
 async fn clients(admin: &str) -> anyhow::Result<u64> {
-    let scrape = async {
+    let text = scrape(admin).await?;
+    metric(&text, "slotmesh_proxy_clients")
+        .context("the proxy does not say how many clients it has")
+}
+
+/// A page of metrics.
+async fn scrape(admin: &str) -> anyhow::Result<String> {
+    let read = async {
         let mut stream = TcpStream::connect(admin).await?;
         let request = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
         stream.write_all(request.as_bytes()).await?;
@@ -289,12 +354,10 @@ async fn clients(admin: &str) -> anyhow::Result<u64> {
         stream.read_to_string(&mut text).await?;
         std::io::Result::Ok(text)
     };
-    let text = timeout(SCRAPE_LIMIT, scrape)
+    timeout(SCRAPE_LIMIT, read)
         .await
         .with_context(|| format!("no metrics at {admin} in {SCRAPE_LIMIT:?}"))?
-        .with_context(|| format!("read the metrics at {admin}"))?;
-    metric(&text, "slotmesh_proxy_clients")
-        .context("the proxy does not say how many clients it has")
+        .with_context(|| format!("read the metrics at {admin}"))
 }
 
 fn metric(page: &str, name: &str) -> Option<u64> {

@@ -13,7 +13,10 @@ use super::{
     book::{Kind, Page, Sample},
     handover::Seen,
 };
-use crate::report::{Percentiles, at_rank};
+use crate::{
+    probe::{Wake, lateness},
+    report::{Percentiles, at_rank},
+};
 
 /// What a request may take longer, 99 of 100 times.
 const ADDED_MS_MAX: f64 = 20.0;
@@ -52,6 +55,29 @@ pub(super) struct Line {
     pub(super) words: Vec<String>,
 }
 
+/// How late a thread was woken that wants nothing else: what is added to any time by a machine that has
+/// too much to do, ours or others'.
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+pub struct Machine {
+    pub before: Percentiles,
+    pub starting: Percentiles,
+    pub during: Percentiles,
+}
+
+impl Machine {
+    fn of(wakes: &[Wake], changes: &[Change]) -> Self {
+        let times = |of: fn(&Change) -> (u64, u64)| {
+            let times: Vec<(u64, u64)> = changes.iter().map(of).collect();
+            lateness(wakes, &times)
+        };
+        Self {
+            before: times(|c| (c.calm_from_us, c.seen.asked_us)),
+            starting: times(|c| (c.seen.asked_us, c.seen.serving_us)),
+            during: times(|c| (c.seen.serving_us, c.seen.settled_us)),
+        }
+    }
+}
+
 /// The result of a run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
@@ -63,6 +89,9 @@ pub struct Report {
     pub whole: Percentiles,
     /// Clients that stayed with the process before, at most, after a hand-over.
     pub left_max: u64,
+    /// The longest that a client was stopped, of each hand-over.
+    pub stopped: Percentiles,
+    pub machine: Machine,
     pub seconds: f64,
     pub(super) kinds: Vec<Line>,
     pub(super) words: Vec<String>,
@@ -112,7 +141,7 @@ fn line(kind: Kind, page: Page, changes: &[Change]) -> Line {
 }
 
 impl Report {
-    pub(super) fn of(mut pages: BTreeMap<Kind, Page>, changes: &[Change]) -> Self {
+    pub(super) fn of(mut pages: BTreeMap<Kind, Page>, changes: &[Change], wakes: &[Wake]) -> Self {
         let ms = |from_us: u64, to_us: u64| to_us.saturating_sub(from_us) as f64 / 1000.0;
         let times = |of: fn(&Seen) -> u64| {
             let each = changes.iter();
@@ -125,6 +154,13 @@ impl Report {
             handover: times(|seen| seen.serving_us),
             whole: times(|seen| seen.asked_us),
             left_max: changes.iter().map(|c| c.seen.left).max().unwrap_or(0),
+            stopped: Percentiles::of(
+                &mut changes
+                    .iter()
+                    .map(|c| ms(0, c.seen.stopped_us))
+                    .collect::<Vec<_>>(),
+            ),
+            machine: Machine::of(wakes, changes),
             kinds: kinds
                 .filter_map(|kind| Some(line(kind, pages.remove(&kind)?, changes)))
                 .collect(),
@@ -167,6 +203,30 @@ impl Report {
             }
         }
         broken
+    }
+
+    fn times(&self) -> String {
+        let Machine {
+            before,
+            starting,
+            during,
+        } = &self.machine;
+        let machine = format!(
+            "\na thread that only wants to be woken was late, ms\n  before: {before}\n  starting: \
+             {starting}\n  during: {during}"
+        );
+        format!(
+            "\nhand-overs done / failed: {} / {}, {:.0} s\nlistener to last client, ms: {}\nwith start \
+             and trial, ms: {}\nlongest stop of a client, each hand-over, ms: {}\nclients left behind, at \
+             most: {}{machine}",
+            self.handovers,
+            self.failed,
+            self.seconds,
+            self.handover,
+            self.whole,
+            self.stopped,
+            self.left_max
+        )
     }
 
     /// A table of kinds, the times, and what went wrong.
@@ -215,11 +275,7 @@ impl Report {
             column.set_cell_alignment(CellAlignment::Right);
         }
         let mut text = table.trim_fmt();
-        text += &format!(
-            "\nhand-overs done / failed: {} / {}, {:.0} s\nlistener to last client, ms: {}\nwith start \
-             and trial, ms: {}\nclients left behind, at most: {}",
-            self.handovers, self.failed, self.seconds, self.handover, self.whole, self.left_max
-        );
+        text += &self.times();
         let of_kinds = self.kinds.iter();
         let of_kinds = of_kinds.flat_map(|k| k.words.iter().map(|w| format!("{}: {w}", k.kind)));
         for what in self.words.iter().cloned().chain(of_kinds) {
@@ -243,6 +299,7 @@ mod tests {
             serving_us: 2_100_000,
             settled_us: 2_200_000,
             left: 0,
+            stopped_us: 4_000,
         },
     };
 
@@ -251,7 +308,7 @@ mod tests {
     }
 
     fn of(page: Page) -> Report {
-        Report::of(BTreeMap::from([(Kind::Multi, page)]), &[CHANGE])
+        Report::of(BTreeMap::from([(Kind::Multi, page)]), &[CHANGE], &[])
     }
 
     #[test]
@@ -292,7 +349,7 @@ mod tests {
         }
         let mut slow = CHANGE;
         slow.seen.settled_us += 900_001;
-        assert_eq!(Report::of(BTreeMap::new(), &[slow]).broken().len(), 1);
-        assert_eq!(Report::of(BTreeMap::new(), &[]).broken().len(), 1);
+        assert_eq!(Report::of(BTreeMap::new(), &[slow], &[]).broken().len(), 1);
+        assert_eq!(Report::of(BTreeMap::new(), &[], &[]).broken().len(), 1);
     }
 }

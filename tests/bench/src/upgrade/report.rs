@@ -9,34 +9,60 @@ use crate::{
 
 /// Of a shard's switch to the next engine, in all.
 const HOLD_MS_MAX: f64 = 100.0;
-/// Of the way back, as its clients see it.
+/// From the operator's word to the first write at the old primary.
 const BACK_MS_MAX: f64 = 1_000.0;
 
-/// One shard in one upgrade. Times in milliseconds.
+/// One hold of a shard. Times in milliseconds.
 #[derive(Debug, Clone, Default, Serialize)]
-pub(super) struct ShardTimes {
+pub(super) struct Hold {
     pub(super) mesh: u32,
     pub(super) architecture: &'static str,
     pub(super) shard: String,
-    /// What the proxies say that they held.
+    /// "there" or "back".
+    pub(super) way: &'static str,
+    /// What the proxies say that they held; back: the longer one of both ways.
     pub(super) hold_ms: f64,
     pub(super) critical_ms: f64,
-    /// What a client that only writes to this shard waited for longest, from the upgrade's begin to
-    /// its end.
+    /// What a client that only writes to this shard waited for longest while it was switched.
     pub(super) wait_ms: f64,
+    /// What the client of a plain server waited for in that very time.
+    pub(super) plain_ms: f64,
+    /// How late a thread woke that wanted nothing else in that very time.
+    pub(super) late_ms: f64,
+    /// The leader's words.
+    pub(super) parts: String,
 }
 
-/// One shard on its way back.
+/// One shard on its way back. Times in milliseconds.
 #[derive(Debug, Clone, Default, Serialize)]
-pub(super) struct BackTimes {
+pub(super) struct WayBack {
     pub(super) mesh: u32,
     pub(super) architecture: &'static str,
     pub(super) shard: String,
-    /// From the operator's word to the first write that was acknowledged once the old primary was
-    /// the primary again.
+    /// From the operator's word until the task said that the shard goes back.
+    pub(super) to_turn_ms: f64,
+    /// From the operator's word until proxies were told to hold.
+    pub(super) to_declared_ms: f64,
+    /// From the operator's word to the first write that was acknowledged by the old primary.
     pub(super) to_writes_ms: f64,
     /// What a client that only writes to this shard waited for longest since the operator's word.
     pub(super) wait_ms: f64,
+    /// As of a hold, until that first write.
+    pub(super) plain_ms: f64,
+    pub(super) late_ms: f64,
+}
+
+/// What clients waited for before a mesh was changed, and from then to the end.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(super) struct Calm {
+    pub(super) mesh: u32,
+    pub(super) architecture: &'static str,
+    pub(super) before: Percentiles,
+    pub(super) since: Percentiles,
+    pub(super) plain_before: Percentiles,
+    pub(super) plain_since: Percentiles,
+    pub(super) late_before_ms: f64,
+    pub(super) late_since_ms: f64,
 }
 
 /// The result of a run.
@@ -59,8 +85,11 @@ pub struct Report {
     pub task: Percentiles,
     pub back_to_writes: Percentiles,
     pub back_wait: Percentiles,
-    pub(super) shards: Vec<ShardTimes>,
-    pub(super) back: Vec<BackTimes>,
+    /// Primaries that were lost meanwhile: by the machine, since nobody took them away.
+    pub failovers: Vec<String>,
+    pub(super) holds: Vec<Hold>,
+    pub(super) back: Vec<WayBack>,
+    pub(super) calm: Vec<Calm>,
     #[serde(skip)]
     pub(super) task_ms: Vec<f64>,
 }
@@ -68,8 +97,8 @@ pub struct Report {
 impl Report {
     pub(super) fn finish(&mut self) {
         let of = |values: Vec<f64>| Percentiles::of(&mut { values });
-        self.hold = of(self.shards.iter().map(|s| s.hold_ms).collect());
-        self.wait = of(self.shards.iter().map(|s| s.wait_ms).collect());
+        self.hold = of(self.holds.iter().map(|h| h.hold_ms).collect());
+        self.wait = of(self.holds.iter().map(|h| h.wait_ms).collect());
         self.back_to_writes = of(self.back.iter().map(|b| b.to_writes_ms).collect());
         self.back_wait = of(self.back.iter().map(|b| b.wait_ms).collect());
         self.task = Percentiles::of(&mut self.task_ms);
@@ -96,6 +125,10 @@ impl Report {
             format!("{} copies in full", self.full_copies),
         );
         unless(
+            self.failovers.is_empty(),
+            format!("{} primaries were lost", self.failovers.len()),
+        );
+        unless(
             self.hold.max_ms <= HOLD_MS_MAX,
             format!(
                 "a shard was held for {:.1} ms, over {HOLD_MS_MAX}",
@@ -103,10 +136,10 @@ impl Report {
             ),
         );
         unless(
-            self.back_wait.max_ms <= BACK_MS_MAX,
+            self.back_to_writes.max_ms <= BACK_MS_MAX,
             format!(
-                "a client waited {:.0} ms on the way back, over {BACK_MS_MAX}",
-                self.back_wait.max_ms
+                "a way back took {:.0} ms, over {BACK_MS_MAX}",
+                self.back_to_writes.max_ms
             ),
         );
         broken
@@ -144,21 +177,65 @@ impl Report {
             ]);
         }
         let mut wrong = self.told.error_samples.clone();
+        wrong.extend(self.failovers.iter().cloned());
         wrong.extend(self.broken().into_iter().map(|b| format!("BROKEN: {b}")));
         let mut text = String::new();
-        for s in &self.shards {
-            text += &format!(
-                "mesh {} ({}), shard {}: held {:.1} ms, critical {:.1} ms, a client waited {:.1} ms\n",
-                s.mesh, s.architecture, s.shard, s.hold_ms, s.critical_ms, s.wait_ms
-            );
+        for calm in &self.calm {
+            text += &calm.text();
         }
-        for b in &self.back {
-            text += &format!(
-                "mesh {} ({}), shard {}, back: writes after {:.1} ms, a client waited {:.1} ms\n",
-                b.mesh, b.architecture, b.shard, b.to_writes_ms, b.wait_ms
-            );
+        for hold in &self.holds {
+            text += &hold.text();
+        }
+        for back in &self.back {
+            text += &back.text();
         }
         text + &table(rows, &wrong)
+    }
+}
+
+impl Hold {
+    fn text(&self) -> String {
+        let (mesh, kind, shard, way) = (self.mesh, self.architecture, &self.shard, self.way);
+        let (hold, critical, wait) = (self.hold_ms, self.critical_ms, self.wait_ms);
+        let (plain, late, parts) = (self.plain_ms, self.late_ms, &self.parts);
+        format!(
+            "mesh {mesh} ({kind}), shard {shard}, {way}: held {hold:.1} ms, critical {critical:.1} ms, a client \
+             waited {wait:.1} ms; meanwhile a plain server's {plain:.1} ms, a thread woke {late:.1} ms late\n  \
+             {parts}\n"
+        )
+    }
+}
+
+impl WayBack {
+    fn text(&self) -> String {
+        let (mesh, kind, shard) = (self.mesh, self.architecture, &self.shard);
+        let (turn, declared, writes) = (self.to_turn_ms, self.to_declared_ms, self.to_writes_ms);
+        let (wait, plain, late) = (self.wait_ms, self.plain_ms, self.late_ms);
+        format!(
+            "mesh {mesh} ({kind}), shard {shard}, the word to go back: taken up after {turn:.0} ms, declared \
+             after {declared:.0} ms, writes after {writes:.1} ms; a client waited {wait:.1} ms, a plain \
+             server's {plain:.1} ms, a thread woke {late:.1} ms late\n"
+        )
+    }
+}
+
+impl Calm {
+    fn text(&self) -> String {
+        let (mesh, kind) = (self.mesh, self.architecture);
+        let line = |when: &str, shards: Percentiles, plain: Percentiles, late: f64| {
+            format!(
+                "mesh {mesh} ({kind}), {when}: writes waited {shards} ms; a plain server's {plain} ms; a thread \
+                 woke up to {late:.1} ms late\n"
+            )
+        };
+        let before = line(
+            "before",
+            self.before,
+            self.plain_before,
+            self.late_before_ms,
+        );
+        let since = line("since", self.since, self.plain_since, self.late_since_ms);
+        before + &since
     }
 }
 
@@ -176,19 +253,20 @@ mod tests {
     #[test]
     fn each_promise_is_looked_at() {
         assert_eq!(finished(|_| {}).broken(), Vec::<String>::new());
-        let held = ShardTimes {
+        let held = Hold {
             hold_ms: 100.1,
-            ..ShardTimes::default()
+            ..Hold::default()
         };
-        let waited = BackTimes {
-            wait_ms: 1_000.1,
-            ..BackTimes::default()
+        let waited = WayBack {
+            to_writes_ms: 1_000.1,
+            ..WayBack::default()
         };
         let spoiled = [
             finished(|r| r.failed = 1),
             finished(|r| r.told.lost = 1),
             finished(|r| r.full_copies = 1),
-            finished(|r| r.shards.push(held)),
+            finished(|r| r.holds.push(held)),
+            finished(|r| r.failovers.push("one".into())),
             finished(|r| r.back.push(waited)),
         ];
         for report in spoiled {

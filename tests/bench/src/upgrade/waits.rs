@@ -1,5 +1,6 @@
 //! One client for each shard that does nothing but write, and notes when each write was wanted and when
-//! it was acknowledged: what a hold looks like from outside.
+//! it was acknowledged: what a hold looks like from outside. One more does the same to a plain server,
+//! which nothing happens to: what it waits for is the machine's.
 //!
 //! Invariant: a write is noted once and never repeated; the next one is wanted only after it.
 
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     failover::tags,
+    report::Percentiles,
     switchover::{Target, connect},
 };
 
@@ -33,22 +35,41 @@ struct Note {
     acknowledged: Instant,
 }
 
+impl Note {
+    fn ms(&self) -> f64 {
+        (self.acknowledged - self.wanted).as_secs_f64() * 1000.0
+    }
+}
+
+/// A write that was waited for: from when to when.
+pub(super) type Wait = (Instant, Instant);
+
 /// The running clients.
 #[derive(Debug)]
 pub(super) struct Waits {
     running: JoinSet<anyhow::Result<()>>,
     stop: CancellationToken,
     notes: Arc<Mutex<Vec<Note>>>,
+    /// The number of the one that has a plain server, after all shards'.
+    plain: usize,
 }
 
 impl Waits {
-    /// One client for each shard, in their order.
-    pub(super) async fn start(target: &Target, shards: &[Shard]) -> anyhow::Result<Self> {
+    /// One client for each shard, in their order, and one for the plain server at this address.
+    pub(super) async fn start(
+        target: &Target,
+        shards: &[Shard],
+        plain_server: &str,
+    ) -> anyhow::Result<Self> {
         let proxy = target.proxies.first().context("there is no proxy")?;
         let notes: Arc<Mutex<Vec<Note>>> = Arc::default();
         let (mut running, stop) = (JoinSet::new(), CancellationToken::new());
-        for (shard, tag) in tags(proxy, shards).await?.into_iter().enumerate() {
-            let mut connection = connect(proxy, shard % 2 == 1).await?;
+        let tags = tags(proxy, shards).await?;
+        let plain = tags.len();
+        let shards = tags.into_iter().map(|tag| (proxy.as_str(), tag));
+        let all = shards.chain([(plain_server, "plain".to_owned())]);
+        for (shard, (address, tag)) in all.enumerate() {
+            let mut connection = connect(address, shard % 2 == 1).await?;
             let (notes, stop) = (Arc::clone(&notes), stop.clone());
             running.spawn(async move {
                 while !stop.is_cancelled() {
@@ -72,7 +93,33 @@ impl Waits {
             running,
             stop,
             notes,
+            plain,
         })
+    }
+
+    /// The longest wait of the plain server's client, in milliseconds.
+    pub(super) fn plain_ms(&self, from: Instant, to: Instant) -> f64 {
+        self.longest_ms(self.plain, from, to)
+    }
+
+    /// All waits for shards that touched that time, and all for the plain server.
+    pub(super) fn percentiles(&self, from: Instant, to: Instant) -> (Percentiles, Percentiles) {
+        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let then = |n: &&Note| n.acknowledged >= from && n.wanted <= to;
+        let (plain, shards): (Vec<&Note>, Vec<&Note>) = notes
+            .iter()
+            .filter(then)
+            .partition(|n| n.shard == self.plain);
+        let of = |notes: Vec<&Note>| {
+            Percentiles::of(&mut notes.into_iter().map(Note::ms).collect::<Vec<_>>())
+        };
+        (of(shards), of(plain))
+    }
+
+    /// The longest wait of a shard's client for a write that was under way then.
+    pub(super) fn longest(&self, shard: usize, from: Instant, to: Instant) -> Option<Wait> {
+        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        longest(&notes, shard, from, to).map(|n| (n.wanted, n.acknowledged))
     }
 
     /// The longest wait of a shard's client for a write that was under way then, in milliseconds.
@@ -110,11 +157,14 @@ fn push(notes: &Mutex<Vec<Note>>, note: Note) {
     }
 }
 
-fn longest_ms(notes: &[Note], shard: usize, from: Instant, to: Instant) -> f64 {
+fn longest(notes: &[Note], shard: usize, from: Instant, to: Instant) -> Option<&Note> {
     let then = |n: &&Note| n.shard == shard && n.acknowledged >= from && n.wanted <= to;
     let waits = notes.iter().filter(then);
-    let waits = waits.map(|n| (n.acknowledged - n.wanted).as_secs_f64() * 1000.0);
-    waits.fold(0.0, f64::max)
+    waits.max_by(|a, b| a.ms().total_cmp(&b.ms()))
+}
+
+fn longest_ms(notes: &[Note], shard: usize, from: Instant, to: Instant) -> f64 {
+    longest(notes, shard, from, to).map_or(0.0, Note::ms)
 }
 
 #[cfg(test)]
