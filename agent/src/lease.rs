@@ -258,7 +258,7 @@ impl Lease {
         matches!(right, Right::Serve { .. } | Right::Ask { .. })
     }
 
-    /// Waits until the fencer watches over a node that has a right; no longer than [`WATCHED_WITHIN`].
+    /// Waits until the fencer watches over a node that has a right; no longer than 100 ms.
     pub async fn until_watched(&self, assigned: &Assigned) {
         if !is_guarded(&assigned.spec) || !self.has_right(assigned) {
             return;
