@@ -219,10 +219,24 @@ fn register_handovers(metrics: &Metrics, counts: &Arc<Counts>) {
             .with_callback(move |seen| seen.observe(read(&counts).load(Ordering::Relaxed), &[]))
             .build();
     }
-    let counts = Arc::clone(counts);
-    meter
-        .u64_observable_gauge("slotmesh.proxy.handover_left_clients")
-        .with_description("Clients that could not be handed over yet")
-        .with_callback(move |seen| seen.observe(counts.left.load(Ordering::Relaxed), &[]))
-        .build();
+    let gauges: [(&str, &str, Read); 2] = [
+        (
+            "handover_left_clients",
+            "Clients that could not be handed over yet",
+            |c| &c.left,
+        ),
+        (
+            "handover_stopped_max_us",
+            "Longest time that a client was stopped in the last hand-over, in microseconds",
+            |c| &c.stopped_max_us,
+        ),
+    ];
+    for (name, help, read) in gauges {
+        let counts = Arc::clone(counts);
+        meter
+            .u64_observable_gauge(format!("slotmesh.proxy.{name}"))
+            .with_description(help)
+            .with_callback(move |seen| seen.observe(read(&counts).load(Ordering::Relaxed), &[]))
+            .build();
+    }
 }

@@ -27,6 +27,7 @@ mod fanout_merge;
 mod filter;
 mod gather;
 mod health;
+mod held_back;
 pub mod hold;
 mod idle;
 mod info;
@@ -92,6 +93,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 use slotmesh_acl::AclLog;
+use slotmesh_command::Release;
 use slotmesh_resp::Args;
 
 use self::client::{ClientState, Pause};
@@ -176,6 +178,8 @@ pub struct Core {
     health: Health,
     weaves: Weaves,
     paused: Option<pause::Paused>,
+    /// Commands that it does not know are not let through.
+    held_back: Option<Release>,
     /// Writes are confirmed by replicas.
     durable: bool,
     acl_log: Arc<Mutex<AclLog>>,
@@ -220,6 +224,7 @@ impl Core {
             monitors: monitor::Monitors::default(),
             trackers: tracking::Trackers::default(),
             paused: None,
+            held_back: None,
             durable: false,
             acl_log: Arc::default(),
             idle_at_us: 0,
@@ -261,6 +266,7 @@ impl Core {
         let parameters = &table.settings.parameters;
         self.sessions.in_flight_max = parameters.session_processing_max;
         self.jobs.bytes_max = parameters.job_bytes_max;
+        self.held_back = table.settings.held_back;
         if began || before != *self.users() {
             self.refresh_accounts(&before); // with those that came when nobody knew
         }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use slotmesh_proto::topology::v1 as pb;
 use tokio::sync::Notify;
@@ -37,6 +37,48 @@ struct State {
     holds: BTreeMap<(ShardNo, u64), HoldSample>,
     /// Per worker and lane: whose primary of which epoch does not answer it, and since when.
     troubles: BTreeMap<(usize, LaneNo), (ShardNo, u64, Instant)>,
+    faults: BTreeMap<ShardNo, Recent>,
+}
+
+/// What was counted lately: in the part of a window that is under way, and in the one before it.
+#[derive(Debug)]
+struct Recent {
+    since: Instant,
+    now: u64,
+    before: u64,
+}
+
+/// Half of the time that [`Recent`] looks back at most.
+const PART: Duration = Duration::from_secs(5);
+
+impl Recent {
+    fn new(now: Instant) -> Self {
+        Self {
+            since: now,
+            now: 0,
+            before: 0,
+        }
+    }
+
+    fn add(&mut self, count: u64, now: Instant) {
+        self.roll(now);
+        self.now += count;
+    }
+
+    fn sum(&mut self, now: Instant) -> u64 {
+        self.roll(now);
+        self.now + self.before
+    }
+
+    fn roll(&mut self, now: Instant) {
+        let parts = now.saturating_duration_since(self.since).as_secs() / PART.as_secs();
+        if parts == 0 {
+            return;
+        }
+        let over = std::mem::take(&mut self.now);
+        self.before = if parts == 1 { over } else { 0 };
+        self.since = now;
+    }
 }
 
 impl Progress {
@@ -103,6 +145,11 @@ impl Progress {
                     None => drop(state.troubles.remove(&lane)),
                 }
             }
+            Notice::Faults { shard, count } => {
+                let now = Instant::now();
+                let recent = state.faults.entry(shard);
+                recent.or_insert_with(|| Recent::new(now)).add(count, now);
+            }
         }
     }
 
@@ -162,6 +209,15 @@ impl Progress {
                     })
                 })
                 .collect(),
+            faults: recent_faults(&mut state.faults)
+                .into_iter()
+                .filter_map(|(shard, count)| {
+                    Some(pb::ShardFaults {
+                        shard_id: id(shard)?,
+                        count,
+                    })
+                })
+                .collect(),
             ..pb::Report::default()
         };
         for worker in &self.workers {
@@ -209,6 +265,13 @@ fn troubles(state: &State) -> BTreeMap<ShardNo, (u64, Instant)> {
     all
 }
 
+/// Of each shard that had some.
+fn recent_faults(faults: &mut BTreeMap<ShardNo, Recent>) -> Vec<(ShardNo, u64)> {
+    let now = Instant::now();
+    let counts = faults.iter_mut().map(|(no, recent)| (*no, recent.sum(now)));
+    counts.filter(|(_, count)| *count > 0).collect()
+}
+
 /// What all workers say, if it is the same.
 fn agreed(levels: &[Option<Level>]) -> Option<&Level> {
     let first = levels.first()?.as_ref()?;
@@ -223,6 +286,20 @@ mod tests {
     use super::*;
     use crate::core::outbox::Trouble;
     use crate::routing::{InstanceSettings, RoutingTable, ShardRoute};
+
+    #[test]
+    fn faults_are_told_for_ten_seconds_and_then_forgotten() {
+        let began = Instant::now();
+        let at = |s| began + Duration::from_secs(s);
+        let mut recent = Recent::new(began);
+        recent.add(3, at(1));
+        recent.add(4, at(6));
+        assert_eq!(recent.sum(at(7)), 7);
+        assert_eq!(recent.sum(at(12)), 4);
+        assert_eq!(recent.sum(at(18)), 0);
+        recent.add(1, at(60));
+        assert_eq!(recent.sum(at(60)), 1);
+    }
 
     #[test]
     fn a_shard_is_held_only_when_every_worker_holds_it() {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use slotmesh_acl::Users;
+use slotmesh_command::Release;
 use slotmesh_topology::{SLOT_COUNT, Slot};
 
 use crate::core::hold::HoldOrder;
@@ -74,6 +75,8 @@ pub struct InstanceSettings {
     /// Parameters of proxies as they were given, for CONFIG GET.
     pub proxy_parameters: BTreeMap<String, String>,
     pub parameters: Parameters,
+    /// An engine that may have to serve again: what it does not know is not sent to any node.
+    pub held_back: Option<Release>,
 }
 
 /// When a write counts as done.
@@ -87,6 +90,8 @@ pub struct Durability {
     pub fsync: bool,
     /// Reads wait for what they may have seen.
     pub reads: bool,
+    /// A node may follow that has no channels of shards, and would refuse a message to one.
+    pub plain_channels: bool,
 }
 
 impl InstanceSettings {
@@ -98,6 +103,10 @@ impl InstanceSettings {
             timeout_ms: self.parameters.durability_timeout_ms,
             fsync: self.parameters.durability_fsync,
             reads: self.parameters.read_gate,
+            plain_channels: self.held_back.is_some_and(|release| {
+                let sharded = slotmesh_command::lookup(b"spublish");
+                sharded.is_some_and(|command| !command.is_known_to(release))
+            }),
         }
     }
 }
@@ -202,6 +211,7 @@ impl Default for InstanceSettings {
             durability: 0,
             proxy_parameters: BTreeMap::new(),
             parameters: Parameters::default(),
+            held_back: None,
         }
     }
 }

@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use slotmesh_acl::Users;
+use slotmesh_command::Release;
 use slotmesh_proto::topology::v1 as pb;
+use slotmesh_topology::{artifact, compatibility};
 
 use crate::core::hold::HoldOrder;
 use crate::routing::{InstanceSettings, Login, Parameters, RoutingTable, ShardNo, ShardRoute};
@@ -258,7 +260,20 @@ fn instance_settings(settings: &pb::InstanceSettings) -> Result<InstanceSettings
         durability: settings.durability,
         parameters: Parameters::read(&proxy_parameters),
         proxy_parameters,
+        held_back: release(&settings.held_back),
     })
+}
+
+/// The engine of that name; `None`: there is none, or none of which the table of commands knows.
+fn release(engine: &str) -> Option<Release> {
+    let (product, version) = compatibility::named(engine)?;
+    let product = match product {
+        artifact::Product::Redis => slotmesh_command::Product::Redis,
+        artifact::Product::Valkey => slotmesh_command::Product::Valkey,
+        artifact::Product::Proxy => return None,
+    };
+    let (major, minor, patch) = (version.major, version.minor, version.patch);
+    Some(Release::new(product, major, minor, patch))
 }
 
 /// The accounts; one whose rules cannot be read may do nothing, so that neither the others nor the

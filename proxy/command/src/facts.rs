@@ -1,5 +1,5 @@
 //! What the engines say of a command, read from `facts.tsv`: name, arity, flags, key positions, ACL
-//! categories.
+//! categories, since which release they have it.
 //!
 //! Invariant: these are facts, generated; nothing here is our decision. The files are part of the
 //! program, so a line that cannot be read is our mistake and panics when the table is first used
@@ -7,6 +7,7 @@
 
 use crate::categories::Categories;
 use crate::keys::{Access, Begin, Find, KeySpec};
+use crate::release::Since;
 use crate::rights::Rights;
 
 /// A set of [`Flag`]s.
@@ -89,6 +90,7 @@ pub(crate) struct Fact {
     pub(crate) keys: Vec<KeySpec>,
     pub(crate) categories: Categories,
     pub(crate) in_redis_7_0: bool,
+    pub(crate) since: Since,
 }
 
 pub(crate) fn parse_line(line: &'static str) -> Fact {
@@ -112,6 +114,7 @@ fn parse_columns(line: &'static str) -> Option<Fact> {
         flags: Flags::parse(flags)?,
         keys: specs.map(parse_spec).collect::<Option<_>>()?,
         categories: Categories::parse(categories)?,
+        since: Since::parse(columns.next().unwrap_or_default())?,
         in_redis_7_0: engines.split(',').any(|engine| engine == "redis-7.0"),
     })
 }

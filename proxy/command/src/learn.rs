@@ -12,6 +12,7 @@ use crate::class::Class;
 use crate::facts::{Flag, Flags};
 use crate::keys::{Access, Begin, Find, KeySpec, SPECS_MAX};
 use crate::lookup::{self, Command, Origin, Place};
+use crate::release::Since;
 use crate::rights::Rights;
 
 /// Most entries that one process takes in, those that it cannot read included: each stays in memory.
@@ -198,6 +199,8 @@ impl<'p> Entry<'p> {
             categories: Categories::default(),
             id: None,
             in_redis_7_0: false,
+            since: Since::EVER,
+            has_gained: false,
         })
     }
 
@@ -349,6 +352,13 @@ fn clean_word(word: &[u8]) -> Option<&'static str> {
 }
 
 impl Part {
+    /// Whether this entry of COMMAND INFO is of a module's command.
+    #[must_use]
+    pub fn is_of_module(&self) -> bool {
+        let fields = self.list().and_then(Entry::read);
+        fields.is_some_and(|entry| entry.has("module"))
+    }
+
     fn text(&self) -> Option<&[u8]> {
         match self {
             Self::Text(text) => Some(text),

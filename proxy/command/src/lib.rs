@@ -6,11 +6,13 @@
 mod categories;
 mod class;
 mod facts;
+mod gained;
 mod keys;
 mod learn;
 mod lookup;
 mod notes;
 mod patterns;
+mod release;
 mod rights;
 
 pub use categories::{Categories, Category};
@@ -21,4 +23,5 @@ pub use learn::{LEARNED_MAX, LearnError, Part, learn, learned};
 pub use lookup::{Command, CommandError, all, is_http, lookup, resolve};
 pub use notes::notes;
 pub use patterns::{Pattern, PatternOption};
+pub use release::{Product, Release};
 pub use rights::Needs;

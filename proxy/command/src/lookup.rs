@@ -8,8 +8,10 @@ use std::sync::LazyLock;
 use crate::categories::Categories;
 use crate::class::{self, Class};
 use crate::facts::{self, Flag, Flags};
+use crate::gained;
 use crate::keys::{Arguments, KeyError, KeySpec, Keys, SPECS_MAX};
 use crate::learn;
+use crate::release::Since;
 
 /// One command, or one subcommand (`config|get`).
 #[derive(Debug)]
@@ -29,6 +31,9 @@ pub struct Command {
     pub(crate) categories: Categories,
     pub(crate) id: Option<u16>,
     pub(crate) in_redis_7_0: bool,
+    pub(crate) since: Since,
+    /// Some of its options are newer than it is.
+    pub(crate) has_gained: bool,
 }
 
 /// Where a subcommand's entry is: the table's own are linked before the table stands.
@@ -216,7 +221,7 @@ pub fn is_http(name: &[u8]) -> bool {
 }
 
 /// `ERR unknown command 'foo', with args beginning with: 'a' 'b' `
-fn unknown_command<A: Arguments + ?Sized>(args: &A) -> CommandError {
+pub(crate) fn unknown_command<A: Arguments + ?Sized>(args: &A) -> CommandError {
     let name = if args.count() == 0 {
         &[][..]
     } else {
@@ -237,7 +242,7 @@ fn unknown_command<A: Arguments + ?Sized>(args: &A) -> CommandError {
 }
 
 /// `ERR unknown subcommand 'foo'. Try CONFIG HELP.`
-fn unknown_subcommand<A: Arguments + ?Sized>(args: &A) -> CommandError {
+pub(crate) fn unknown_subcommand<A: Arguments + ?Sized>(args: &A) -> CommandError {
     let mut text = b"ERR unknown subcommand '".to_vec();
     text.extend_from_slice(shown(args.argument(1), SHOWN_BYTES_MAX));
     text.extend_from_slice(b"'. Try ");
@@ -250,12 +255,12 @@ fn unknown_subcommand<A: Arguments + ?Sized>(args: &A) -> CommandError {
 const SHOWN_BYTES_MAX: usize = 128;
 
 /// What C's `%.*s` shows of a string: not beyond a zero byte.
-fn shown(text: &[u8], max: usize) -> &[u8] {
+pub(crate) fn shown(text: &[u8], max: usize) -> &[u8] {
     let end = text.iter().take(max).take_while(|&&byte| byte != 0).count();
     &text[..end]
 }
 
-fn one_line(mut text: Vec<u8>) -> Vec<u8> {
+pub(crate) fn one_line(mut text: Vec<u8>) -> Vec<u8> {
     for byte in &mut text {
         if matches!(byte, b'\r' | b'\n') {
             *byte = b' ';
@@ -354,6 +359,7 @@ fn command(
         keys,
         categories,
         in_redis_7_0,
+        since,
     } = fact;
     assert!(
         keys.len() <= SPECS_MAX,
@@ -407,6 +413,8 @@ fn command(
         categories,
         id: Some(id),
         in_redis_7_0,
+        since,
+        has_gained: gained::has_gained(name),
     }
 }
 

@@ -203,6 +203,9 @@ impl Core {
         if reply.starts_with(b"-NOSCRIPT") {
             self.lanes[no as usize].known_scripts.forget(); // somebody else may have flushed them
         }
+        if retry::is_nodes_fault(reply) {
+            self.out.fault(self.lanes[no as usize].shard());
+        }
         self.fail_overtaken(no);
         let lane = &mut self.lanes[no as usize];
         lane.probing = false;
@@ -320,6 +323,7 @@ impl Core {
                 self.counters.retries += 1;
             } else {
                 lane.flight.pop();
+                self.out.fault(lane.shard());
                 self.counters.outcome_unknown += 1;
                 self.fail(&front, OUTCOME_UNKNOWN);
             }
@@ -346,6 +350,7 @@ impl Core {
                 return;
             };
             lane.measure(&entry, now_us);
+            self.out.fault(lane.shard());
             self.counters.hold_overdue += 1;
             self.fail(&entry, OVERDUE);
         }

@@ -195,7 +195,7 @@ impl Core {
             // The node waits for what this connection wrote. Up to 7.0 any command makes that all
             // until now; later ones want something that goes to replicas, which this does.
             self.write_own(no, &[b"PING"]);
-            self.write_own(no, &[b"SPUBLISH", WAIT_CHANNEL, b""]);
+            self.write_own(no, self.table.settings.durability().mark());
         }
         let (sent, epoch) = (self.lines.get(no)).map_or((false, 0), |l| (l.is_up(), l.epoch));
         let now_us = self.now_us;

@@ -151,7 +151,10 @@ impl Core {
             return Flow::Taken;
         };
         let flow = if client.is_plain() {
-            self.route(slot, command, request)
+            match self.held_back {
+                None => self.route(slot, command, request),
+                Some(release) => self.route_known(release, slot, command, request),
+            }
         } else {
             let skips = client.extra.as_ref().is_some_and(|extra| extra.skips_reply);
             let flow = self.command_special(slot, command, request);

@@ -85,6 +85,14 @@ impl Durable {
 }
 
 impl Durability {
+    /// Something that goes to replicas, changes nothing there, and reaches no client.
+    pub(super) fn mark(self) -> &'static [&'static [u8]] {
+        match self.plain_channels {
+            false => &[b"SPUBLISH", WAIT_CHANNEL, b""],
+            true => &[b"PUBLISH", WAIT_CHANNEL, b""],
+        }
+    }
+
     /// True if so many replicas are enough. `reply` is that to WAIT or WAITAOF.
     fn is_met_by(self, reply: &[u8]) -> bool {
         let lines = reply.split(|b| *b == b'\n');
@@ -147,7 +155,7 @@ impl Lane {
         }
         if wanted.reads {
             // WAIT is about what this connection wrote; this makes it about all there was before.
-            let mark: &[&[u8]] = &[b"SPUBLISH", WAIT_CHANNEL, b""];
+            let mark = wanted.mark();
             self.flight.push_with(Entry::own(Kind::Mark), |bytes| {
                 write::encode_command(bytes, mark);
             });
@@ -282,7 +290,7 @@ impl Core {
         let wanted = self.table.settings.durability();
         // See `blocking`: the question is about what this connection wrote.
         self.write_own(no, &[b"PING"]);
-        self.write_own(no, &[b"SPUBLISH", WAIT_CHANNEL, b""]);
+        self.write_own(no, wanted.mark());
         self.write_line(no, |out| wanted.write_question(out));
         self.out.unsteady = true;
         self.now_us + u64::from(wanted.timeout_ms) * 1000 + super::lane::SILENCE_LIMIT_US

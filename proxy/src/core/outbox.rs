@@ -45,6 +45,8 @@ pub struct Outbox {
     pub levels: Vec<(ShardNo, Level)>,
     pub samples: Vec<HoldSample>,
     pub troubles: Vec<Trouble>,
+    /// How many requests of a shard were answered by errors that are no client's fault.
+    pub faults: Vec<(ShardNo, u64)>,
     /// Lanes with something to send.
     pub touched: Vec<LaneNo>,
     /// Lanes whose connection must be given up.
@@ -57,4 +59,14 @@ pub struct Outbox {
     pub unsteady: bool,
     /// A full queue has room again.
     pub freed: bool,
+}
+
+impl Outbox {
+    /// A request of the shard was answered by an error that is not its client's fault.
+    pub fn fault(&mut self, shard: ShardNo) {
+        match self.faults.iter_mut().find(|(of, _)| *of == shard) {
+            Some((_, count)) => *count += 1,
+            None => self.faults.push((shard, 1)),
+        }
+    }
 }

@@ -95,6 +95,23 @@ pub fn classify(reply: &[u8], effect: Effect, command: &[u8]) -> Verdict {
     Verdict::NotExecuted(refusal)
 }
 
+/// Whether an error says that the node could not do what another one could: it is full, can't save, or
+/// is of an engine that does not have the command. What no table has is not asked of a node.
+#[must_use]
+pub fn is_nodes_fault(reply: &[u8]) -> bool {
+    const WORDS: [&[u8]; 8] = [
+        b"-OOM ",
+        b"-MISCONF ",
+        b"-LOADING ",
+        b"-MASTERDOWN ",
+        b"-NOREPLICAS ",
+        b"-READONLY ",
+        b"-ERR unknown command ",
+        b"-ERR unknown subcommand ",
+    ];
+    WORDS.iter().any(|word| reply.starts_with(word))
+}
+
 /// Judges a request whose connection went away. `fully_sent` says that its last byte was given to
 /// the socket: a node executes nothing of a frame that is not complete.
 #[must_use]
@@ -126,6 +143,24 @@ fn names_command(reply: &[u8], command: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_another_node_could_have_done_is_the_nodes_fault() {
+        for fault in [
+            "-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+            "-MISCONF Errors writing to the AOF file\r\n",
+            "-ERR unknown command 'STRALGO', with args beginning with: \r\n",
+        ] {
+            assert!(is_nodes_fault(fault.as_bytes()), "{fault}");
+        }
+        for own in [
+            "-WRONGTYPE Operation against a key\r\n",
+            "-ERR syntax error\r\n",
+            "+OOM \r\n",
+        ] {
+            assert!(!is_nodes_fault(own.as_bytes()), "{own}");
+        }
+    }
 
     fn check(reply: &str, effect: Effect, want: Verdict) {
         assert_eq!(

@@ -33,6 +33,11 @@ impl Core {
         if let Some(flow) = self.refused_while_busy(slot, command) {
             return flow;
         }
+        if let Some(release) = self.held_back
+            && let Some(flow) = self.refused_as_unknown(release, slot, command, request)
+        {
+            return flow;
+        }
         let confined = match self.confine(slot, command, request) {
             Ok(confined) => confined,
             Err(text) => return self.refuse(slot, text.as_bytes()),

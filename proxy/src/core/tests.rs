@@ -1,6 +1,7 @@
 //! The core as a whole: bytes in, bytes out, in the small world of [`world`].
 
 mod endurance;
+mod held_back;
 mod losses;
 mod order;
 mod scenarios;

@@ -130,7 +130,12 @@ impl Core {
                     Some(Value::Array(entries)) => entries.into_iter().next().map(part_of),
                     _ => None,
                 };
-                match learn(&name, &entry.unwrap_or(Part::Nil)) {
+                let entry = entry.unwrap_or(Part::Nil);
+                // What the newer of two engines has by itself the older one does not have.
+                if self.held_back.is_some() && !entry.is_of_module() {
+                    return self.note_unknown(name, LearnError::Unknown);
+                }
+                match learn(&name, &entry) {
                     Ok(command) => {
                         tracing::info!(command = command.name, "a node's command was learned");
                     }

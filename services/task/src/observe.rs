@@ -210,6 +210,8 @@ pub struct ProxyView {
     pub shards: BTreeMap<ShardId, (Epoch, HoldLevel, TaskId)>,
     /// Shards whose primary of this epoch does not answer it, and for how many milliseconds.
     pub troubles: BTreeMap<ShardId, (Epoch, u64)>,
+    /// Requests of shards, of the last seconds, that were answered by errors which are no client's fault.
+    pub faults: BTreeMap<ShardId, u64>,
     /// Of the process whose stream it is.
     pub pid: u32,
     /// Commands that this process has processed.

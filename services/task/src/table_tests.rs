@@ -94,6 +94,7 @@ fn upgrading() -> Upgrade {
         diverged: false,
         doubt: String::new(),
         behind_since_ms: 0,
+        faults_before: None,
     };
     let part = ShardUpgrade {
         shard: "0".into(),

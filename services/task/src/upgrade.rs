@@ -14,14 +14,16 @@
 
 mod bake;
 mod fleet;
+mod held;
 mod nodes;
 mod plan;
 mod said;
 mod spec;
 mod write;
 
-pub use bake::{FOLLOW_MS_MAX, TROUBLE_MS_MAX};
+pub use bake::{FAULTS_MAX, FAULTS_WINDOW_MS, FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
+pub use held::held_back;
 pub use nodes::STARTS_MAX;
 pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, plan};
 pub use said::{menu, resolved, retried};
@@ -43,8 +45,11 @@ use crate::{
 /// of 1 TB at 280 MB/s, as for a replacement.
 pub const NODE_MS_MAX: u64 = crate::replace::CATCH_UP_MS_MAX;
 /// Switches that may be given up in a row. Each has waited for the shard to be fit.
-pub const SWITCH_TRIES: u32 = 3;
-/// Between a switch that was given up and the next try.
+pub const SWITCH_TRIES: u32 = 4;
+/// Between the first switch that was given up and the next try: what most often kept it from happening, a
+/// target or an agent that was late for a moment, is over by then, and a way back may take 1 s in all.
+pub const SWITCH_PAUSE_FIRST_MS: u64 = 100;
+/// Between later ones.
 pub const SWITCH_PAUSE_MS: u64 = 2_000;
 
 /// How a shard says that it goes back because another one did.
@@ -326,7 +331,11 @@ fn try_again_later(view: &View<'_>) -> Option<Result<Decision, String>> {
         );
         return Some(Err(why));
     }
-    let until_ms = last.phase_since_ms + SWITCH_PAUSE_MS;
+    let pause_ms = match view.part.tries {
+        0 => SWITCH_PAUSE_FIRST_MS,
+        _ => SWITCH_PAUSE_MS,
+    };
+    let until_ms = last.phase_since_ms + pause_ms;
     (view.scene.now_ms < until_ms).then(|| Ok(wait(until_ms, "the next try to switch")))
 }
 
@@ -384,7 +393,10 @@ fn finalize(view: &View<'_>) -> Decision {
 }
 
 fn done(view: &View<'_>) -> Decision {
-    let why = format!("every node runs {}", view.upgrade.engine);
+    let mut why = format!("every node runs {}", view.upgrade.engine);
+    if let Some(closed) = fleet::unasked(view.upgrade, view.part) {
+        why.push_str(&format!("; the operator was not waited for: {closed}"));
+    }
     Decision::End(UpgradePhase::Done, why)
 }
 

@@ -238,6 +238,57 @@ fn switches_that_are_given_up_are_tried_again_and_then_no_more() {
 }
 
 #[test]
+fn a_way_back_whose_first_switch_comes_to_nothing_is_tried_again_within_its_second() {
+    let mut story = Story::new(&options());
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::SwitchBack);
+    let asked_ms = story.stage.now_ms;
+    story.switches = Phase::RolledBack;
+    while story.events.last().is_none_or(|e| e != "Plan") {
+        assert!(story.act(), "{:?}", story.decide());
+    }
+    story.switch();
+    let Decision::Wait { until_ms, .. } = story.decide() else {
+        panic!("{:?}", story.decide());
+    };
+    let pause_ms = until_ms - story.stage.now_ms;
+    assert!(pause_ms <= SWITCH_PAUSE_FIRST_MS + 1, "{pause_ms}");
+    story.switches = Phase::Done;
+    story.run_to(UpgradePhase::UndoNodes);
+    assert_eq!(story.stage.shard.primary.as_str(), "a");
+    let took_ms = story.stage.now_ms - asked_ms;
+    assert!(took_ms < 1_000, "{took_ms}");
+    assert!(story.part().rollback.as_ref().unwrap().open);
+}
+
+#[test]
+fn a_bake_that_an_operator_was_to_end_and_did_not_says_why_it_is_over() {
+    let by_operator = Options {
+        finalize_by_operator: true,
+        ..options()
+    };
+    let mut story = Story::new(&by_operator);
+    story.run_to(UpgradePhase::Bake);
+    let new = story.stage.shard.primary.clone();
+    story.stage.node(new.as_str()).sync_full += 1;
+    story.run_to(UpgradePhase::Done);
+    let (state, words) = story.ended();
+    assert_eq!(state, State::Done);
+    let why = "the operator was not waited for";
+    assert!(
+        words.contains(why) && words.contains("a copy in full"),
+        "{words}"
+    );
+    assert!(
+        story.part().message.contains(why),
+        "{}",
+        story.part().message
+    );
+}
+
+#[test]
 fn a_way_back_that_does_not_work_waits_for_an_operator() {
     let mut story = Story::new(&options());
     story.run_to(UpgradePhase::Bake);
@@ -264,6 +315,30 @@ fn trouble_of_proxies_in_the_bake_turns_it_back() {
     proxy.troubles.insert("0".into(), (epoch, TROUBLE_MS_MAX));
     story.run_to(UpgradePhase::RolledBack);
     assert_eq!(story.stage.shard.primary.as_str(), "a");
+}
+
+#[test]
+fn a_new_primary_that_answers_by_more_errors_than_the_old_one_is_taken_back_by_itself() {
+    let faults = |story: &mut Story, count| {
+        let proxy = story.stage.fleet.proxies.values_mut().next().unwrap();
+        proxy.faults.insert("0".into(), count);
+    };
+    let before = 30;
+    for (now, goes_back) in [
+        (2 * before + FAULTS_MAX, false),
+        (2 * before + FAULTS_MAX + 1, true),
+    ] {
+        let mut story = Story::new(&options());
+        story.run_to(UpgradePhase::Switch);
+        faults(&mut story, before);
+        story.run_to(UpgradePhase::Bake);
+        story.keep();
+        faults(&mut story, now);
+        let is_back = |story: &Story| matches!(story.decide(), Decision::TurnBack { .. });
+        assert!(!is_back(&story), "the window begins before the switch");
+        story.stage.pass(FAULTS_WINDOW_MS);
+        assert_eq!(is_back(&story), goes_back, "{now}: {:?}", story.decide());
+    }
 }
 
 #[test]
@@ -307,6 +382,7 @@ fn an_operator_ends_the_bake_when_he_has_said_that_he_will() {
     assert!(menu(&story.task).contains(&Choice::Finalize));
     story.task = resolved(&story.task, Choice::Finalize, story.stage.now_ms);
     story.run_to(UpgradePhase::Done);
+    assert!(!story.ended().1.contains("not waited for"));
 }
 
 #[test]

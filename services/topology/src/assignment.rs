@@ -218,6 +218,7 @@ mod tests {
             durability: 0,
             maintenance_window: String::new(),
             auto_upgrade: None,
+            held_back: None,
             replace_after_s: crate::instance::REPLACE_AFTER_S,
         }
     }

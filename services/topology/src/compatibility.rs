@@ -6,7 +6,7 @@
 //!
 //! Invariant: what is not in the table is refused, except for another patch of the same release.
 
-use crate::artifact::{Product, Version};
+use crate::artifact::{Product, Version, parse_name};
 
 /// A release: its patches have the same format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +114,18 @@ pub enum Refusal {
 #[must_use]
 pub fn name((product, version): Engine) -> String {
     format!("{}-{version}", product.name())
+}
+
+/// The engine of that name; `None`: it is no engine's.
+#[must_use]
+pub fn named(name: &str) -> Option<Engine> {
+    parse_name(name).filter(|(product, _)| product.is_engine())
+}
+
+/// Whether `new` may know commands that `old` does not: patches of one release know the same.
+#[must_use]
+pub fn knows_more(old: Engine, new: Engine) -> bool {
+    !is_same_release(old, new)
 }
 
 /// The table's row of an engine.

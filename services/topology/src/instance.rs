@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     account::Account,
     artifact::Level,
+    compatibility::Engine,
     id::{HostId, InstanceId, ProxyId},
 };
 
@@ -142,6 +143,9 @@ pub struct Instance {
     pub auto_upgrade: Option<Level>,
     /// A node whose host is gone for longer is replaced on another host; 0: never by itself.
     pub replace_after_s: u32,
+    /// The oldest engine that a node runs, or may have to run again, while others run a newer one: what
+    /// it does not know is not let through to any. `None`: nothing is held back.
+    pub held_back: Option<Engine>,
 }
 
 impl std::fmt::Debug for Instance {

@@ -3,7 +3,7 @@
 use slotmesh_proto::topology::v1 as pb;
 
 use crate::{
-    credential,
+    compatibility, credential,
     instance::{Architecture, Instance},
     parameter,
     shard::{Mode, Shard},
@@ -105,5 +105,36 @@ pub fn settings(instance: &Instance) -> pb::InstanceSettings {
         proxy_parameters: instance.proxy_parameters.clone().into_iter().collect(),
         durability: instance.durability,
         controller_addresses: Vec::new(),
+        held_back: instance
+            .held_back
+            .map(compatibility::name)
+            .unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire;
+
+    #[test]
+    fn proxies_are_told_what_is_held_back_as_the_record_has_it() {
+        let record = slotmesh_proto::store::v1::InstanceRecord {
+            schema: wire::SCHEMA,
+            architecture: pb::Architecture::Standard.into(),
+            state: slotmesh_proto::store::v1::InstanceState::Running.into(),
+            held_back: "redis-7.0.15".to_owned(),
+            ..Default::default()
+        };
+        let instance = wire::instance_from(&record).unwrap();
+        assert_eq!(settings(&instance).held_back, "redis-7.0.15");
+        assert_eq!(wire::instance_to(&instance).held_back, "redis-7.0.15");
+        let before = slotmesh_proto::store::v1::InstanceRecord {
+            held_back: String::new(),
+            ..record
+        };
+        let before = wire::instance_from(&before).unwrap();
+        assert_eq!(before.held_back, None, "a record of an earlier release");
+        assert_eq!(settings(&before).held_back, "");
     }
 }

@@ -11,6 +11,7 @@ pub(crate) use self::departures::{departures_to, newest_offset, newest_replid};
 use crate::{
     account::Account,
     check::{self, CheckError},
+    compatibility,
     id::Epoch,
     instance::{Architecture, Instance, InstanceState, Placement, REPLACE_AFTER_S},
     shard::{Exchange, Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
@@ -235,6 +236,7 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         replace_after_s: record.replace_after_s.unwrap_or(REPLACE_AFTER_S),
         maintenance_window: record.maintenance_window.clone(),
         auto_upgrade: artifact::level_from(record.auto_upgrade()),
+        held_back: compatibility::named(&record.held_back),
         accounts: record.accounts.iter().map(account_from).collect(),
     })
 }
@@ -268,6 +270,10 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
             .auto_upgrade
             .map_or(store::ReleaseLevel::Unspecified, artifact::level_to)
             .into(),
+        held_back: instance
+            .held_back
+            .map(compatibility::name)
+            .unwrap_or_default(),
     }
 }
 

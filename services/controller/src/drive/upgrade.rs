@@ -12,7 +12,7 @@ use slotmesh_task::{
     switchover::StepStatus,
     upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, View, Write},
 };
-use slotmesh_topology::{HostId, Instance, NodeId, Shard};
+use slotmesh_topology::{HostId, Instance, NodeId, Shard, compatibility};
 use tracing::{Instrument as _, info, warn};
 
 use super::{
@@ -42,6 +42,9 @@ impl Driver {
         task: &Versioned<Task>,
         upgrade: &Upgrade,
     ) -> Result<Next, DriveError> {
+        if let Some(next) = self.hold_back(task, upgrade).await? {
+            return Ok(next);
+        }
         let mut wake_ms = u64::MAX;
         for part in upgrade.shards.iter().filter(|s| !s.phase.is_ended()) {
             match self.act_on_part(task, upgrade, part).await? {
@@ -54,6 +57,43 @@ impl Driver {
             Some((state, message)) => self.end_upgrade(task, upgrade, state, message).await,
             None => Ok(Next::At(wake_ms)),
         }
+    }
+
+    /// Proxies are told what not every node knows before anything is done by which that changes;
+    /// `None`: they have been.
+    async fn hold_back(
+        &self,
+        task: &Versioned<Task>,
+        upgrade: &Upgrade,
+    ) -> Result<Option<Next>, DriveError> {
+        let id = &task.value.instance;
+        let found = self.mirror.read(|s| s.instances.get(id).cloned());
+        let Some(instance) = found else {
+            return Ok(None);
+        };
+        let held_back = upgrade::held_back(upgrade, instance.value.held_back);
+        if instance.value.held_back == held_back {
+            return Ok(None);
+        }
+        let message = match held_back.map(compatibility::name) {
+            Some(oldest) => format!("commands that {oldest} does not know are held back"),
+            None => "no command is held back any more".to_owned(),
+        };
+        info!(task = %task.value.id, instance = %id, message, "upgrade");
+        let next = Instance {
+            held_back,
+            ..instance.value
+        };
+        let key = Key::Instance {
+            instance: next.id.as_str(),
+        }
+        .to_string();
+        let txn = self
+            .txn_on(task)
+            .unchanged(key.clone(), instance.mod_revision)
+            .put(key, encode_instance(&next));
+        let txn = put_task(txn, task.value.clone(), "", "HeldBack", &message);
+        self.commit(txn).await.map(Some)
     }
 
     async fn act_on_part(
@@ -273,6 +313,7 @@ impl Driver {
                 key,
                 status,
                 critical_us: 0,
+                said: String::new(),
                 promoted: None,
             };
             let _ = answers.send(answer).await;
@@ -327,13 +368,19 @@ impl Trial {
                 StepStatus::Uncertain(why) => Err(why),
                 status => Ok(Some(status)),
             },
-            Err(status) if status.code() == tonic::Code::Unimplemented => {
+            // An older one finds no act in it that it knows.
+            Err(status) if is_not_known(&status) => {
                 let why = "its agent is of a release that can't; upgrade the agent first";
                 Ok(Some(StepStatus::NoEffect(why.into())))
             }
             Err(status) => Err(status.message().to_owned()),
         }
     }
+}
+
+fn is_not_known(status: &tonic::Status) -> bool {
+    use tonic::Code::{InvalidArgument, Unimplemented};
+    matches!(status.code(), Unimplemented | InvalidArgument)
 }
 
 /// Another shard's switch is in its hold, or goes first: one at a time keeps each hold short.

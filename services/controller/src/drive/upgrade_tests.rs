@@ -1,8 +1,8 @@
 //! An upgrade in the records: what the leader writes for it, and when.
 
 use slotmesh_proto::{agent::v1 as agent, store::v1 as records};
-use slotmesh_task::State as TaskState;
-use slotmesh_topology::Exchange;
+use slotmesh_task::{Spec, State as TaskState, upgrade::UpgradePhase};
+use slotmesh_topology::{Exchange, compatibility};
 
 use super::super::{Next, desk::Desk};
 
@@ -70,6 +70,9 @@ async fn a_shard_whose_turn_has_come_is_taken_and_its_replica_is_named_first() {
     assert_eq!(owner.as_deref(), Some("t"));
     assert_eq!(members[0], (String::new(), None, true), "the primary");
     assert_eq!(members[1], (NEW.to_owned(), Some(Exchange::Keep), false));
+    let held_back = desk.instance().unwrap().held_back;
+    let held_back = held_back.map(compatibility::name);
+    assert_eq!(held_back.as_deref(), Some("redis-7.0.15"), "by then");
     // Its agent has done it.
     desk.report(agent::NodeReport {
         node_id: "b".into(),
@@ -98,4 +101,24 @@ async fn one_that_has_gone_back_leaves_the_instance_as_it_was() {
     act(&mut desk).await;
     assert_eq!(desk.task().value.state, TaskState::RolledBack);
     assert_eq!(desk.instance().unwrap().engine, "");
+}
+
+#[tokio::test]
+async fn nothing_is_held_back_any_more_once_every_node_runs_the_same() {
+    for end in [UpgradePhase::Done, UpgradePhase::RolledBack] {
+        let mut desk = desk(records::UpgradePhase::Ready).await;
+        act(&mut desk).await;
+        assert!(desk.instance().unwrap().held_back.is_some());
+        let task = desk.task();
+        let mut next = task.value.clone();
+        let Spec::Upgrade(upgrade) = &mut next.spec else {
+            panic!("{next:?}");
+        };
+        upgrade.shards[0].phase = end;
+        let written = desk.driver.write_task(&task, next, "0", "Ended", "").await;
+        written.unwrap();
+        act(&mut desk).await;
+        assert!(desk.task().value.state.is_ended());
+        assert_eq!(desk.instance().unwrap().held_back, None, "{end:?}");
+    }
 }

@@ -16,6 +16,12 @@ pub const FOLLOW_MS_MAX: u64 = 10_000;
 /// A proxy that has had trouble with the new primary for so long is a reason to go back.
 pub const TROUBLE_MS_MAX: u64 = 5_000;
 
+/// How far back proxies' counts of faults go at most.
+pub const FAULTS_WINDOW_MS: u64 = 10_000;
+/// So many in that time, on top of twice those of before the switch, are no reason to go back: a node that is
+/// full, or a connection that breaks, has as many on the old engine.
+pub const FAULTS_MAX: u64 = 100;
+
 /// What the way back will be judged by, taken before the switch to `target`: what happens in the middle
 /// of it counts, too.
 pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
@@ -39,6 +45,7 @@ pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
         diverged: false,
         doubt: String::new(),
         behind_since_ms: 0,
+        faults_before: Some(faults(view)),
     }
 }
 
@@ -176,11 +183,33 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     }
 }
 
+/// Of the shard, by all proxies that are heard.
+fn faults(view: &View<'_>) -> u64 {
+    let fresh = view.scene.fleet.fresh_proxies(&view.shard.instance);
+    let counts = fresh.filter_map(|p| p.faults.get(&view.shard.id));
+    counts.sum()
+}
+
 /// What is worse than before.
 fn breach(view: &View<'_>) -> Option<String> {
     let shard = view.shard;
     // A primary that is gone is a failover's.
     detect::alive(shard.primary_member()?, view.scene)?;
+    // Until then it counts what was before the switch, too.
+    let counts = view.scene.now_ms >= view.part.phase_since_ms + FAULTS_WINDOW_MS;
+    let before = view.part.rollback.as_ref().and_then(|r| r.faults_before);
+    let now = faults(view);
+    if counts
+        && let Some(before) = before
+        && now > 2 * before + FAULTS_MAX
+    {
+        let primary = &shard.primary;
+        return Some(format!(
+            "{primary} could not do what it was asked {now} times in {} s; before the switch it was \
+             {before} times",
+            FAULTS_WINDOW_MS / 1_000
+        ));
+    }
     let is_in_trouble = |p: &&crate::ProxyView| {
         let trouble = p.troubles.get(&shard.id);
         trouble.is_some_and(|(epoch, ms)| *epoch == shard.epoch && *ms >= TROUBLE_MS_MAX)

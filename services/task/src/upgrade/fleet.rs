@@ -7,6 +7,7 @@ use slotmesh_topology::{InstanceState, Mode, assignment};
 
 use super::{Decision, Owner, Upgrade, UpgradePhase, View, nodes, wait};
 use crate::{
+    parts,
     spec::{State, Task},
     switchover::StepStatus,
 };
@@ -148,29 +149,33 @@ pub fn ended(task: &Task, upgrade: &Upgrade) -> Option<(State, String)> {
     let (done, all) = (done(upgrade), upgrade.shards.len());
     let engine = &upgrade.engine;
     if done == all {
-        return Some((State::Done, format!("every node runs {engine}")));
+        let mut words = format!("every node runs {engine}");
+        for part in &upgrade.shards {
+            if let Some(closed) = unasked(upgrade, part) {
+                let shard = &part.shard;
+                words.push_str(&format!(
+                    "; shard {shard}: the operator was not waited for: {closed}"
+                ));
+            }
+        }
+        return Some((State::Done, words));
     }
     let back = upgrade
         .shards
         .iter()
         .filter(|s| s.phase == UpgradePhase::RolledBack);
-    let mut why: Vec<String> = back
+    let why = back
         .filter(|s| !s.message.starts_with("halted"))
-        .map(|s| format!("shard {}: {}", s.shard, s.message))
-        .collect();
-    why.dedup();
-    let why = why.join("; ");
-    Some(match (done, task.cancel_requested) {
-        (0, true) => (State::Cancelled, why),
-        (0, false) => (State::RolledBack, why),
-        _ => {
-            let words = format!(
-                "{done} of {all} shards run {engine}, the others run what they ran before; retry \
-                 goes on with those: {why}"
-            );
-            (State::NeedsOperator, words)
-        }
-    })
+        .map(|s| format!("shard {}: {}", s.shard, s.message));
+    let words = format!("{done} of {all} shards run {engine}, the others run what they ran before");
+    let cancelled = task.cancel_requested;
+    Some(parts::fell_short(done, cancelled, &words, why.collect()))
+}
+
+/// Why there was nothing left to wait for, when an operator was to say when the bake is over and has not.
+pub(super) fn unasked<'a>(upgrade: &Upgrade, part: &'a super::ShardUpgrade) -> Option<&'a str> {
+    let rollback = part.rollback.as_ref().filter(|r| !r.open)?;
+    (upgrade.finalize_by_operator && !part.finalize).then_some(rollback.why.as_str())
 }
 
 fn done(upgrade: &Upgrade) -> usize {

@@ -104,6 +104,9 @@ pub struct Rollback {
     pub doubt: String,
     /// Since when the old primary has not been in sync; 0: it is.
     pub behind_since_ms: u64,
+    /// What proxies said in the seconds before the switch: how many requests of the shard were answered
+    /// by errors that are no client's fault; `None`: it was not counted.
+    pub faults_before: Option<u64>,
 }
 
 /// Phases of one shard's upgrade.

@@ -36,6 +36,7 @@ pub(crate) fn instance() -> Instance {
         durability: 0,
         maintenance_window: String::new(),
         auto_upgrade: None,
+        held_back: None,
         replace_after_s: REPLACE_AFTER_S,
     }
 }

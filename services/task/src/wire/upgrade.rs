@@ -117,6 +117,7 @@ fn rollback_from(record: &store::RollbackRecord) -> Rollback {
         diverged: record.diverged,
         doubt: record.doubt.clone(),
         behind_since_ms: record.behind_since_unix_ms,
+        faults_before: record.faults_before,
     }
 }
 
@@ -133,6 +134,7 @@ fn rollback_to(rollback: &Rollback) -> store::RollbackRecord {
         diverged: rollback.diverged,
         doubt: rollback.doubt.clone(),
         behind_since_unix_ms: rollback.behind_since_ms,
+        faults_before: rollback.faults_before,
     }
 }
 

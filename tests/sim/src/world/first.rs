@@ -72,6 +72,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
         durability: shape.durability,
         maintenance_window: String::new(),
         auto_upgrade: None,
+        held_back: None,
         replace_after_s: shape.replace_after_s,
     }
 }

@@ -113,6 +113,7 @@ impl Instances {
             durability: request.durability,
             maintenance_window: String::new(),
             auto_upgrade: None,
+            held_back: None,
             replace_after_s: request
                 .replace_after_s
                 .unwrap_or(slotmesh_topology::instance::REPLACE_AFTER_S),
