@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: clients, witnesses that see every error, the ctl as a program.
 
 pub mod controllers;
+pub mod load;
+pub mod upgrades;
 
 use std::{
     collections::BTreeMap,

@@ -44,6 +44,8 @@ pub struct MeshOptions {
     pub parameters: Vec<String>,
     /// More flags, as they are.
     pub flags: Vec<String>,
+    /// Directory of the programs that `up` is one of; None: those under test.
+    pub programs: Option<PathBuf>,
 }
 
 impl MeshOptions {
@@ -118,7 +120,11 @@ impl Home {
     /// When the programs can't be built.
     pub fn up(&self, options: &MeshOptions) -> anyhow::Result<Command> {
         let log = File::options().create(true).append(true).open(self.log())?;
-        let mut command = Command::new(programs::path("slotmesh")?);
+        let program = match &options.programs {
+            Some(dir) => dir.join("slotmesh"),
+            None => programs::path("slotmesh")?,
+        };
+        let mut command = Command::new(program);
         command
             .args(["up", "--output", "json", "--data"])
             .arg(self.data());
