@@ -81,6 +81,29 @@ impl Shard {
         if self.members.len() > REPLICAS_MAX as usize + 1 {
             return refuse("can't join: the shard has as many nodes as it can have");
         }
+        // What an upgrade has given the shard, before the instance as a whole has it.
+        let engine = self.primary_member().map(|m| m.engine.clone());
+        Ok(self.with_newcomer(node, host, role, &engine.unwrap_or_default()))
+    }
+
+    /// The next node becomes a member with an engine of its own. It has no data yet, follows the primary
+    /// from here on, and takes the place of one with the present engine later. It may share a host with
+    /// that one.
+    ///
+    /// # Errors
+    /// When the shard isn't serving, or has as many nodes as it can have: twice those of an instance,
+    /// while all of them are being replaced.
+    pub fn recruit(&self, host: &HostId, engine: &str) -> Result<Self, TransitionError> {
+        self.serving()?;
+        let node = self.next_node();
+        if self.members.len() >= 2 * (REPLICAS_MAX as usize + 1) {
+            let reason = "can't join: the shard has as many nodes as it can have";
+            return Err(refusal(&node, reason));
+        }
+        Ok(self.with_newcomer(&node, host, NodeRole::Replica, engine))
+    }
+
+    fn with_newcomer(&self, node: &NodeId, host: &HostId, role: NodeRole, engine: &str) -> Self {
         let mut next = self.clone();
         next.roster.made = self.numbers_given() + 1;
         next.roster.membership += 1;
@@ -94,14 +117,10 @@ impl Shard {
             in_sync: false,
             priority: PRIORITY,
             leaving: false,
-            // What an upgrade has given the shard, before the instance as a whole has it.
-            engine: self
-                .primary_member()
-                .map(|m| m.engine.clone())
-                .unwrap_or_default(),
+            engine: engine.to_owned(),
             exchange: None,
         });
-        Ok(next)
+        next
     }
 
     /// Says that a member leaves: its right to follow is taken. It can still be [`retained`].
@@ -113,6 +132,16 @@ impl Shard {
     pub fn expel(&self, node: &NodeId) -> Result<Self, TransitionError> {
         self.may_leave(node)?;
         Ok(self.with_member(node, |m| m.leaving = true).risen())
+    }
+
+    /// As [`Shard::expel`], also of the last replica: the shard is to have none. Nobody counts on what it
+    /// has from here on.
+    ///
+    /// # Errors
+    /// When the shard isn't serving, or the node is its primary, or is not of it.
+    pub fn dismiss(&self, node: &NodeId) -> Result<Self, TransitionError> {
+        let spare = self.with_member(node, |m| m.in_sync &= m.node == self.primary);
+        spare.expel(node)
     }
 
     /// A member that was about to leave stays, and is fed again.
@@ -282,6 +311,32 @@ mod tests {
             ));
         }
         assert!(before.join(&next, &spare, NodeRole::ReadOnly).is_ok());
+    }
+
+    #[test]
+    fn a_recruit_has_its_own_engine_and_may_share_a_host() {
+        let host: HostId = "host-a".into();
+        let next = shard().recruit(&host, "redis-8.2.3").unwrap();
+        let new = next.members.last().unwrap();
+        assert_eq!((&new.host, new.engine.as_str()), (&host, "redis-8.2.3"));
+        assert_eq!(new.node, shard().next_node());
+        assert!(!new.in_sync && next.roster.newcomers.contains(&new.node));
+        let mut full = next;
+        while let Ok(more) = full.recruit(&host, "x") {
+            full = more;
+        }
+        assert_eq!(full.members.len(), 2 * (REPLICAS_MAX as usize + 1));
+    }
+
+    #[test]
+    fn the_last_replica_is_dismissed_where_none_is_needed_and_the_primary_never() {
+        let b: NodeId = "b".into();
+        assert!(shard().expel(&b).is_err(), "nobody else has caught up");
+        let next = shard().dismiss(&b).unwrap();
+        let leaving = next.member(&b).unwrap();
+        assert!(leaving.leaving && !leaving.in_sync);
+        assert!(next.leave(&b).unwrap().member(&b).is_none());
+        assert!(shard().dismiss(&"a".into()).is_err());
     }
 
     #[test]
