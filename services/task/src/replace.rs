@@ -11,12 +11,13 @@
 //! all the time, at its epoch.
 
 mod begin;
+pub(crate) mod leave;
 mod write;
 
 pub use begin::{Lost, due, plan};
 pub use write::{with_phase, write};
 
-use slotmesh_topology::{Member, Mode, NodeId, Shard, credential};
+use slotmesh_topology::{Member, Mode, Shard};
 
 use crate::{
     detect::{self, Scene},
@@ -261,22 +262,8 @@ fn behind(new: &Member, seen: Option<&NodeView>) -> String {
     }
 }
 
-/// The primary's newest report, when that shows exactly those who may follow, and that its agent will
-/// not let in anybody else any more: it has agreed with a record that is as new.
 fn revoked<'a>(view: &View<'a>) -> Option<&'a NodeView> {
-    let shard = view.shard;
-    let primary = shard.primary_member()?;
-    let seen = detect::alive(primary, view.scene)?;
-    let has = |node: &NodeId| {
-        let name = credential::replica_name(shard.epoch, node);
-        seen.replication_users.contains(&name)
-    };
-    let mut others = shard.members.iter().filter(|m| m.node != shard.primary);
-    let is_as_recorded = others.all(|m| has(&m.node) != m.leaving);
-    let is_new = seen.seen_ms > view.replacement.phase_since_ms && !seen.loading;
-    let agrees =
-        seen.assigned_epoch == shard.epoch && seen.assigned_membership >= shard.roster.membership;
-    (is_new && is_as_recorded && agrees).then_some(seen)
+    leave::revoked(view.shard, view.scene, view.replacement.phase_since_ms)
 }
 
 fn leave(view: &View<'_>) -> Decision {
@@ -299,23 +286,14 @@ fn drain(view: &View<'_>) -> Decision {
         let why = "another epoch has begun meanwhile".into();
         return Decision::Advance(ReplacePhase::Leave, why);
     }
-    let stay = || {
-        let others = shard.members.iter().filter(|m| m.node != shard.primary);
-        others.filter(|m| !m.leaving)
-    };
-    let has_it = |m: &&Member| {
-        m.in_sync
-            && detect::alive(m, view.scene).is_some_and(|n| n.offset >= replacement.drain_offset)
-    };
-    let needed = stay().count().min(view.scene.durability as usize);
-    if stay().filter(has_it).count() >= needed {
-        return left(view);
+    match leave::lacking(shard, view.scene, replacement.drain_offset) {
+        None => left(view),
+        Some(needed) => {
+            let leaver = replacement.leaver();
+            let what = format!("{needed} replicas to have what {leaver} has confirmed");
+            patience(view, what)
+        }
     }
-    let leaver = replacement.leaver();
-    patience(
-        view,
-        format!("{needed} replicas to have what {leaver} has confirmed"),
-    )
 }
 
 fn left(view: &View<'_>) -> Decision {

@@ -1,6 +1,6 @@
 //! Replacements as short stories: what is seen, what is done next, and what the record says then.
 
-use slotmesh_topology::{Epoch, FenceProof, HostId, NodeRole, TaskId};
+use slotmesh_topology::{Epoch, FenceProof, HostId, NodeId, NodeRole, TaskId, credential};
 
 use super::*;
 use crate::{
