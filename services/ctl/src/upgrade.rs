@@ -33,6 +33,17 @@ pub enum FinalizeArg {
     Operator,
 }
 
+/// How nodes get the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// In place; through a new node where a shard has but one.
+    Auto,
+    /// Where they are, one after the other.
+    InPlace,
+    /// New nodes on other hosts take their places.
+    CrossHost,
+}
+
 /// Arguments of `upgrade`.
 #[derive(Debug, Clone, Args)]
 pub struct UpgradeArgs {
@@ -43,6 +54,8 @@ pub struct UpgradeArgs {
     pub to: String,
     #[arg(long, value_enum, default_value_t = WhenArg::Now)]
     pub at: WhenArg,
+    #[arg(long, value_enum, default_value_t = MethodArg::Auto)]
+    pub method: MethodArg,
     /// Shows what would be done, and does nothing.
     #[arg(long)]
     pub plan: bool,
@@ -80,6 +93,7 @@ struct ShardPlanView {
     shard: String,
     canary: bool,
     nothing_to_do: bool,
+    moved: bool,
     nodes: Vec<NodePlanView>,
 }
 
@@ -140,6 +154,12 @@ fn request(args: &UpgradeArgs) -> api::ModifyInstanceMinorVersionRequest {
             WhenArg::Window => api::EffectiveTime::MaintainTime,
         }
         .into(),
+        method: match args.method {
+            MethodArg::Auto => api::UpgradeMethod::Auto,
+            MethodArg::InPlace => api::UpgradeMethod::InPlace,
+            MethodArg::CrossHost => api::UpgradeMethod::CrossHost,
+        }
+        .into(),
         bake_seconds: args.bake,
         canary_shards: args.canary,
         parallel_shards: args.parallel,
@@ -166,6 +186,7 @@ impl From<api::UpgradePlan> for PlanView {
             shard: s.shard_id,
             canary: s.canary,
             nothing_to_do: s.nothing_to_do,
+            moved: s.moved,
             nodes: s.nodes.into_iter().map(node).collect(),
         };
         Self {
@@ -189,10 +210,11 @@ impl Text for PlanView {
         let head = format!("to {}, {begins}\n", self.engine);
         let rows = self.shards.iter().enumerate().flat_map(|(index, shard)| {
             let nodes = shard.nodes.iter().map(move |n| {
-                let what = match (shard.nothing_to_do, n.primary) {
-                    (true, _) => "nothing to do",
-                    (false, true) => "last, after the switch and the bake",
-                    (false, false) => "exchanged in its turn",
+                let what = match (shard.nothing_to_do, shard.moved, n.primary) {
+                    (true, ..) => "nothing to do",
+                    (_, true, _) => "a new node takes its place, it leaves after the bake",
+                    (_, _, true) => "last, after the switch and the bake",
+                    (_, _, false) => "exchanged in its turn",
                 };
                 let order = match shard.canary {
                     true => format!("{} (canary)", index + 1),
@@ -240,6 +262,7 @@ mod tests {
                 ],
                 canary: true,
                 nothing_to_do,
+                moved: false,
             }],
             remarks: vec!["afterwards nothing leads back".into()],
             begins_at: String::new(),

@@ -14,7 +14,7 @@ use crate::{
     observe::Fleet,
     schedule::Window,
     spec::{Copied, Spec, State, Task},
-    upgrade::{BAKE_MS, Options, TASK_MS_MAX, Upgrade},
+    upgrade::{BAKE_MS, Method, Options, TASK_MS_MAX, Upgrade},
 };
 
 /// Instances that are upgraded by themselves at a time, where nothing else is said: what is wrong with a
@@ -221,6 +221,7 @@ pub fn options(to: Engine) -> Options {
         in_window: true,
         allow_downtime: false,
         automatic: true,
+        method: Method::Auto,
     }
 }
 

@@ -26,7 +26,9 @@ pub fn of(task: &Task, shards: &[Shard], fleet: &Fleet) -> Copied {
             let is_ours = match &task.spec {
                 Spec::Provision => member.role != NodeRole::Primary,
                 Spec::Replace(replacement) => member.node == replacement.to,
-                Spec::Upgrade(_) => member.exchange.is_some(),
+                Spec::Upgrade(_) => {
+                    member.exchange.is_some() || shard.roster.newcomers.contains(&member.node)
+                }
                 _ => false,
             };
             let seen = fleet.node(&member.node).filter(|_| is_ours);

@@ -77,6 +77,20 @@ pub fn replacement(
     best.map(|c| c.host.clone())
 }
 
+/// Where a new node goes that takes the place of another one: as a replacement, or, where every other
+/// host has a part in the shard and it may share one, to its primary's host.
+#[must_use]
+pub fn recruit(
+    candidates: &[Candidate],
+    shard: &Shard,
+    zones: &BTreeMap<HostId, String>,
+    may_share: bool,
+) -> Option<HostId> {
+    let own = shard.primary_member().filter(|_| may_share);
+    let own = own.filter(|m| candidates.iter().any(|c| c.host == m.host));
+    replacement(candidates, shard, zones).or_else(|| own.map(|m| m.host.clone()))
+}
+
 /// Load of each host as placement goes on: (primaries given now, processes).
 struct Load {
     hosts: BTreeMap<HostId, (usize, usize)>,
@@ -155,6 +169,29 @@ mod tests {
         assert_eq!(primaries.len(), 3, "{placed:?}");
         let proxies: BTreeSet<_> = proxies(&hosts(3), 3).unwrap().into_iter().collect();
         assert_eq!(proxies.len(), 3);
+    }
+
+    #[test]
+    fn a_recruit_shares_its_primarys_host_only_where_there_is_no_other_and_it_may() {
+        let shard = crate::detect::tests::Stage::new().shard;
+        let live = |names: &[&str]| -> Vec<Candidate> {
+            let candidate = |name: &&str| Candidate {
+                host: (*name).into(),
+                load: 1,
+            };
+            names.iter().map(candidate).collect()
+        };
+        let zones = BTreeMap::new();
+        let goes = |names: &[&str], may_share| recruit(&live(names), &shard, &zones, may_share);
+        let all = ["host-a", "host-b", "spare"];
+        assert_eq!(goes(&all, true), Some("spare".into()));
+        assert_eq!(goes(&all[..2], true), Some("host-a".into()));
+        assert_eq!(goes(&all[..2], false), None);
+        assert_eq!(
+            goes(&all[1..2], true),
+            None,
+            "the primary's host is not live"
+        );
     }
 
     #[test]

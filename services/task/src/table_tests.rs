@@ -110,6 +110,8 @@ fn upgrading() -> Upgrade {
         tries: 0,
         finalize: false,
         parked_in: None,
+        moved: false,
+        drain: None,
     };
     Upgrade {
         engine: "redis-8.2.3".into(),
@@ -123,6 +125,7 @@ fn upgrading() -> Upgrade {
         paused: false,
         automatic: false,
         allow_downtime: false,
+        method: Default::default(),
         shards: vec![part],
     }
 }

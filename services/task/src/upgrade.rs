@@ -1,11 +1,11 @@
-//! Giving the nodes of a shard another engine in place: from what is recorded and observed, the next
-//! act.
+//! Giving the nodes of a shard another engine: from what is recorded and observed, the next act.
 //!
 //! Hosts fetch the engine and try it. Then one replica after the other leaves those in sync, has its
 //! process exchanged and catches up; one of them becomes the primary by the machine of switchovers;
 //! the old primary follows for a while with the old engine, so that one can go back; in the end its
 //! process is exchanged, too. Most of it is convergence: the record says which engine a member should
-//! run, its agent sees to it.
+//! run, its agent sees to it. Where nodes are moved, new ones join instead, and the old ones leave in the
+//! end ([`moves`]).
 //!
 //! **Invariants.** The primary's process is never exchanged, nor that of a member in sync. One node of
 //! a shard is exchanged at a time, and as many others as durability asks for are in sync then. The way
@@ -15,6 +15,7 @@
 mod bake;
 mod fleet;
 mod held;
+mod moves;
 mod nodes;
 mod plan;
 mod said;
@@ -27,11 +28,11 @@ pub use held::held_back;
 pub use nodes::STARTS_MAX;
 pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, plan};
 pub use said::{menu, resolved, retried};
-pub use spec::{NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
+pub use spec::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
 pub use write::{Lock, Write, gone, say, write};
 
 use slotmesh_topology::{
-    Exchange, Instance, Member, Mode, NodeId, NodeRole, Shard, TaskId, assignment,
+    Exchange, HostId, Instance, Member, Mode, NodeId, NodeRole, Shard, TaskId, assignment,
 };
 
 use self::nodes::Converged;
@@ -95,6 +96,16 @@ pub enum Decision {
     },
     /// Write that it runs it.
     Exchanged(NodeId),
+    /// Write that a new node with the engine joins on that host.
+    Recruit(HostId),
+    /// Write that a node which was about to leave stays.
+    Retain(NodeId),
+    /// Write that it leaves.
+    Expel(NodeId),
+    /// Write up to where those that stay must come before it is left out.
+    Drain(u64),
+    /// Write the record without it.
+    Leave(NodeId),
     /// Write the switch that is to be made, and what the way back depends on.
     Plan(Box<ShardSwitch>, Option<Rollback>),
     /// Let the machine of switchovers act.
@@ -151,6 +162,8 @@ pub struct View<'a> {
     pub stage: &'a StepStatus,
     /// When the maintenance window opens next; `None`: it is open, or is not waited for.
     pub opens_ms: Option<u64>,
+    /// Where a new node of the shard would go now.
+    pub room: Option<&'a HostId>,
 }
 
 /// The next act for the shard.
@@ -224,7 +237,14 @@ impl View<'_> {
 
     fn primary_is_upgraded(&self) -> bool {
         let primary = self.shard.primary_member();
-        primary.is_some_and(|m| self.engine_of(m) == self.upgrade.engine)
+        primary.is_some_and(|m| self.is_upgraded(m))
+    }
+
+    fn is_upgraded(&self, member: &Member) -> bool {
+        match self.part.moved {
+            true => !self.is_old(&member.node),
+            false => self.engine_of(member) == self.upgrade.engine,
+        }
     }
 
     /// An operator wants it back, or another shard has gone back by itself: what was wrong with that
@@ -270,15 +290,27 @@ fn replicas(view: &View<'_>) -> Decision {
     if !is_past && let Some(back) = view.goes_back() {
         return back;
     }
-    match nodes::converge(view, |_| (&view.upgrade.engine, Exchange::Keep)) {
+    let converged = match view.part.moved {
+        true => moves::gather(view),
+        false => nodes::converge(view, |_| (&view.upgrade.engine, Exchange::Keep)),
+    };
+    match converged {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
         // A failover has made one of the upgraded the primary: there is nothing to go back to.
         Converged::Trouble(why) if is_past => Decision::Park(why),
         Converged::Trouble(why) => given_up(why),
+        Converged::Done if is_past && view.part.moved => {
+            let why = format!("{} is the primary already", view.shard.primary);
+            Decision::Advance(UpgradePhase::Finalize, why)
+        }
         Converged::Done if is_past => done(view),
         Converged::Done => view.window().unwrap_or_else(|| {
-            Decision::Advance(UpgradePhase::Switch, "every replica runs the engine".into())
+            let why = match view.part.moved {
+                true => "the new nodes have everything",
+                false => "every replica runs the engine",
+            };
+            Decision::Advance(UpgradePhase::Switch, why.into())
         }),
     }
 }
@@ -303,7 +335,11 @@ fn switch(view: &View<'_>) -> Decision {
         return decision.unwrap_or_else(given_up);
     }
     let mut others = nodes::others(view.shard);
-    if !others.all(|m| view.engine_of(m) == view.upgrade.engine && m.in_sync) {
+    let are_ready = match view.part.moved {
+        true => matches!(moves::gather(view), Converged::Done),
+        false => others.all(|m| view.is_upgraded(m) && m.in_sync),
+    };
+    if !are_ready {
         return Decision::Advance(
             UpgradePhase::Replicas,
             "not every replica is in sync".into(),
@@ -362,7 +398,7 @@ fn may_be_promoted(member: &Member) -> bool {
 fn best_target<'a>(view: &View<'a>) -> Option<&'a Member> {
     let offset = |m: &Member| view.scene.fleet.node(&m.node).map_or(0, |n| n.offset);
     nodes::others(view.shard)
-        .filter(|m| may_be_promoted(m) && view.engine_of(m) == view.upgrade.engine)
+        .filter(|m| may_be_promoted(m) && view.is_upgraded(m))
         .max_by_key(|m| (m.priority, offset(m), std::cmp::Reverse(m.node.clone())))
 }
 
@@ -381,11 +417,18 @@ fn finalize(view: &View<'_>) -> Decision {
         let why = format!("{} is the primary now", view.shard.primary);
         return Decision::Advance(UpgradePhase::Replicas, why);
     }
-    match nodes::converge(view, wanted) {
+    let converged = match view.part.moved {
+        true => match moves::gather(view) {
+            Converged::Done => moves::dismiss(view, true),
+            not_yet => not_yet,
+        },
+        false => nodes::converge(view, wanted),
+    };
+    match converged {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
         Converged::Trouble(why) => Decision::Park(why),
-        Converged::Done if view.upgrade.preserve_roles => {
+        Converged::Done if view.upgrade.preserve_roles && !view.part.moved => {
             Decision::Advance(UpgradePhase::Preserve, "every node runs the engine".into())
         }
         Converged::Done => done(view),
@@ -469,7 +512,11 @@ fn undo_nodes(view: &View<'_>) -> Decision {
         };
         (view.part.from_engine(&member.node), data)
     };
-    match nodes::converge(view, wanted) {
+    let converged = match view.part.moved {
+        true => moves::undo(view),
+        false => nodes::converge(view, wanted),
+    };
+    match converged {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
         Converged::Trouble(why) => Decision::Park(why),
@@ -482,6 +529,8 @@ fn undo_nodes(view: &View<'_>) -> Decision {
 
 #[cfg(test)]
 mod lost_tests;
+#[cfg(test)]
+mod moves_tests;
 #[cfg(test)]
 mod order_tests;
 #[cfg(test)]

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
-    Phase, ShardSwitch, State as TaskState, Task, schedule, step,
+    Phase, ShardSwitch, State as TaskState, Task, place, schedule, step,
     switchover::StepStatus,
-    upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, View, Write},
+    upgrade::{self, Decision, Lock, Method, Owner, ShardUpgrade, Upgrade, View, Write},
 };
 use slotmesh_topology::{HostId, Instance, NodeId, Shard, compatibility};
 use tracing::{Instrument as _, info, warn};
 
 use super::{
     Answer, DriveError, Driver, Next, StepKey,
-    replace::put_lock,
+    replace::{candidates, put_lock},
     write::{encode_instance, encode_shard, put_task, shard_key},
 };
 use crate::{agents::Agents, clock, hub::Hub, mirror::Versioned, store::keys::Key};
@@ -135,6 +135,12 @@ impl Driver {
             false => None,
         };
         let (decision, write) = self.hub.read(|fleet| {
+            let room = part.moved.then(|| {
+                let live = self.mirror.read(|state| candidates(state, fleet));
+                let may_share = upgrade.method != Method::CrossHost;
+                place::recruit(&live, &shard.value, &fleet.zones, may_share)
+            });
+            let room = room.flatten();
             let view = View {
                 task: &task.value,
                 upgrade,
@@ -145,6 +151,7 @@ impl Driver {
                 owner: &owner,
                 stage: &stage,
                 opens_ms,
+                room: room.as_ref(),
             };
             let decision = upgrade::decide(view);
             let write = match &decision {

@@ -6,7 +6,8 @@ use crate::{
     upgrade::{NODE_MS_MAX, ShardUpgrade, Upgrade, UpgradePhase},
 };
 
-const NODES: Undo = Undo::By("the replicas get the old engine back, one after the other");
+const NODES: Undo =
+    Undo::By("the replicas get the old engine back, one after the other; new nodes leave");
 const NOTHING: Undo = Undo::By("nothing was changed");
 const GONE: Undo = Undo::No("no node follows with the old engine any more: nothing leads back");
 const BACK: Cancel = Cancel::Refused("the shard goes back already");
@@ -36,7 +37,7 @@ pub fn of_upgrade(phase: UpgradePhase) -> Row {
         ),
         UpgradePhase::Replicas => row(
             "as many other replicas as durability asks for are in sync",
-            "one replica after the other gets a process of the new engine",
+            "one replica after the other gets a process of the new engine, or a new node joins with it",
             "it is in sync, has every key and has refused no command",
             NODES,
             Some(NODE_MS_MAX),
@@ -52,8 +53,8 @@ pub fn of_upgrade(phase: UpgradePhase) -> Row {
         ),
         UpgradePhase::Finalize => row(
             "the way back is closed",
-            "the old primary gets a process of the new engine",
-            "it is in sync",
+            "the old primary gets a process of the new engine, or leaves with all that new nodes replace",
+            "it is in sync, or nobody feeds it",
             GONE,
             Some(NODE_MS_MAX),
             FORWARD,
@@ -61,8 +62,8 @@ pub fn of_upgrade(phase: UpgradePhase) -> Row {
         UpgradePhase::Switch | UpgradePhase::Preserve | UpgradePhase::SwitchBack => switch(phase),
         UpgradePhase::UndoNodes => row(
             "the primary runs the old engine",
-            "one replica after the other gets a process of the old engine",
-            "it is in sync",
+            "one replica after the other gets a process of the old engine, or leaves if it is new",
+            "it is in sync, or nobody feeds it",
             NODES,
             Some(NODE_MS_MAX),
             BACK,

@@ -47,6 +47,10 @@ fn unstaged<'a>(view: &View<'a>) -> Option<&'a slotmesh_topology::Member> {
 }
 
 fn stage(view: &View<'_>) -> Decision {
+    if view.part.moved {
+        let why = "new nodes try the engine themselves, before anybody counts on them";
+        return Decision::Advance(UpgradePhase::Ready, why.into());
+    }
     let Some(member) = unstaged(view) else {
         let why = "every host has tried the engine";
         return Decision::Advance(UpgradePhase::Ready, why.into());
@@ -73,7 +77,7 @@ fn stage(view: &View<'_>) -> Decision {
 
 fn ready(view: &View<'_>) -> Decision {
     // Somebody may have joined since.
-    if let Some(member) = unstaged(view) {
+    if let Some(member) = unstaged(view).filter(|_| !view.part.moved) {
         let why = format!("{} is new", member.node);
         return Decision::Advance(UpgradePhase::Stage, why);
     }
@@ -104,7 +108,7 @@ fn ready(view: &View<'_>) -> Decision {
     if view.shard.members.iter().all(runs_it) {
         return Decision::End(UpgradePhase::Done, "every node runs it already".into());
     }
-    if nodes::others(view.shard).next().is_none() {
+    if !view.part.moved && nodes::others(view.shard).next().is_none() {
         let why = "it has no replica: nobody could take its primary's place meanwhile";
         return Decision::End(UpgradePhase::RolledBack, why.into());
     }

@@ -3,7 +3,7 @@
 //! Invariant: at most one is being exchanged, and the next one's turn comes only when the last is in
 //! sync again and has all that the primary has.
 
-use slotmesh_topology::{Exchange, Member, NodeRole, Shard, assignment};
+use slotmesh_topology::{Exchange, Member, NodeId, NodeRole, Shard, assignment};
 
 use super::{
     Decision, NODE_MS_MAX, UpgradePhase, View, bake::FOLLOW_MS_MAX, plan::files_are_alike,
@@ -102,12 +102,18 @@ fn exchange(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) 
     if seen.is_some_and(|n| is_told(n) && runs(n, wanted)) {
         return Converged::Act(Decision::Exchanged(node.clone()));
     }
-    let trouble = seen.and_then(|n| n.trouble.as_ref());
-    if let Some(trouble) = trouble.filter(|t| t.engine == wanted && t.starts >= STARTS_MAX) {
-        let why = &trouble.why;
-        return Converged::Trouble(format!("{wanted} does not start on {node}: {why}"));
+    if let Some(why) = trouble(view, node, wanted) {
+        return Converged::Trouble(why);
     }
     patience(view, format!("{node} to run {}", shown(wanted)))
+}
+
+/// The engine does not start there.
+pub(super) fn trouble(view: &View<'_>, node: &NodeId, wanted: &str) -> Option<String> {
+    let trouble = view.scene.fleet.node(node)?.trouble.as_ref();
+    let trouble = trouble.filter(|t| t.engine == wanted && t.starts >= STARTS_MAX)?;
+    let why = &trouble.why;
+    Some(format!("{wanted} does not start on {node}: {why}"))
 }
 
 fn runs(seen: &NodeView, engine: &str) -> bool {
@@ -118,7 +124,7 @@ fn runs(seen: &NodeView, engine: &str) -> bool {
 }
 
 /// In sync, with as many keys as its primary.
-fn is_whole(view: &View<'_>, member: &Member) -> bool {
+pub(super) fn is_whole(view: &View<'_>, member: &Member) -> bool {
     member.in_sync && refused(view, member) == 0 && !lacks_keys(view, member)
 }
 
@@ -139,7 +145,7 @@ fn lacks_keys(view: &View<'_>, member: &Member) -> bool {
 }
 
 /// It runs what it should, and is not whole yet.
-fn settle(view: &View<'_>, member: &Member) -> Converged {
+pub(super) fn settle(view: &View<'_>, member: &Member) -> Converged {
     let (node, errors) = (&member.node, refused(view, member));
     if errors > 0 {
         return Converged::Trouble(format!(
@@ -231,7 +237,7 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
     })
 }
 
-fn patience(view: &View<'_>, what: String) -> Converged {
+pub(super) fn patience(view: &View<'_>, what: String) -> Converged {
     let until_ms = view.part.phase_since_ms + NODE_MS_MAX;
     match view.scene.now_ms < until_ms {
         true => Converged::Wait(until_ms, what),

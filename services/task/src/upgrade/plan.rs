@@ -6,13 +6,13 @@
 use std::collections::BTreeSet;
 
 use slotmesh_topology::{
-    Instance, Mode, NodeId, NodeRole, Shard,
+    HostId, Instance, Mode, NodeId, NodeRole, Shard,
     artifact::{parse_name, parse_reported},
     assignment,
     compatibility::{self, Engine, WayBack},
 };
 
-use super::{NodeUpgrade, ShardUpgrade, Upgrade, UpgradePhase, View};
+use super::{Method, NodeUpgrade, ShardUpgrade, Upgrade, UpgradePhase, View};
 use crate::{
     admit::{Refusal, RefusalKind},
     observe::Fleet,
@@ -48,6 +48,8 @@ pub struct Options {
     pub allow_downtime: bool,
     /// Nobody asks for it but the instance's setting.
     pub automatic: bool,
+    /// How nodes get it.
+    pub method: Method,
 }
 
 /// What would be done.
@@ -95,9 +97,13 @@ pub fn plan(
     let name = compatibility::name(options.to);
     let is_done = |s: &Shard| runs_it(instance, s, fleet, options.to, &name);
     for shard in shards.iter().filter(|s| !is_done(s)) {
-        check_shard(shard, instance.durability, options.allow_downtime)?;
+        match is_moved(shard, options.method) {
+            true => check_moved(shard, fleet, options.method)?,
+            false => check_shard(shard, instance.durability, options.allow_downtime)?,
+        }
     }
-    let mut parts: Vec<_> = shards.iter().map(|s| part(s, fleet, now_ms)).collect();
+    let part = |s: &Shard| part(s, fleet, is_moved(s, options.method), now_ms);
+    let mut parts: Vec<_> = shards.iter().map(part).collect();
     for (part, shard) in parts.iter_mut().zip(shards) {
         if is_done(shard) {
             part.phase = UpgradePhase::Done;
@@ -116,6 +122,7 @@ pub fn plan(
         paused: false,
         automatic: options.automatic,
         allow_downtime: options.allow_downtime,
+        method: options.method,
         shards: parts,
     };
     Ok(Planned {
@@ -135,6 +142,13 @@ fn check_range(options: &Options) -> Result<(), Refusal> {
         return invalid(format!(
             "bake_seconds is at most {days} days; to decide later yourself, finalize by operator"
         ));
+    }
+    if options.preserve_roles && options.method == Method::CrossHost {
+        return invalid(
+            "preserve_roles makes the old primaries primaries again, and with method cross-host they \
+             leave in the end: ask for one of the two"
+                .into(),
+        );
     }
     Ok(())
 }
@@ -166,25 +180,55 @@ fn runs_it(instance: &Instance, shard: &Shard, fleet: &Fleet, to: Engine, name: 
     })
 }
 
+/// New nodes take the places of its nodes.
+fn is_moved(shard: &Shard, method: Method) -> bool {
+    match method {
+        Method::Auto => shard.members.len() == 1,
+        Method::InPlace => false,
+        Method::CrossHost => true,
+    }
+}
+
+fn check_serving(shard: &Shard) -> Result<(), Refusal> {
+    if shard.mode == Mode::Serving {
+        return Ok(());
+    }
+    let (id, mode) = (&shard.id, shard.mode.name());
+    let message = format!("shard {id} is {mode}; try again when it serves");
+    refuse(RefusalKind::Conflict, "SHARD_BUSY", message)
+}
+
+/// There is room for a new node for each; whether it stays so is seen when they join.
+fn check_moved(shard: &Shard, fleet: &Fleet, method: Method) -> Result<(), Refusal> {
+    check_serving(shard)?;
+    let is_free = |host: &&HostId| !shard.members.iter().any(|m| m.host == **host);
+    let (free, needed) = (
+        fleet.hosts.iter().filter(is_free).count(),
+        shard.members.len(),
+    );
+    if method == Method::CrossHost && free < needed {
+        let id = &shard.id;
+        let message = format!(
+            "shard {id} needs {needed} hosts with a live agent and without a node of it for its new \
+             nodes, and there are {free}: start more agents, or upgrade in place"
+        );
+        return refuse(RefusalKind::Precondition, "NO_HOST", message);
+    }
+    Ok(())
+}
+
 fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(), Refusal> {
     let id = &shard.id;
     let unfit = |reason, message| refuse(RefusalKind::Precondition, reason, message);
-    if shard.mode != Mode::Serving {
-        let message = format!(
-            "shard {id} is {}; try again when it serves",
-            shard.mode.name()
-        );
-        return refuse(RefusalKind::Conflict, "SHARD_BUSY", message);
-    }
+    check_serving(shard)?;
     let others = || shard.members.iter().filter(|m| m.node != shard.primary);
     if others().next().is_none() {
         return unfit(
             "NO_REPLICA",
             format!(
-                "shard {id} has no replica that could take its primary's place: its only node would \
-                 have to be stopped, loaded again and waited for by clients. A temporary replica is \
-                 not made yet, and a stop is not done even with allow_downtime: create an instance \
-                 of the new engine with a replica and copy the data there"
+                "shard {id} has no replica that could take its primary's place: in place its only \
+                 node would have to be stopped, loaded again and waited for by clients, which is not \
+                 done even with allow_downtime. With method auto a new node takes its place"
             ),
         );
     }
@@ -212,7 +256,8 @@ fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(
     Ok(())
 }
 
-fn part(shard: &Shard, fleet: &Fleet, now_ms: u64) -> ShardUpgrade {
+/// The shard's nodes as they are now.
+pub(super) fn nodes(shard: &Shard, fleet: &Fleet) -> Vec<NodeUpgrade> {
     let version = |node: &NodeId| fleet.node(node).map(|n| n.version.clone());
     let node = |m: &slotmesh_topology::Member| NodeUpgrade {
         node: m.node.clone(),
@@ -220,12 +265,18 @@ fn part(shard: &Shard, fleet: &Fleet, now_ms: u64) -> ShardUpgrade {
         from_version: version(&m.node).unwrap_or_default(),
         staged: false,
     };
+    shard.members.iter().map(node).collect()
+}
+
+fn part(shard: &Shard, fleet: &Fleet, moved: bool, now_ms: u64) -> ShardUpgrade {
     ShardUpgrade {
         shard: shard.id.clone(),
+        moved,
+        drain: None,
         phase: UpgradePhase::Stage,
         phase_since_ms: now_ms,
         message: String::new(),
-        nodes: shard.members.iter().map(node).collect(),
+        nodes: nodes(shard, fleet),
         switch: None,
         rollback: None,
         why_back: None,
@@ -257,16 +308,39 @@ fn remarks(upgrade: &Upgrade, by_stream: &BTreeSet<String>, instance: &Instance)
             old.join(", "),
             upgrade.engine
         ));
-        said.push(
-            "replicas that go back copy the whole data set from the old primary: they can't load \
-             what the new engine has saved"
-                .into(),
-        );
+        if upgrade.shards.iter().any(|s| !s.moved) {
+            let words = "replicas that go back copy the whole data set from the old primary: they \
+                         can't load what the new engine has saved";
+            said.push(words.into());
+        }
     }
+    said.extend(of_moved(upgrade));
     if upgrade.in_window && instance.maintenance_window.is_empty() {
         said.push("the instance has no maintenance window, so any time is one".into());
     }
     said
+}
+
+/// What new nodes need, and what becomes of the old ones.
+fn of_moved(upgrade: &Upgrade) -> Option<String> {
+    let is_meant = |s: &&ShardUpgrade| s.moved && s.phase != UpgradePhase::Done;
+    let moved = upgrade.shards.iter().filter(is_meant);
+    let ids: Vec<&str> = moved.map(|s| s.shard.as_str()).collect();
+    if ids.is_empty() {
+        return None;
+    }
+    let ids = ids.join(", ");
+    Some(match upgrade.method {
+        Method::CrossHost => format!(
+            "new nodes on other hosts take the places of those of shards {ids}: each copies all data, \
+             and the old ones leave after the bake"
+        ),
+        _ => format!(
+            "shards {ids} have one node each: a new one takes its place, on another host, or on the \
+             same where there is no other, which then needs memory for a second copy; the old one \
+             leaves after the bake"
+        ),
+    })
 }
 
 /// Whether the engine that the node had can load what the new one has saved.

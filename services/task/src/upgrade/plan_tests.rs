@@ -24,6 +24,7 @@ fn options(to: &str) -> Options {
         in_window: false,
         allow_downtime: false,
         automatic: false,
+        method: Method::InPlace,
     }
 }
 

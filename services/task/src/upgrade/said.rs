@@ -83,6 +83,7 @@ pub fn retried(mut task: Task, now_ms: u64) -> Task {
                 (part.why_back, part.on_request) = (None, false);
                 // What they run now is noted when their hosts have tried the engine.
                 part.nodes.clear();
+                part.drain = None;
             }
             part.phase = phase;
             part.phase_since_ms = now_ms.max(part.phase_since_ms + 1);

@@ -2,7 +2,7 @@
 //!
 //! Invariant: a rollback state that is closed stays closed, and is never open when one can't go back.
 
-use slotmesh_topology::{NodeId, ShardId};
+use slotmesh_topology::{Epoch, NodeId, ShardId};
 
 use crate::spec::ShardSwitch;
 
@@ -31,8 +31,22 @@ pub struct Upgrade {
     pub automatic: bool,
     /// Agreed to: writes may wait for a node that restarts.
     pub allow_downtime: bool,
+    /// How nodes get the engine, as it was asked for.
+    pub method: Method,
     /// In their order.
     pub shards: Vec<ShardUpgrade>,
+}
+
+/// How nodes get another engine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Method {
+    /// In place, and through a new node where a shard has but one.
+    #[default]
+    Auto,
+    /// Where they are, one after the other.
+    InPlace,
+    /// Each node's place is taken by a new one on another host.
+    CrossHost,
 }
 
 /// One shard's part.
@@ -46,7 +60,13 @@ pub struct ShardUpgrade {
     pub phase_since_ms: u64,
     /// What it waits for, or how it ended.
     pub message: String,
-    /// Its nodes, as they were at admission, and those that joined since.
+    /// New nodes with the engine take the places of its nodes; otherwise those get it where they are.
+    pub moved: bool,
+    /// Of a moved one, with durability: up to where those that stay must come before the one that leaves
+    /// is left out.
+    pub drain: Option<Drain>,
+    /// Its nodes, as they were at admission, and those that joined since. Of a moved one: as they were
+    /// when it began.
     pub nodes: Vec<NodeUpgrade>,
     /// The switch under way, or the last one.
     pub switch: Option<ShardSwitch>,
@@ -66,6 +86,15 @@ pub struct ShardUpgrade {
     pub parked_in: Option<UpgradePhase>,
 }
 
+/// What those that stay must have of a primary's stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Drain {
+    /// Whose stream.
+    pub epoch: Epoch,
+    /// Up to here.
+    pub offset: u64,
+}
+
 /// A node's part.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NodeUpgrade {
@@ -75,7 +104,7 @@ pub struct NodeUpgrade {
     pub from_engine: String,
     /// That it reported at admission; empty: it had not.
     pub from_version: String,
-    /// Its host has the engine, and has tried it.
+    /// Its host has the engine, and has tried it. Not of a moved shard.
     pub staged: bool,
 }
 

@@ -1,5 +1,6 @@
 //! For tests: an upgrade whose agents and switchovers do at once what they are asked.
 
+use slotmesh_proto::agent::v1 as pb;
 use slotmesh_topology::{
     Architecture, Handover, InstanceState, artifact::parse_name, instance::REPLACE_AFTER_S,
 };
@@ -7,6 +8,7 @@ use slotmesh_topology::{
 use super::*;
 use crate::{
     detect::tests::{NOW, Stage},
+    observe::NodeView,
     spec::{Copied, Spec, State},
     upkeep,
 };
@@ -57,6 +59,7 @@ pub(super) fn options() -> Options {
         in_window: false,
         allow_downtime: false,
         automatic: false,
+        method: Method::Auto,
     }
 }
 
@@ -68,6 +71,7 @@ pub(super) struct Story {
     pub(super) owner: Owner,
     pub(super) trial: StepStatus,
     pub(super) opens_ms: Option<u64>,
+    pub(super) room: Option<HostId>,
     /// Switches come to this end.
     pub(super) switches: Phase,
     /// What was written, in order.
@@ -76,7 +80,11 @@ pub(super) struct Story {
 
 impl Story {
     pub(super) fn new(options: &Options) -> Self {
-        let mut stage = Stage::new();
+        Self::of(Stage::new(), options)
+    }
+
+    /// As [`Story::new`], of that shard.
+    pub(super) fn of(mut stage: Stage, options: &Options) -> Self {
         for node in stage.fleet.nodes.values_mut() {
             node.version = "7.0.15".into();
             node.engine = Some(String::new());
@@ -110,6 +118,7 @@ impl Story {
             owner: Owner::Free,
             trial: StepStatus::NotStarted,
             opens_ms: None,
+            room: Some("spare".into()),
             switches: Phase::Done,
             events: Vec::new(),
         }
@@ -137,6 +146,7 @@ impl Story {
             owner: &self.owner,
             stage: &self.trial,
             opens_ms: self.opens_ms,
+            room: self.room.as_ref(),
         }
     }
 
@@ -174,6 +184,9 @@ impl Story {
         self.task = write.task;
         if let Some(shard) = write.shard {
             self.stage.shard = shard;
+        }
+        if matches!(decision, Decision::Recruit(_)) {
+            self.room = Some(format!("spare-{}", self.events.len()).into());
         }
         true
     }
@@ -219,10 +232,21 @@ impl Story {
     /// Agents do as they are told, and the leader keeps the record true.
     pub(super) fn agents(&mut self) {
         let shard = self.stage.shard.clone();
+        let primary = self.stage.node(shard.primary.as_str()).clone();
         for member in &shard.members {
             let spec = assignment::node(&self.instance, &shard, member);
-            let seen = self.stage.node(member.node.as_str());
+            let new = || started(&member.node, &spec, &primary);
+            let nodes = &mut self.stage.fleet.nodes;
+            let seen = nodes.entry(member.node.clone()).or_insert_with(new);
+            self.stage.fleet.hosts.insert(member.host.clone());
+            self.stage.fleet.leases.insert(member.host.clone());
             seen.assigned_membership = spec.membership;
+            seen.assigned_epoch = shard.epoch;
+            let users = spec.users.iter().map(|u| u.name.clone());
+            seen.replication_users = users.filter(|u| u.starts_with("rp-")).collect();
+            if member.leaving {
+                seen.following = String::new();
+            }
             if spec.may_exchange && seen.engine.as_ref() != Some(&spec.engine) {
                 assert!(!member.in_sync && member.node != shard.primary);
                 seen.run_id.push('+');
@@ -276,6 +300,20 @@ impl Story {
 
     pub(super) fn ended(&self) -> (State, String) {
         ended(&self.task, self.upgrade()).unwrap()
+    }
+}
+
+/// The process of a node that has joined: it has copied everything.
+fn started(node: &NodeId, spec: &pb::NodeSpec, primary: &NodeView) -> NodeView {
+    NodeView {
+        run_id: format!("run-{node}"),
+        address: format!("{node}:1"),
+        role: Some(NodeRole::Replica),
+        following: spec.primary_address.clone(),
+        engine: Some(spec.engine.clone()),
+        version: spec.engine.trim_start_matches("redis-").to_owned(),
+        unexpected_errors: Some(0),
+        ..primary.clone()
     }
 }
 

@@ -5,7 +5,9 @@
 
 use slotmesh_topology::{Exchange, Mode, Shard, ShardId, TransitionError};
 
-use super::{Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, bake, fleet, nodes};
+use super::{
+    Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, bake, fleet, moves, nodes, plan,
+};
 use crate::spec::{Phase, Spec, State, Task};
 
 /// What becomes of the shard's lock.
@@ -35,7 +37,7 @@ pub struct Write {
 }
 
 /// The task with one shard's part changed; its own state and line follow.
-fn with(view: &View<'_>, message: &str, change: impl FnOnce(&mut ShardUpgrade)) -> Task {
+pub(super) fn with(view: &View<'_>, message: &str, change: impl FnOnce(&mut ShardUpgrade)) -> Task {
     let mut task = view.task.clone();
     if let Spec::Upgrade(upgrade) = &mut task.spec {
         if let Some(part) = upgrade.part_mut(&view.part.shard) {
@@ -58,7 +60,7 @@ impl Task {
 }
 
 /// Since now: what is asked in it is asked anew.
-fn since(part: &mut ShardUpgrade, now_ms: u64) {
+pub(super) fn since(part: &mut ShardUpgrade, now_ms: u64) {
     part.phase_since_ms = now_ms.max(part.phase_since_ms + 1);
 }
 
@@ -109,8 +111,17 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
         }
         Decision::Staged(node) => staged(&view, node),
         Decision::Begin => {
-            let message = format!("replicas of {} come first", view.shard.primary);
-            let task = phased(UpgradePhase::Replicas, &message);
+            let message = match view.part.moved {
+                true => format!("a new node joins {}", view.shard.primary),
+                false => format!("replicas of {} come first", view.shard.primary),
+            };
+            let task = with(&view, &message, |part| {
+                if part.moved {
+                    // Whoever joins from here on is new.
+                    part.nodes = plan::nodes(view.shard, view.scene.fleet);
+                }
+                enter(part, UpgradePhase::Replicas, now_ms);
+            });
             written(task, None, Lock::Take, "Begin", message)
         }
         Decision::Regain => {
@@ -130,6 +141,11 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
             let task = with(&view, &message, |part| since(part, now_ms));
             written(task, Some(next), Lock::Keep, "Exchanged", message)
         }
+        Decision::Recruit(_)
+        | Decision::Retain(_)
+        | Decision::Expel(_)
+        | Decision::Drain(_)
+        | Decision::Leave(_) => moves::write(&view, decision)?,
         Decision::Plan(switch, rollback) => {
             let message = format!("{} is to be the primary", switch.to);
             let task = with(&view, &message, |part| {
@@ -138,8 +154,11 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 part.switch = Some((**switch).clone());
                 part.rollback = rollback.clone().or(part.rollback.take());
             });
-            let older = rollback.as_ref().map(bake::older);
-            let next = older.map(|o| view.shard.is_older(o)).transpose()?;
+            let next = rollback.as_ref().map(|rollback| {
+                let told = view.shard.is_older(bake::older(rollback))?;
+                moves::note_older(&view, told)
+            });
+            let next = next.transpose()?;
             written(task, next, Lock::Keep, "Plan", message)
         }
         Decision::Doubt {
@@ -266,7 +285,10 @@ fn close(view: &View<'_>, why: &str, diverged: bool) -> Write {
     let left_out =
         left_out.filter(|m| nodes::follows(view, m) && !matches!(view.owner, Owner::Other(_)));
     let engine = &view.upgrade.engine;
-    let shard = left_out.map(|m| view.shard.exchange(&m.node, engine, Exchange::Discard));
+    let shard = left_out.map(|m| match view.part.moved {
+        true => moves::expelled(view, &m.node),
+        false => view.shard.exchange(&m.node, engine, Exchange::Discard),
+    });
     let shard = shard.and_then(Result::ok);
     let lock = match (&shard, view.owner) {
         (Some(_), Owner::Free) => Lock::Take,

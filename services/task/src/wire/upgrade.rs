@@ -1,9 +1,10 @@
 //! Records of upgrades, and how the API shows one.
 
 use slotmesh_proto::{store::v1 as store, task::v1 as api};
+use slotmesh_topology::Epoch;
 
 use super::{switch_from, switch_to};
-use crate::upgrade::{NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
+use crate::upgrade::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
 
 pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
     Some(Upgrade {
@@ -18,6 +19,11 @@ pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
         paused: record.paused,
         automatic: record.automatic,
         allow_downtime: record.allow_downtime,
+        method: match record.method() {
+            store::UpgradeMethod::Unspecified => Method::Auto,
+            store::UpgradeMethod::InPlace => Method::InPlace,
+            store::UpgradeMethod::CrossHost => Method::CrossHost,
+        },
         shards: record
             .shards
             .iter()
@@ -39,6 +45,12 @@ pub(super) fn to(upgrade: &Upgrade) -> store::UpgradeSpec {
         paused: upgrade.paused,
         automatic: upgrade.automatic,
         allow_downtime: upgrade.allow_downtime,
+        method: match upgrade.method {
+            Method::Auto => store::UpgradeMethod::Unspecified,
+            Method::InPlace => store::UpgradeMethod::InPlace,
+            Method::CrossHost => store::UpgradeMethod::CrossHost,
+        }
+        .into(),
         shards: upgrade.shards.iter().map(shard_to).collect(),
     }
 }
@@ -62,6 +74,11 @@ fn shard_from(record: &store::ShardUpgrade) -> Option<ShardUpgrade> {
         tries: record.tries,
         finalize: record.finalize,
         parked_in: phase_from(record.parked_in()),
+        moved: record.moved,
+        drain: (record.drain_epoch > 0).then_some(Drain {
+            epoch: Epoch(record.drain_epoch),
+            offset: record.drain_offset,
+        }),
     })
 }
 
@@ -83,6 +100,9 @@ fn shard_to(part: &ShardUpgrade) -> store::ShardUpgrade {
             .parked_in
             .map_or(store::UpgradePhase::Unspecified, phase_to)
             .into(),
+        moved: part.moved,
+        drain_epoch: part.drain.map_or(0, |d| d.epoch.0),
+        drain_offset: part.drain.map_or(0, |d| d.offset),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use slotmesh_task::{
     Choice, Spec, Task, drain,
-    upgrade::{self, Options},
+    upgrade::{self, Method, Options},
 };
 use slotmesh_topology::{HostId, Shard, TaskId, artifact::parse_name};
 
@@ -35,6 +35,7 @@ fn options(choice: u64) -> Options {
         in_window: false,
         automatic: false,
         allow_downtime: true,
+        method: Method::InPlace,
     }
 }
 

@@ -141,5 +141,6 @@ fn options(upgrade: &Upgrade) -> Option<Options> {
         in_window: upgrade.in_window,
         allow_downtime: upgrade.allow_downtime,
         automatic: upgrade.automatic,
+        method: upgrade.method,
     })
 }

@@ -10,7 +10,7 @@ use slotmesh_task::{
     Spec, Task,
     admit::RefusalKind,
     schedule::Window,
-    upgrade::{self, BAKE_MS, Options, Planned, TASK_MS_MAX, UpgradePhase},
+    upgrade::{self, BAKE_MS, Method, Options, Planned, TASK_MS_MAX, UpgradePhase},
 };
 use slotmesh_topology::{
     Instance, InstanceState, Shard,
@@ -38,14 +38,6 @@ impl Instances {
         &self,
         request: api::ModifyInstanceMinorVersionRequest,
     ) -> Result<api::ModifyInstanceMinorVersionResponse, Status> {
-        if request.method() == api::UpgradeMethod::CrossHost {
-            return Err(refuse(
-                RefusalKind::Precondition,
-                "CROSS_HOST_NOT_POSSIBLE",
-                "nodes are upgraded where they are; a move to other hosts in the same task is not \
-                 possible yet: upgrade in place, then replace nodes one by one (slotmesh node replace)",
-            ));
-        }
         let body = api::ModifyInstanceMinorVersionRequest {
             client_token: String::new(),
             ..request.clone()
@@ -264,6 +256,11 @@ fn options(request: &api::ModifyInstanceMinorVersionRequest, to: Engine) -> Opti
         in_window: request.effective_time() == api::EffectiveTime::MaintainTime,
         allow_downtime: request.allow_downtime,
         automatic: false,
+        method: match request.method() {
+            api::UpgradeMethod::Unspecified | api::UpgradeMethod::Auto => Method::Auto,
+            api::UpgradeMethod::InPlace => Method::InPlace,
+            api::UpgradeMethod::CrossHost => Method::CrossHost,
+        },
     }
 }
 
@@ -303,6 +300,7 @@ fn show(
             nodes: members.iter().map(node).collect(),
             canary,
             nothing_to_do: part.phase == UpgradePhase::Done,
+            moved: part.moved,
         }
     });
     let begins_ms = begins_ms(planned, instance);

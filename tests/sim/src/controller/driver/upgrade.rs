@@ -81,6 +81,7 @@ impl Driver {
                 owner: &owner,
                 stage: &stage,
                 opens_ms: None,
+                room: None,
             };
             let decision = upgrade::decide(view);
             let write = match &decision {

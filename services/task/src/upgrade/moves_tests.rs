@@ -1,0 +1,308 @@
+//! Shards whose nodes' places are taken by new ones: what is seen, and what the record says then.
+
+use slotmesh_topology::Epoch;
+
+use super::{
+    story::{BAKE_MS, NEW, Story, fail_over, options},
+    *,
+};
+use crate::{
+    detect::tests::Stage,
+    observe::{EngineTrouble, NodeView},
+    replace::NEW_HOST_GONE_MS,
+    spec::{Choice, State},
+};
+
+/// The first node that joins a shard of one.
+const FIRST: &str = "r-0-1";
+
+fn alone() -> Story {
+    let mut stage = Stage::new();
+    stage.shard.members.truncate(1);
+    stage.fleet.nodes.retain(|node, _| node.as_str() == "a");
+    Story::of(stage, &options())
+}
+
+/// Three nodes that go to other hosts.
+fn cross_host(durability: u32) -> Story {
+    let mut stage = Stage::new();
+    stage.durability = durability;
+    for host in ["x", "y", "z"] {
+        stage.fleet.hosts.insert(host.into());
+    }
+    let method = Method::CrossHost;
+    let mut story = Story::of(
+        stage,
+        &Options {
+            method,
+            ..options()
+        },
+    );
+    story.instance.durability = durability;
+    story
+}
+
+fn members(story: &Story) -> Vec<&str> {
+    let members = story.stage.shard.members.iter();
+    members.map(|m| m.node.as_str()).collect()
+}
+
+/// As it was before: who is of the shard, and who is its primary.
+fn is_as_before(story: &Story, all: &[&str]) {
+    assert_eq!(members(story), all);
+    assert_eq!(story.stage.shard.primary.as_str(), "a");
+    assert_eq!(
+        story
+            .stage
+            .fleet
+            .node(&"a".into())
+            .unwrap()
+            .engine
+            .as_deref(),
+        Some("")
+    );
+    assert!(story.stage.shard.roster.older.is_empty());
+    assert_eq!(story.owner, Owner::Free);
+}
+
+#[test]
+fn the_place_of_an_only_node_is_taken_by_a_new_one_and_the_old_one_is_the_way_back() {
+    let mut story = alone();
+    assert!(story.part().moved);
+    story.run_to(UpgradePhase::Switch);
+    assert_eq!(members(&story), ["a", FIRST]);
+    assert_eq!(story.stage.shard.primary.as_str(), "a");
+    story.run_to(UpgradePhase::Bake);
+    let rollback = story.part().rollback.clone().unwrap();
+    assert!(rollback.open && rollback.old.as_str() == "a");
+    assert_eq!(members(&story), ["a", FIRST], "the old one follows");
+    assert_eq!(story.owner, Owner::Free);
+    let begun_ms = story.stage.now_ms;
+    story.run_to(UpgradePhase::Done);
+    assert!(story.stage.now_ms >= begun_ms + BAKE_MS);
+    assert_eq!(members(&story), [FIRST]);
+    assert_eq!(story.stage.shard.roster.gone[0].node.as_str(), "a");
+    assert_eq!(story.stage.shard.members[0].engine, NEW);
+    assert_eq!((story.ended().0, &story.owner), (State::Done, &Owner::Free));
+    for never in ["Exchange", "Staged", "Drain"] {
+        assert!(
+            !story.events.contains(&never.to_owned()),
+            "{:?}",
+            story.events
+        );
+    }
+}
+
+#[test]
+fn a_cancel_lets_the_new_node_leave_and_a_retry_makes_another() {
+    for phase in [
+        UpgradePhase::Replicas,
+        UpgradePhase::Switch,
+        UpgradePhase::Bake,
+    ] {
+        let mut story = alone();
+        story.run_to(phase);
+        if phase == UpgradePhase::Replicas {
+            assert!(story.act(), "it joins");
+        }
+        story.keep();
+        story.task.cancel_requested = true;
+        story.run_to(UpgradePhase::RolledBack);
+        is_as_before(&story, &["a"]);
+        let (state, _) = story.ended();
+        assert_eq!(state, State::Cancelled, "{phase:?}");
+        story.task.state = State::NeedsOperator;
+        story.task = retried(story.task.clone(), story.stage.now_ms);
+        story.run_to(UpgradePhase::Done);
+        assert_eq!(members(&story), ["r-0-2"], "no id is given twice");
+    }
+}
+
+#[test]
+fn an_engine_that_does_not_start_and_a_host_that_is_lost_leave_all_as_it_was() {
+    let mut story = alone();
+    story.run_to(UpgradePhase::Replicas);
+    assert!(story.act(), "it joins");
+    let failing = NodeView {
+        trouble: Some(EngineTrouble {
+            engine: NEW.into(),
+            starts: STARTS_MAX,
+            why: "illegal instruction".into(),
+        }),
+        ..NodeView::default()
+    };
+    story.stage.fleet.nodes.insert(FIRST.into(), failing);
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a"]);
+    assert!(story.ended().1.contains("illegal instruction"));
+
+    let mut story = alone();
+    story.run_to(UpgradePhase::Replicas);
+    assert!(story.act(), "it joins");
+    assert!(!story.act(), "it copies: {:?}", story.decide());
+    story.stage.fleet.hosts.remove(&"spare".into());
+    story.stage.pass(1);
+    story.stage.pass(NEW_HOST_GONE_MS);
+    assert!(story.act());
+    assert_eq!(
+        story.part().phase,
+        UpgradePhase::UndoNodes,
+        "{:?}",
+        story.part()
+    );
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a"]);
+}
+
+#[test]
+fn without_room_nothing_is_begun_and_in_place_it_is_refused() {
+    let mut story = alone();
+    story.room = None;
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a"]);
+    assert!(story.ended().1.contains("start an agent on another host"));
+    let in_place = Options {
+        method: Method::InPlace,
+        ..options()
+    };
+    let shards = [story.stage.shard.clone()];
+    let refused = plan(&story.instance, &shards, &story.stage.fleet, &in_place, 1);
+    assert_eq!(refused.unwrap_err().reason, "NO_REPLICA");
+    let elsewhere = Options {
+        method: Method::CrossHost,
+        ..options()
+    };
+    story.stage.fleet.hosts.retain(|h| h.as_str() == "host-a");
+    let refused = plan(&story.instance, &shards, &story.stage.fleet, &elsewhere, 1);
+    assert_eq!(refused.unwrap_err().reason, "NO_HOST");
+}
+
+#[test]
+fn an_old_node_whose_process_is_another_one_leaves_at_once() {
+    let mut story = alone();
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    story.stage.node("a").run_id.push('+');
+    story.keep();
+    assert!(story.act());
+    assert_eq!(story.part().phase, UpgradePhase::Finalize);
+    assert!(story.stage.member("a").leaving);
+    assert_eq!(story.owner, Owner::Own);
+    story.run_to(UpgradePhase::Done);
+    assert_eq!(members(&story), [FIRST]);
+}
+
+#[test]
+fn a_failover_to_the_new_node_is_as_good_as_a_switch_and_the_lost_one_leaves_when_it_follows() {
+    let mut story = alone();
+    story.run_to(UpgradePhase::Switch);
+    fail_over(&mut story, FIRST);
+    story.stage.node("a").following = String::new();
+    story.stage.member("a").in_sync = false;
+    story.stage.pass(1);
+    for _ in 0..20 {
+        story.act();
+        story.stage.pass(1);
+    }
+    assert_eq!(story.part().phase, UpgradePhase::Finalize);
+    assert!(
+        !story.stage.member("a").leaving,
+        "what only it has is not kept yet"
+    );
+    story.follow(&FIRST.into());
+    story.run_to(UpgradePhase::Done);
+    assert_eq!(members(&story), [FIRST]);
+}
+
+#[test]
+fn a_failover_in_the_bake_to_the_old_node_means_back() {
+    let mut story = alone();
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    fail_over(&mut story, "a");
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a"]);
+}
+
+#[test]
+fn all_nodes_go_to_other_hosts_and_never_fewer_are_in_sync_than_before() {
+    for durability in [0, 1] {
+        let mut story = cross_host(durability);
+        let mut most = 0;
+        for _ in 0..2_000 {
+            if story.part().phase.is_ended() {
+                break;
+            }
+            if !story.act() {
+                story.agents();
+            }
+            let stay = story.stage.shard.members.iter().filter(|m| !m.leaving);
+            // After a switch each proves anew that it follows.
+            assert!(stay.count() >= 3, "{:?}", story.stage.shard);
+            most = most.max(story.stage.shard.members.len());
+        }
+        assert_eq!(
+            story.part().phase,
+            UpgradePhase::Done,
+            "{:?}",
+            story.decide()
+        );
+        assert_eq!(most, 6);
+        assert_eq!(members(&story), ["r-0-3", "r-0-4", "r-0-5"]);
+        let hosts = story.stage.shard.members.iter().map(|m| m.host.as_str());
+        assert!(hosts.into_iter().all(|h| h.starts_with("spare")));
+        assert!(story.stage.shard.members.iter().all(|m| m.in_sync));
+        let drains = story.events.iter().filter(|e| *e == "Drain").count();
+        assert_eq!(drains, 3 * durability as usize);
+        assert!(story.stage.shard.roster.older.is_empty());
+    }
+}
+
+#[test]
+fn with_durability_an_old_node_is_left_out_when_the_others_have_what_it_may_have_confirmed() {
+    let mut story = cross_host(1);
+    while !story.events.contains(&"Drain".to_owned()) {
+        if !story.act() {
+            story.agents();
+        }
+    }
+    let drain = story.part().drain.unwrap();
+    assert_eq!(drain.epoch, Epoch(5));
+    for node in story.stage.fleet.nodes.values_mut() {
+        node.offset = drain.offset - 1;
+    }
+    assert!(!story.act(), "{:?}", story.decide());
+    for node in story.stage.fleet.nodes.values_mut() {
+        node.offset = drain.offset;
+    }
+    assert!(matches!(story.decide(), Decision::Leave(_)));
+}
+
+#[test]
+fn who_goes_back_keeps_every_old_node_and_asks_about_one_that_refused_something() {
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    assert_eq!(
+        story.stage.shard.roster.older.len(),
+        3,
+        "the old ones follow, too"
+    );
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a", "b", "c"]);
+    assert_eq!(story.ended().0, State::Cancelled);
+
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    story.stage.node("b").unexpected_errors = Some(1);
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::Parked);
+    assert!(
+        story.part().message.contains("replace it"),
+        "{:?}",
+        story.part()
+    );
+    assert!(menu(&story.task).contains(&Choice::Retry));
+}
