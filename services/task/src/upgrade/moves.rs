@@ -87,17 +87,15 @@ pub(super) fn dismiss(view: &View<'_>, is_old: bool) -> Converged {
     if let Some(member) = those().find(|m| m.leaving) {
         return let_go(view, member);
     }
-    match those().next() {
-        None => Converged::Done,
-        Some(member) if may_go(view, member) => {
-            Converged::Act(Decision::Expel(member.node.clone()))
-        }
-        Some(member) => {
-            let node = &member.node;
-            nodes::patience(
-                view,
-                format!("{node} to follow the primary before it leaves"),
-            )
+    let Some(Member { node, .. }) = those().next() else {
+        return Converged::Done;
+    };
+    let mut ready = those().filter(|m| may_go(view, m));
+    match ready.find(|m| expelled(view, &m.node).is_ok()) {
+        Some(member) => Converged::Act(Decision::Expel(member.node.clone())),
+        None => {
+            let what = "to follow the primary, and the others to be in sync, before it leaves";
+            nodes::patience(view, format!("{node} {what}"))
         }
     }
 }
@@ -116,7 +114,10 @@ fn may_go(view: &View<'_>, member: &Member) -> bool {
 fn let_go(view: &View<'_>, member: &Member) -> Converged {
     let (shard, scene, node) = (view.shard, view.scene, &member.node);
     let drain = view.part.drain.filter(|d| d.epoch == shard.epoch);
-    let done = Converged::Act(Decision::Leave(node.clone()));
+    let done = match shard.leave(node) {
+        Ok(_) => Converged::Act(Decision::Leave(node.clone())),
+        Err(error) => nodes::patience(view, format!("the shard to do without: {error}")),
+    };
     match drain {
         None => match leave::revoked(shard, scene, view.part.phase_since_ms) {
             None => nodes::patience(view, format!("{} to let go of {node}", shard.primary)),
