@@ -211,6 +211,8 @@ pub enum Profile {
     Moves,
     /// Nodes get another engine, and hosts are drained; and who takes part dies meanwhile.
     Upgrades,
+    /// As that, and new nodes on other hosts take the places of the old ones. Only where it is asked for.
+    Recruits,
 }
 
 /// Of one seed.
@@ -289,6 +291,16 @@ impl Shape {
                 ..self
             };
         }
+        if self.profile == Profile::Recruits {
+            let nodes = rng.random_range(1..=3);
+            return Self {
+                nodes,
+                hosts: 3 + nodes,
+                durability: u32::from(nodes > 1 && rng.random_range(0..2) == 0),
+                spare: SPARE,
+                ..self
+            };
+        }
         if self.profile != Profile::Moves {
             return self;
         }
@@ -349,7 +361,7 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
     // An agent that dies in a hand-over leaves it half done, which is another story. An upgrade that
     // others cut short is one, too.
     let count = match shape.profile {
-        Profile::Agents | Profile::Upgrades => 0,
+        Profile::Agents | Profile::Upgrades | Profile::Recruits => 0,
         _ => count,
     };
     for n in 0..count {
@@ -387,13 +399,13 @@ pub fn schedule(ctx: &mut Ctx, shape: Shape) {
         }
         Profile::Double => story::schedule(ctx, shape, now),
         Profile::Moves => moves::schedule(ctx, shape, now),
-        Profile::Upgrades => upgrades::schedule(ctx, shape, now),
+        Profile::Upgrades | Profile::Recruits => upgrades::schedule(ctx, shape, now),
         _ => accident::schedule(ctx, shape, now),
     }
     let quiet = match shape.profile {
         Profile::Blackout => 6 * SEC,
         // Who is cut off is replaced meanwhile.
-        Profile::Moves | Profile::Upgrades => 8 * SEC,
+        Profile::Moves | Profile::Upgrades | Profile::Recruits => 8 * SEC,
         _ => 3 * SEC,
     };
     put(ctx, now + TROUBLE + quiet, Script::Heal);
@@ -419,7 +431,7 @@ fn weather(ctx: &mut Ctx, profile: Profile) -> Weather {
             rpc_double: 150,
             ..Weather::calm()
         },
-        Profile::Moves | Profile::Upgrades => Weather {
+        Profile::Moves | Profile::Upgrades | Profile::Recruits => Weather {
             delay_us: *[80, 80, 400].choose(&mut ctx.rng).unwrap_or(&80),
             rpc_loss: *[0, 0, 20].choose(&mut ctx.rng).unwrap_or(&0),
             rpc_double: 150,

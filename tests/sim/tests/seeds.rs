@@ -13,6 +13,8 @@ use slotmesh_sim::{Outcome, Variant, plan::Profile, run, run_as, tell};
 const SEEDS: u64 = 2_000;
 /// Seeds in which primaries come back without their data.
 const EMPTY: u64 = 1_000;
+/// Seeds in which new nodes take the places of old ones.
+const RECRUITS: u64 = 100;
 
 fn seeds() -> u64 {
     let asked = std::env::var("SLOTMESH_SIM_SEEDS").ok();
@@ -118,6 +120,25 @@ fn a_primary_that_comes_back_empty_wipes_nothing_in_a_thousand_trials() {
     assert!(
         failovers as u64 > EMPTY / 2,
         "only {failovers} primaries were replaced"
+    );
+}
+
+#[test]
+fn new_nodes_take_the_places_of_old_ones_or_leave_whatever_dies() {
+    let (failed, all) = run_all(RECRUITS, |seed| {
+        run_as(Profile::Recruits, seed, Variant::Real)
+    });
+    if let Some((seed, outcome)) = failed {
+        panic!(
+            "seed {seed}: {:?}\nagain: slotmesh-sim --seed {seed} --profile recruits --verbose",
+            outcome.violation
+        );
+    }
+    let done: usize = all.iter().map(|o| o.upgrades.1).sum();
+    let back: usize = all.iter().map(|o| o.upgrades.2).sum();
+    assert!(
+        done as u64 > RECRUITS / 2 && back as u64 > RECRUITS / 20,
+        "only {done} upgrades were done, {back} taken back"
     );
 }
 

@@ -18,8 +18,8 @@ use crate::{
 /// Longer than any run: its phases have their own deadlines.
 const UPGRADE_MS_MAX: u64 = 3_600_000;
 
-/// What a number chooses of an upgrade.
-fn options(choice: u64) -> Options {
+/// What a number chooses of an upgrade; with room on other hosts new nodes take the places of the old.
+fn options(choice: u64, has_room: bool) -> Options {
     let name = match choice % 4 {
         0 => engine::PATCH,
         _ => engine::NEXT,
@@ -31,11 +31,14 @@ fn options(choice: u64) -> Options {
         canary_shards: u32::from((choice / 100).is_multiple_of(2)),
         parallel_shards: 1 + u32::from((choice / 200).is_multiple_of(2)),
         finalize_by_operator: choice / 400 % 8 == 1,
-        preserve_roles: choice / 3_200 % 3 == 1,
+        preserve_roles: choice / 3_200 % 3 == 1 && !has_room,
         in_window: false,
         automatic: false,
         allow_downtime: true,
-        method: Method::InPlace,
+        method: match has_room {
+            true => Method::CrossHost,
+            false => Method::InPlace,
+        },
     }
 }
 
@@ -56,7 +59,9 @@ pub(super) async fn upgrade(writer: &Writer, choice: u64, token: u64) {
         }
         let shards: Vec<Shard> = mirror.shards.values().map(|s| s.value.clone()).collect();
         let instance = mirror.instance(&desk.instance);
-        upgrade::plan(&instance, &shards, &fleet, &options(choice), desk.now_ms())
+        let nodes = instance.replicas_per_shard as usize + 1;
+        let options = options(choice, fleet.hosts.len() >= 2 * nodes.max(2));
+        upgrade::plan(&instance, &shards, &fleet, &options, desk.now_ms())
     };
     let planned = match planned {
         Ok(planned) if planned.nothing_to_do => return,

@@ -69,6 +69,7 @@ impl Driver {
         let key: StepKey = (task.value.id.to_string(), index, part.phase_since_ms);
         let (stage, _) = self.steps.borrow().get(&key).cloned().unwrap_or_default();
         let instance = self.desk.present_instance();
+        let room = super::replace::place(&self.desk, &shard.value);
         let (decision, write) = {
             let fleet = self.desk.fleet.borrow();
             let view = View {
@@ -81,7 +82,7 @@ impl Driver {
                 owner: &owner,
                 stage: &stage,
                 opens_ms: None,
-                room: None,
+                room: room.as_ref(),
             };
             let decision = upgrade::decide(view);
             let write = match &decision {
