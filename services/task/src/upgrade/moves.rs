@@ -22,9 +22,11 @@ use crate::{
 };
 
 impl View<'_> {
-    /// Of a moved shard: the node was of it before.
+    /// Of a moved shard: the node was of it before, or has taken the place of such a one since, with the
+    /// engine that that one had. Who joins for the upgrade is assigned its engine from the first moment.
     pub(super) fn is_old(&self, node: &NodeId) -> bool {
-        self.part.node(node).is_some()
+        let member = self.shard.member(node);
+        self.part.node(node).is_some() || member.is_some_and(|m| m.engine != self.upgrade.engine)
     }
 }
 

@@ -306,3 +306,29 @@ fn who_goes_back_keeps_every_old_node_and_asks_about_one_that_refused_something(
     );
     assert!(menu(&story.task).contains(&Choice::Retry));
 }
+
+#[test]
+fn a_node_that_was_replaced_after_going_back_is_one_of_the_old_ones() {
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    story.stage.node("b").unexpected_errors = Some(1);
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::Parked);
+    // As its operator is told: another one in its place.
+    let shard = &story.stage.shard;
+    let put = shard.next_node();
+    let host = HostId::from("elsewhere");
+    let joined = shard.join(&put, &host, NodeRole::Replica).unwrap();
+    assert_eq!(joined.member(&put).unwrap().engine, "", "its primary's");
+    story.stage.shard = joined;
+    story.agents();
+    story.agents();
+    let shard = story.stage.shard.expel(&"b".into()).unwrap();
+    story.stage.shard = shard.leave(&"b".into()).unwrap();
+    story.task.state = State::NeedsOperator;
+    story.task = retried(story.task.clone(), story.stage.now_ms);
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a", "c", put.as_str()]);
+    assert!(story.stage.shard.members.iter().all(|m| !m.leaving));
+}
