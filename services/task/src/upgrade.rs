@@ -419,7 +419,7 @@ fn finalize(view: &View<'_>) -> Decision {
     }
     let converged = match view.part.moved {
         true => match moves::gather(view) {
-            Converged::Done => moves::dismiss(view, true),
+            Converged::Done => moves::finish(view),
             not_yet => not_yet,
         },
         false => nodes::converge(view, wanted),

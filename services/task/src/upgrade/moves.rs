@@ -55,6 +55,11 @@ pub(super) fn gather(view: &View<'_>) -> Converged {
     if new().count() >= view.part.nodes.len() {
         return Converged::Done;
     }
+    // One that was about to leave when a failover led forward is fed again before another one joins.
+    let mut leaving = followers(view).filter(|m| m.leaving && !view.is_old(&m.node));
+    if let Some(member) = leaving.next() {
+        return Converged::Act(Decision::Retain(member.node.clone()));
+    }
     match view.room {
         Some(host) => Converged::Act(Decision::Recruit(host.clone())),
         None => Converged::Trouble(
@@ -83,9 +88,25 @@ fn catch_up(view: &View<'_>, member: &Member) -> Converged {
     nodes::settle(view, member)
 }
 
-/// Until none of the old nodes, or of the new ones, follows any more.
-pub(super) fn dismiss(view: &View<'_>, is_old: bool) -> Converged {
-    let those = || followers(view).filter(|m| view.is_old(&m.node) == is_old);
+/// Until no old node follows any more, nor a new one too many: who took a place in the bake, or was about
+/// to leave when others had come.
+pub(super) fn finish(view: &View<'_>) -> Converged {
+    match dismiss(view, |m| view.is_old(&m.node)) {
+        Converged::Done => {}
+        not_yet => return not_yet,
+    }
+    if view.shard.members.len() <= view.part.nodes.len() {
+        return Converged::Done;
+    }
+    match followers(view).max_by_key(|m| m.leaving) {
+        Some(spare) => dismiss(view, |m| m.node == spare.node),
+        None => Converged::Done,
+    }
+}
+
+/// Until none of those follows any more.
+fn dismiss(view: &View<'_>, whom: impl Fn(&Member) -> bool) -> Converged {
+    let those = || followers(view).filter(|m| whom(m));
     if let Some(member) = those().find(|m| m.leaving) {
         return let_go(view, member);
     }
@@ -141,10 +162,32 @@ pub(super) fn undo(view: &View<'_>) -> Converged {
     if let Some(old) = stays_after_all(view) {
         return Converged::Act(old);
     }
-    match dismiss(view, false) {
+    if let Some(why) = too_few_old(view) {
+        return Converged::Trouble(why);
+    }
+    match dismiss(view, |m| !view.is_old(&m.node)) {
         Converged::Done => sound(view),
         not_yet => not_yet,
     }
+}
+
+/// Without the new ones the shard would have fewer nodes than before: one of the old ones has left.
+fn too_few_old(view: &View<'_>) -> Option<String> {
+    let members = &view.shard.members;
+    let (old, before) = (
+        members.iter().filter(|m| view.is_old(&m.node)).count(),
+        view.part.nodes.len(),
+    );
+    let new = followers(view).find(|m| !view.is_old(&m.node))?;
+    (old < before).then(|| {
+        format!(
+            "{old} of the {before} nodes with the old engine are left, and the new ones would leave: \
+             replace {} of those, such as {} (slotmesh node replace), whose successor gets its \
+             primary's engine, then retry",
+            before - old,
+            new.node
+        )
+    })
 }
 
 /// They followed the new engine: who has refused a command of it is not what its primary is.

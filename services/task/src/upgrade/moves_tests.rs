@@ -315,20 +315,73 @@ fn a_node_that_was_replaced_after_going_back_is_one_of_the_old_ones() {
     story.stage.node("b").unexpected_errors = Some(1);
     story.task.cancel_requested = true;
     story.run_to(UpgradePhase::Parked);
-    // As its operator is told: another one in its place.
-    let shard = &story.stage.shard;
-    let put = shard.next_node();
-    let host = HostId::from("elsewhere");
-    let joined = shard.join(&put, &host, NodeRole::Replica).unwrap();
-    assert_eq!(joined.member(&put).unwrap().engine, "", "its primary's");
-    story.stage.shard = joined;
-    story.agents();
-    story.agents();
-    let shard = story.stage.shard.expel(&"b".into()).unwrap();
-    story.stage.shard = shard.leave(&"b".into()).unwrap();
+    // As its operator is told.
+    let put = story.stage.shard.next_node();
+    exchange_for_a_newcomer(&mut story, "b");
+    assert_eq!(story.stage.member(put.as_str()).engine, "", "its primary's");
     story.task.state = State::NeedsOperator;
     story.task = retried(story.task.clone(), story.stage.now_ms);
     story.run_to(UpgradePhase::RolledBack);
     is_as_before(&story, &["a", "c", put.as_str()]);
     assert!(story.stage.shard.members.iter().all(|m| !m.leaving));
+}
+
+#[test]
+fn a_failover_to_a_new_node_while_the_others_were_to_leave_goes_forward_with_all_of_them() {
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Switch);
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::UndoNodes);
+    assert!(story.act());
+    let leaving = story.stage.shard.members.iter().find(|m| m.leaving);
+    let leaving = leaving.unwrap().node.clone();
+    let new = ["r-0-3", "r-0-4", "r-0-5"].map(NodeId::from);
+    let lucky = new.iter().find(|n| **n != leaving).unwrap();
+    fail_over(&mut story, lucky.as_str());
+    story.run_to(UpgradePhase::Done);
+    assert_eq!(members(&story), ["r-0-3", "r-0-4", "r-0-5"]);
+    assert!(story.stage.shard.members.iter().all(|m| !m.leaving));
+}
+
+#[test]
+fn a_new_node_too_many_leaves_in_the_end() {
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    exchange_for_a_newcomer(&mut story, "c");
+    story.run_to(UpgradePhase::Done);
+    assert_eq!(story.stage.shard.members.len(), 3, "{:?}", members(&story));
+    assert!(story.stage.shard.members.iter().all(|m| m.in_sync));
+}
+
+#[test]
+fn who_would_go_back_to_fewer_nodes_than_there_were_waits_for_an_operator() {
+    let mut story = cross_host(0);
+    story.run_to(UpgradePhase::Bake);
+    story.keep();
+    exchange_for_a_newcomer(&mut story, "c");
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::Parked);
+    let words = &story.part().message;
+    assert!(words.contains("2 of the 3 nodes"), "{words}");
+    assert_eq!(story.stage.shard.primary.as_str(), "a");
+    assert_eq!(story.stage.shard.members.len(), 6, "nobody has left");
+    // As he is told.
+    exchange_for_a_newcomer(&mut story, "r-0-3");
+    story.task.state = State::NeedsOperator;
+    story.task = retried(story.task.clone(), story.stage.now_ms);
+    story.run_to(UpgradePhase::RolledBack);
+    is_as_before(&story, &["a", "b", "r-0-7"]);
+}
+
+/// A replacement, all at once: with the engine that the primary has now.
+fn exchange_for_a_newcomer(story: &mut Story, node: &str) {
+    let shard = &story.stage.shard;
+    let (put, host) = (shard.next_node(), format!("for-{node}").into());
+    story.stage.shard = shard.join(&put, &host, NodeRole::Replica).unwrap();
+    story.agents();
+    story.agents();
+    assert!(story.stage.member(put.as_str()).in_sync);
+    let leaving = story.stage.shard.expel(&node.into()).unwrap();
+    story.stage.shard = leaving.leave(&node.into()).unwrap();
 }
