@@ -108,7 +108,8 @@ fn is_its_own_fault(shard: &Shard, replica: &NodeId, scene: Scene<'_>) -> bool {
 /// The primary's process is another one than the record names: admit it as a new epoch, or, when
 /// it has come up empty while a replica holds data, fence the shard for an operator to decide.
 /// As long as it is not known whether a replica holds data, an empty process is not admitted:
-/// following it would empty the replica.
+/// following it would empty the replica. One that never was in sync is not waited for: nobody counts on
+/// what it has, and it may never start.
 fn restarted_primary(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)> {
     let fleet = scene.fleet;
     let member = shard.primary_member()?;
@@ -141,7 +142,8 @@ fn restarted_primary(shard: &Shard, scene: Scene<'_>) -> Option<(Shard, String)>
             reason,
         ));
     }
-    if seen.keys == 0 && !others(shard).all(|m| fleet.node(m).is_some_and(has_loaded)) {
+    let mut settled = others(shard).filter(|m| !shard.roster.newcomers.contains(m));
+    if seen.keys == 0 && !settled.all(|m| fleet.node(m).is_some_and(has_loaded)) {
         return None;
     }
     let mut next = shard.readmit(&seen.run_id).ok()?;
@@ -313,6 +315,24 @@ mod tests {
         fleet.nodes.insert("b".into(), replica);
         let (next, _) = kept(&alone(), &fleet).unwrap();
         assert_eq!((next.epoch, next.mode), (Epoch(5), Mode::Serving));
+    }
+
+    #[test]
+    fn an_only_node_that_restarts_empty_does_not_wait_for_a_newcomer_that_shows_nothing() {
+        let mut fleet = fleet(0);
+        fleet.nodes.get_mut(&"a".into()).unwrap().run_id = "new".into();
+        let newcomer = fleet.nodes.remove(&"b".into()).unwrap();
+        let mut shard = alone();
+        shard.roster.newcomers.push("b".into());
+        let (next, _) = kept(&shard, &fleet).unwrap();
+        assert_eq!((next.epoch, next.mode), (Epoch(5), Mode::Serving));
+        let full = NodeView {
+            keys: 1,
+            ..newcomer
+        };
+        fleet.nodes.insert("b".into(), full);
+        let (next, _) = kept(&shard, &fleet).unwrap();
+        assert!(matches!(next.mode, Mode::Fenced(_)), "it has shown data");
     }
 
     #[test]
