@@ -26,7 +26,9 @@ pub use bake::{FAULTS_MAX, FAULTS_WINDOW_MS, FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
 pub use held::held_back;
 pub use nodes::STARTS_MAX;
-pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, plan};
+pub use plan::{
+    BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, may_share, plan,
+};
 pub use said::{menu, resolved, retried};
 pub use spec::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
 pub use write::{Lock, Write, gone, say, write};

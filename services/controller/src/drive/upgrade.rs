@@ -10,7 +10,7 @@ use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
     Phase, ShardSwitch, State as TaskState, Task, place, schedule, step,
     switchover::StepStatus,
-    upgrade::{self, Decision, Lock, Method, Owner, ShardUpgrade, Upgrade, View, Write},
+    upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, View, Write},
 };
 use slotmesh_topology::{HostId, Instance, NodeId, Shard, compatibility};
 use tracing::{Instrument as _, info, warn};
@@ -137,7 +137,7 @@ impl Driver {
         let (decision, write) = self.hub.read(|fleet| {
             let room = part.moved.then(|| {
                 let live = self.mirror.read(|state| candidates(state, fleet));
-                let may_share = upgrade.method != Method::CrossHost;
+                let may_share = upgrade::may_share(upgrade, part);
                 place::recruit(&live, &shard.value, &fleet.zones, may_share)
             });
             let room = room.flatten();

@@ -385,3 +385,62 @@ fn exchange_for_a_newcomer(story: &mut Story, node: &str) {
     let leaving = story.stage.shard.expel(&node.into()).unwrap();
     story.stage.shard = leaving.leave(&node.into()).unwrap();
 }
+
+#[test]
+fn a_host_is_shared_only_by_an_only_node_that_somebody_wants_upgraded() {
+    let story = alone();
+    let (upgrade, part) = (story.upgrade(), story.part());
+    assert!(may_share(upgrade, part));
+    let automatic = Upgrade {
+        automatic: true,
+        ..upgrade.clone()
+    };
+    assert!(!may_share(&automatic, part));
+    let two = ShardUpgrade {
+        nodes: vec![part.nodes[0].clone(), part.nodes[0].clone()],
+        ..part.clone()
+    };
+    assert!(!may_share(upgrade, &two), "it has got a replica since");
+    let story = cross_host(0);
+    assert!(!may_share(story.upgrade(), story.part()));
+}
+
+#[test]
+fn an_automatic_patch_of_an_only_node_needs_another_host() {
+    let mut stage = alone().stage;
+    let automatic = Options {
+        automatic: true,
+        ..options()
+    };
+    let planned = |stage: &Stage| {
+        let shards = [stage.shard.clone()];
+        plan(&story::instance(), &shards, &stage.fleet, &automatic, 1)
+    };
+    assert!(planned(&stage).is_ok());
+    stage.fleet.hosts.retain(|h| h.as_str() == "host-a");
+    assert_eq!(planned(&stage).unwrap_err().reason, "NO_HOST");
+}
+
+#[test]
+fn nodes_that_new_ones_would_not_be_like_are_not_moved_to_other_hosts() {
+    let stage = cross_host(0).stage;
+    let cross = Options {
+        method: Method::CrossHost,
+        ..options()
+    };
+    let refused = |shard: &Shard, options: &Options| {
+        let shards = [shard.clone()];
+        let planned = plan(&story::instance(), &shards, &stage.fleet, options, 1);
+        planned.err().map(|e| (e.reason, e.message))
+    };
+    assert_eq!(refused(&stage.shard, &cross), None);
+    let last = stage.shard.prioritize(&"c".into(), 0).unwrap();
+    let mut reader = stage.shard.clone();
+    reader.members[2].role = NodeRole::ReadOnly;
+    for (shard, why) in [(last, "priority 0"), (reader, "read-only")] {
+        let (reason, message) = refused(&shard, &cross).unwrap();
+        assert_eq!(reason, "NODES_DIFFER");
+        assert!(message.contains(why), "{message}");
+        assert_eq!(refused(&shard, &options()), None, "in place it may");
+    }
+}

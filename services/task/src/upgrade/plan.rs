@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use slotmesh_topology::{
-    HostId, Instance, Mode, NodeId, NodeRole, Shard,
+    HostId, Instance, Member, Mode, NodeId, NodeRole, PRIORITY, Shard,
     artifact::{parse_name, parse_reported},
     assignment,
     compatibility::{self, Engine, WayBack},
@@ -98,7 +98,7 @@ pub fn plan(
     let is_done = |s: &Shard| runs_it(instance, s, fleet, options.to, &name);
     for shard in shards.iter().filter(|s| !is_done(s)) {
         match is_moved(shard, options.method) {
-            true => check_moved(shard, fleet, options.method)?,
+            true => check_moved(shard, fleet, options)?,
             false => check_shard(shard, instance.durability, options.allow_downtime)?,
         }
     }
@@ -198,23 +198,56 @@ fn check_serving(shard: &Shard) -> Result<(), Refusal> {
     refuse(RefusalKind::Conflict, "SHARD_BUSY", message)
 }
 
-/// There is room for a new node for each; whether it stays so is seen when they join.
-fn check_moved(shard: &Shard, fleet: &Fleet, method: Method) -> Result<(), Refusal> {
+/// A new node may go to the host of its primary: that of an only node, when somebody has asked for it, who
+/// knows whether that host has memory for the data twice.
+#[must_use]
+pub fn may_share(upgrade: &Upgrade, part: &ShardUpgrade) -> bool {
+    let is_asked = upgrade.method != Method::CrossHost && !upgrade.automatic;
+    is_asked && part.nodes.len() == 1
+}
+
+/// There is room for a new node for each, and each new one is what an old one was; whether it stays so is
+/// seen when they join.
+fn check_moved(shard: &Shard, fleet: &Fleet, options: &Options) -> Result<(), Refusal> {
     check_serving(shard)?;
+    if options.method == Method::CrossHost {
+        check_alike(shard)?;
+    }
     let is_free = |host: &&HostId| !shard.members.iter().any(|m| m.host == **host);
     let (free, needed) = (
         fleet.hosts.iter().filter(is_free).count(),
         shard.members.len(),
     );
-    if method == Method::CrossHost && free < needed {
+    let is_elsewhere = options.method == Method::CrossHost || options.automatic;
+    if is_elsewhere && free < needed {
         let id = &shard.id;
         let message = format!(
             "shard {id} needs {needed} hosts with a live agent and without a node of it for its new \
-             nodes, and there are {free}: start more agents, or upgrade in place"
+             nodes, and there are {free}: start more agents, or upgrade it by hand on the hosts that \
+             it has"
         );
         return refuse(RefusalKind::Precondition, "NO_HOST", message);
     }
     Ok(())
+}
+
+/// New nodes may be promoted, and have the default priority.
+fn check_alike(shard: &Shard) -> Result<(), Refusal> {
+    let is_plain = |m: &Member| m.role != NodeRole::ReadOnly && m.priority == PRIORITY;
+    let Some(member) = shard.members.iter().find(|m| !is_plain(m)) else {
+        return Ok(());
+    };
+    let (node, id) = (&member.node, &shard.id);
+    let what = match member.role {
+        NodeRole::ReadOnly => "is read-only".to_owned(),
+        _ => format!("has priority {}", member.priority),
+    };
+    let message = format!(
+        "node {node} of shard {id} {what}, and a new node in its place would be a replica with priority \
+         {PRIORITY}: upgrade in place, or give it priority {PRIORITY} first if it may be promoted \
+         (slotmesh node priority)"
+    );
+    refuse(RefusalKind::Precondition, "NODES_DIFFER", message)
 }
 
 fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(), Refusal> {
@@ -259,7 +292,7 @@ fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(
 /// The shard's nodes as they are now.
 pub(super) fn nodes(shard: &Shard, fleet: &Fleet) -> Vec<NodeUpgrade> {
     let version = |node: &NodeId| fleet.node(node).map(|n| n.version.clone());
-    let node = |m: &slotmesh_topology::Member| NodeUpgrade {
+    let node = |m: &Member| NodeUpgrade {
         node: m.node.clone(),
         from_engine: m.engine.clone(),
         from_version: version(&m.node).unwrap_or_default(),
@@ -334,6 +367,10 @@ fn of_moved(upgrade: &Upgrade) -> Option<String> {
         Method::CrossHost => format!(
             "new nodes on other hosts take the places of those of shards {ids}: each copies all data, \
              and the old ones leave after the bake"
+        ),
+        _ if upgrade.automatic => format!(
+            "shards {ids} have one node each: a new one on another host takes its place, and the old \
+             one leaves after the bake"
         ),
         _ => format!(
             "shards {ids} have one node each: a new one takes its place, on another host, or on the \
