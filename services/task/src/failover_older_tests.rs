@@ -1,6 +1,6 @@
 //! Replicas whose engine is older than that of the primary that was lost: an old primary in a bake.
 
-use slotmesh_topology::Older;
+use slotmesh_topology::{Older, Shard};
 
 use super::*;
 
@@ -71,33 +71,17 @@ fn with_nobody_else_an_operator_is_asked_and_his_word_counts() {
     ));
 }
 
-#[test]
-fn a_primary_is_not_declared_lost_for_one_that_has_refused_commands() {
-    let lost = |refused| {
-        let mut stage = story(0, refused).stage;
-        let mut before = Stage::new();
-        before.shard.roster = stage.shard.roster.clone();
-        before.fleet = stage.fleet.clone();
-        before.end("c");
-        stage = before;
-        stage.look();
-        detect::decide(&stage.shard, stage.scene())
-    };
-    assert!(matches!(lost(Some(2)), detect::Verdict::Lost(_)));
-    assert!(matches!(lost(Some(3)), detect::Verdict::Suspect { .. }));
+/// `b` follows with an older engine, and nothing has happened yet.
+fn before_the_loss(refused: Option<u64>) -> Stage {
+    let told = story(0, refused).stage;
+    let mut stage = Stage::new();
+    stage.shard.roster = told.shard.roster;
+    stage.fleet = told.fleet;
+    stage
 }
 
-#[test]
-fn whose_engine_is_newer_than_the_new_primarys_is_not_taken_for_one_that_refuses() {
-    let mut stage = story(0, Some(2)).stage;
-    let mut before = Stage::new();
-    before.shard.roster = stage.shard.roster.clone();
-    before.fleet = stage.fleet.clone();
-    stage = before;
-    for newer in ["a", "c"] {
-        stage.member(newer).engine = "redis-8.2.3".into();
-    }
-    stage.end("a");
+/// The shard after `b` has replaced the primary that was lost.
+fn b_takes_over(stage: Stage) -> Shard {
     let mut story = Story::declared(stage, Some(FenceProof::Exited));
     offsets(&mut story, 120, 100);
     assert_eq!(chosen(&mut story), Ok("b".into()));
@@ -109,7 +93,29 @@ fn whose_engine_is_newer_than_the_new_primarys_is_not_taken_for_one_that_refuses
         lineage: None,
     };
     let written = write(story.view(), &commit).unwrap().unwrap();
-    assert!(written.shard.unwrap().roster.older.is_empty());
+    written.shard.unwrap()
+}
+
+#[test]
+fn a_primary_is_not_declared_lost_for_one_that_has_refused_commands() {
+    let lost = |refused| {
+        let mut stage = before_the_loss(refused);
+        stage.end("c");
+        stage.look();
+        detect::decide(&stage.shard, stage.scene())
+    };
+    assert!(matches!(lost(Some(2)), detect::Verdict::Lost(_)));
+    assert!(matches!(lost(Some(3)), detect::Verdict::Suspect { .. }));
+}
+
+#[test]
+fn whose_engine_is_newer_than_the_new_primarys_is_not_taken_for_one_that_refuses() {
+    let mut stage = before_the_loss(Some(2));
+    for newer in ["a", "c"] {
+        stage.member(newer).engine = "redis-8.2.3".into();
+    }
+    stage.end("a");
+    assert!(b_takes_over(stage).roster.older.is_empty());
 }
 
 #[test]
@@ -119,21 +125,7 @@ fn who_has_another_engine_than_the_new_primary_is_watched_from_its_first_command
     stage.member("b").engine = "redis-8.2.3".into();
     stage.node("c").unexpected_errors = Some(4);
     stage.end("a");
-    let mut story = Story::declared(stage, Some(FenceProof::Exited));
-    offsets(&mut story, 120, 100);
-    assert_eq!(chosen(&mut story), Ok("b".into()));
-    let decision = story.decision();
-    let written = write(story.view(), &decision).unwrap().unwrap();
-    (story.task, story.stage.shard) = (written.task, written.shard.unwrap());
-    let commit = Decision::Commit {
-        run_id: "run-b".into(),
-        lineage: None,
-    };
-    let written = write(story.view(), &commit)
-        .unwrap()
-        .unwrap()
-        .shard
-        .unwrap();
+    let written = b_takes_over(stage);
     let older = written.older(&"c".into()).unwrap();
     assert_eq!((older.run_id.as_str(), older.refused), ("run-c", 4));
     let lost = written.older(&"a".into()).unwrap();

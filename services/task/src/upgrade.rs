@@ -5,7 +5,7 @@
 //! the old primary follows for a while with the old engine, so that one can go back; in the end its
 //! process is exchanged, too. Most of it is convergence: the record says which engine a member should
 //! run, its agent sees to it. Where nodes are moved, new ones join instead, and the old ones leave in the
-//! end ([`moves`]).
+//! end (`moves`).
 //!
 //! **Invariants.** The primary's process is never exchanged, nor that of a member in sync. One node of
 //! a shard is exchanged at a time, and as many others as durability asks for are in sync then. The way
