@@ -202,15 +202,17 @@ async fn a_switchover_fails_no_durable_write() {
     let world = World::start(&[("durability_timeout_ms", "4000")]).await;
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = tokio::task::JoinSet::new();
+    let count = Arc::new(AtomicUsize::new(0));
     for id in 0..4 {
         writers.spawn(write_until(
             world.proxy.address,
             id,
             Arc::clone(&stop),
-            Arc::default(),
+            Arc::clone(&count),
         ));
     }
-    tokio::time::sleep(Duration::from_millis(50)).await; // writes before
+    let several = || (count.load(Ordering::Relaxed) > 8).then_some(());
+    support::wait_for("writes before the switchover", several).await;
     let hold = pb::Hold {
         task_id: "t".to_owned(),
         target_address: world.replica.address.to_string(),

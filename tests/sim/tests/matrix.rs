@@ -68,7 +68,7 @@ const EXCEPTIONS: &[Exception] = &[
         2100,
         STOPPED,
     ),
-    except(Kind::Switchover, Role::Leader, Fault::Lose, 1500, BROKEN),
+    except(Kind::Switchover, Role::Leader, Fault::Lose, 2000, BROKEN),
     except(Kind::Switchover, Role::Follower, Fault::Stall, 3300, STREAM),
     except(Kind::Switchover, Role::Follower, Fault::Lose, 2000, BROKEN),
     except(Kind::Switchover, Role::Follower, Fault::Delay, 1200, LATE),
