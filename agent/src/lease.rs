@@ -25,7 +25,6 @@ use slotmesh_proto::{
     },
     store::v1::NodeRole,
 };
-
 use tokio::{sync::watch, time::timeout};
 
 use self::promises::Promises;

@@ -1,4 +1,4 @@
-//! The agent's end: starts the fencer when there is something to guard, and keeps it informed.
+//! The agent's end: starts the fencer before there is something to guard, and keeps it informed.
 //!
 //! Invariant: it never waits; a message that can't be sent is sent again at the next look. A host whose nodes may become
 //! primaries has a fencer before they do.

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use slotmesh_topology::{FenceProof, HostId, Member, Mode, NodeId, NodeRole, Shard};
+use slotmesh_topology::{FenceProof, HostId, Member, Mode, NodeId, NodeRole, Older, Shard};
 
 use crate::{
     observe::{Fleet, NodeView, ProcessState},
@@ -353,6 +353,19 @@ pub fn can_fail_over(shard: &Shard, scene: Scene<'_>) -> bool {
 pub fn is_sound(shard: &Shard, member: &Member, seen: &NodeView) -> bool {
     let older = shard.older(&member.node);
     older.is_none_or(|older| older.is_sound(&seen.run_id, seen.unexpected_errors))
+}
+
+/// The member as one whose engine may refuse what its primary says from now on, with what it has refused
+/// until now.
+#[must_use]
+pub fn older(member: &Member, scene: Scene<'_>) -> Older {
+    let refused = alive(member, scene).and_then(|n| n.unexpected_errors);
+    Older {
+        node: member.node.clone(),
+        // Of one that does not say what it has refused before nobody will know what it refuses.
+        run_id: refused.map_or_else(String::new, |_| member.run_id.clone()),
+        refused: refused.unwrap_or_default(),
+    }
 }
 
 /// The member as it is seen, if it is the recorded process and can be asked to do something.

@@ -3,7 +3,7 @@
 //!
 //! Invariant: record and phase change together, so that a successor finds them in step.
 
-use slotmesh_topology::{Lineage, Older, Shard, ShardId, TaskId, TransitionError};
+use slotmesh_topology::{Lineage, Shard, ShardId, TaskId, TransitionError};
 
 use super::{Decision, TRY_MS_MAX, View, is_parked};
 use crate::{
@@ -157,14 +157,7 @@ fn promoted(
         if next.older(&member.node).is_some() {
             continue;
         }
-        let seen = detect::alive(member, view.scene);
-        let refused = seen.and_then(|n| n.unexpected_errors);
-        next = next.is_older(Older {
-            node: member.node.clone(),
-            // Of one that does not say what it has refused before nobody will know what it refuses.
-            run_id: refused.map_or_else(String::new, |_| member.run_id.clone()),
-            refused: refused.unwrap_or_default(),
-        })?;
+        next = next.is_older(detect::older(member, view.scene))?;
     }
     Ok(next)
 }

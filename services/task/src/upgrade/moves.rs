@@ -9,7 +9,7 @@
 //! while an old one is the primary. Whoever leaves is a member until its right to follow is gone and,
 //! with durability, until those that stay have what may have been confirmed with its help.
 
-use slotmesh_topology::{HostId, Member, NodeId, Older, Shard, TransitionError};
+use slotmesh_topology::{HostId, Member, NodeId, Shard, TransitionError};
 
 use super::{
     Decision, Drain, Lock, View, Write,
@@ -214,14 +214,7 @@ pub(super) fn note_older(view: &View<'_>, mut told: Shard) -> Result<Shard, Tran
         return Ok(told);
     }
     for member in followers(view).filter(|m| view.is_old(&m.node)) {
-        let seen = detect::alive(member, view.scene);
-        let refused = seen.and_then(|n| n.unexpected_errors);
-        told = told.is_older(Older {
-            node: member.node.clone(),
-            // Of one that does not say what it has refused before nobody will know what it refuses.
-            run_id: refused.map_or_else(String::new, |_| member.run_id.clone()),
-            refused: refused.unwrap_or_default(),
-        })?;
+        told = told.is_older(detect::older(member, view.scene))?;
     }
     Ok(told)
 }
