@@ -1,7 +1,7 @@
 //! What tests of upgrades of engines share: meshes at a version, listed engines, the task, and what
 //! every node runs in the end.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use anyhow::{Context, ensure};
 use slotmesh_harness::{Mesh, MeshOptions, engines, wait_until};
@@ -10,6 +10,7 @@ use slotmesh_proto::{
     store::v1::{NodeRole, TaskState},
     task::v1::Task,
 };
+use tempfile::TempDir;
 
 use crate::{connect, ctl, json};
 
@@ -33,6 +34,26 @@ pub async fn list(
     let output = ctl(mesh, &words).await?;
     ensure!(output.status.success(), "{output:?}");
     Ok(format!("{product}-{version}"))
+}
+
+/// Lists a Redis that says its version and does not run; its program lives as long as what is returned.
+///
+/// # Errors
+/// When it can't be written or listed.
+pub async fn list_broken(mesh: &Mesh, version: &str) -> anyhow::Result<TempDir> {
+    let own = tempfile::tempdir()?;
+    let program = own.path().join("program");
+    let says = format!("Redis server v={version} sha=00000000:0 malloc=libc bits=64");
+    let text = format!(
+        "#!/bin/sh\nif [ \"$1\" = --version ]; then echo '{says}'; exit; fi\n\
+         echo 'Illegal instruction' >&2\nexit 132\n"
+    );
+    fs::write(&program, text)?;
+    let file = program.display().to_string();
+    let words = ["artifact", "add", "redis", version, "--file", &file];
+    let output = ctl(mesh, &words).await?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(own)
 }
 
 /// The nodes as the API shows them.

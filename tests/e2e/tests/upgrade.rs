@@ -3,14 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
-
 use slotmesh_e2e::{
     ctl,
     load::{LONGEST_WAIT, Load},
     roles,
     upgrades::{
-        LIMIT, bake, begin, fill, in_sync, is_done, list, mesh_of, nodes, runs, say, until, version,
+        LIMIT, bake, begin, fill, in_sync, is_done, list, list_broken, mesh_of, nodes, runs, say,
+        until, version,
     },
 };
 use slotmesh_harness::{signals, wait_until};
@@ -160,19 +159,7 @@ async fn an_engine_that_fails_its_trial_touches_nothing() {
     let (mesh, count) = mesh_of("standard", 1, "redis-7.0").await.unwrap();
     fill(&mesh).await.unwrap();
     let copies = mesh.full_copies();
-    // It says what it is, and does not run.
-    let own = tempfile::tempdir().unwrap();
-    let program = own.path().join("program");
-    let version = "Redis server v=8.2.3 sha=00000000:0 malloc=libc bits=64";
-    let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = --version ]; then echo '{version}'; exit; fi\n\
-         echo 'Illegal instruction' >&2\nexit 132\n"
-    );
-    fs::write(&program, text).unwrap();
-    let file = program.display().to_string();
-    let words = ["artifact", "add", "redis", "8.2.3", "--file", &file];
-    let output = ctl(&mesh, &words).await.unwrap();
-    assert!(output.status.success(), "{output:?}");
+    let _program = list_broken(&mesh, "8.2.3").await.unwrap();
     let before: Vec<_> = nodes(&mesh)
         .await
         .unwrap()

@@ -9,7 +9,8 @@ use slotmesh_e2e::{
     connect, ctl,
     load::{LONGEST_WAIT, Load},
     upgrades::{
-        LIMIT, bake, begin, fill, in_sync, is_done, list, mesh_with, nodes, say, until, version,
+        LIMIT, bake, begin, fill, in_sync, is_done, list, list_broken, mesh_with, nodes, say,
+        until, version,
     },
 };
 use slotmesh_harness::{Mesh, MeshOptions, programs, signals, wait_until};
@@ -221,21 +222,7 @@ async fn nobody_notices_a_controller_that_dies_while_an_only_node_is_replaced() 
 #[tokio::test]
 async fn an_engine_that_does_not_start_leaves_the_only_node_as_it_is() {
     let (mesh, before) = mesh("standard", 1, 0).await;
-    // It says what it is, and does not run.
-    let own = tempfile::tempdir().unwrap();
-    let program = own.path().join("program");
-    let says = "Redis server v=8.2.4 sha=00000000:0 malloc=libc bits=64";
-    let text = format!(
-        "#!/bin/sh\nif [ \"$1\" = --version ]; then echo '{says}'; exit; fi\n\
-         echo 'Illegal instruction' >&2\nexit 132\n"
-    );
-    fs::write(&program, text).unwrap();
-    let file = program.display().to_string();
-    let output = ctl(
-        &mesh,
-        &["artifact", "add", "redis", "8.2.4", "--file", &file],
-    );
-    assert!(output.await.unwrap().status.success());
+    let _program = list_broken(&mesh, "8.2.4").await.unwrap();
     let task = begin(&mesh, "redis-8.2.4", bake(0)).await.unwrap();
     let failed = |t: &Task| t.state() == TaskState::RolledBack;
     let task = until(&mesh, &task, "the upgrade to be given up", failed);
