@@ -117,6 +117,7 @@ impl App {
             lost_dir,
             proxies_dir,
             proxy_binary: settings.proxy_binary.clone(),
+            proxy_tls: settings.proxy_tls.clone(),
             engines: engines.with_catalogue(catalogue.clone()),
             catalogue,
             journal,

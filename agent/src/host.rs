@@ -11,6 +11,7 @@ use crate::{
     lease::Lease,
     metrics::Metrics,
     reports::Reports,
+    settings::ProxyTls,
 };
 
 /// One machine, as its agent sees it.
@@ -23,6 +24,8 @@ pub struct Host {
     pub lost_dir: PathBuf,
     pub proxies_dir: PathBuf,
     pub proxy_binary: PathBuf,
+    /// How its proxies speak TLS.
+    pub proxy_tls: Option<ProxyTls>,
     pub engines: Engines,
     /// Programs of the mesh that are here.
     pub catalogue: Arc<Catalogue>,

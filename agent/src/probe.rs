@@ -223,6 +223,15 @@ impl Info {
         (done.min(total), total)
     }
 
+    /// Of `INFO commandstats`: each command's name, calls and microseconds since the start.
+    pub fn costs(&self) -> impl Iterator<Item = (&str, u64, u64)> {
+        self.fields.iter().filter_map(|(key, value)| {
+            let name = key.strip_prefix("cmdstat_")?;
+            let number = |what| field(value, what)?.parse().ok();
+            Some((name, number("calls")?, number("usec")?))
+        })
+    }
+
     /// The only database that has keys; `None`: there are several, or none.
     pub fn only_database(&self) -> Option<u32> {
         let mut databases = self.fields.keys().filter_map(|key| {

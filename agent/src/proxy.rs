@@ -405,17 +405,31 @@ impl Worker {
             return false;
         }
         let since = *self.alone.get_or_insert_with(Instant::now);
-        let soon = since.elapsed() < SPARE_LIMIT;
-        if !soon {
-            for other in others {
-                tracing::warn!(proxy = %self.proxy_id, pid = other.pid, "a spare proxy did not serve");
-                other.signal(Signal::KILL);
-            }
-            self.runs.spares.clear();
-            self.runs.attempt = None;
-            self.alone = None;
+        if since.elapsed() < SPARE_LIMIT {
+            return true;
         }
-        soon
+        self.alone = None;
+        let proxy = &self.proxy_id;
+        let has_clients = |other: &&Process| {
+            let told = self.dir.take_over(**other);
+            told.is_some_and(|told| told.has_clients())
+        };
+        if let Some(heir) = others.iter().find(has_clients) {
+            let pid = heir.pid;
+            tracing::error!(
+                proxy,
+                pid,
+                "a process has clients, and its proxy.json does not say so: is the disk full?"
+            );
+            return true;
+        }
+        for other in others {
+            tracing::warn!(proxy, pid = other.pid, "a spare proxy did not serve");
+            other.signal(Signal::KILL);
+        }
+        self.runs.spares.clear();
+        self.runs.attempt = None;
+        false
     }
 
     fn end_overdue(&mut self) {

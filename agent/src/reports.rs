@@ -111,6 +111,7 @@ fn gist(report: &NodeReport) -> NodeReport {
         used_memory: 0,
         keys: 0,
         replica_lag_bytes: 0,
+        served: Vec::new(),
         link_silent_s: if report.link_silent_s < LINK_SILENT_S {
             0
         } else {

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -51,6 +51,18 @@ pub struct Flags {
     /// The proxy's binary [default: slotmesh-proxy beside this one].
     #[arg(long, env = "SLOTMESH_AGENT_PROXY_BINARY")]
     pub proxy_binary: Option<PathBuf>,
+    /// PEM file of the certificate that this host's proxies show to clients with TLS; it turns TLS on.
+    #[arg(long, env = "SLOTMESH_AGENT_PROXY_TLS_CERT")]
+    pub proxy_tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key.
+    #[arg(long, env = "SLOTMESH_AGENT_PROXY_TLS_KEY")]
+    pub proxy_tls_key: Option<PathBuf>,
+    /// Oldest version of TLS that proxies speak: 1.2 or 1.3 [default: 1.2].
+    #[arg(long, env = "SLOTMESH_AGENT_PROXY_TLS_MIN_VERSION")]
+    pub proxy_tls_min_version: Option<String>,
+    /// Proxies refuse clients without TLS.
+    #[arg(long, env = "SLOTMESH_AGENT_PROXY_TLS_REQUIRED")]
+    pub proxy_tls_required: bool,
     /// Failure domain of this host.
     #[arg(long, env = "SLOTMESH_AGENT_ZONE")]
     pub zone: Option<String>,
@@ -90,6 +102,10 @@ struct File {
     engine_default: Option<String>,
     engines: Option<BTreeMap<String, PathBuf>>,
     proxy_binary: Option<PathBuf>,
+    proxy_tls_cert: Option<PathBuf>,
+    proxy_tls_key: Option<PathBuf>,
+    proxy_tls_min_version: Option<String>,
+    proxy_tls_required: Option<bool>,
     zone: Option<String>,
     stop_all_on_exit: Option<bool>,
     drain: Option<bool>,
@@ -106,12 +122,77 @@ pub struct Settings {
     pub engine_default: String,
     pub engines: BTreeMap<String, PathBuf>,
     pub proxy_binary: PathBuf,
+    /// How proxies speak TLS; `None`: they do not.
+    pub proxy_tls: Option<ProxyTls>,
     pub zone: String,
     pub stop_all_on_exit: bool,
     /// How long the primaries are moved away before the agent ends; `None`: they are not.
     pub drain: Option<Duration>,
     /// This program, as the fencer; `None`: there is none.
     pub fencer_binary: Option<PathBuf>,
+}
+
+/// What proxies are told of TLS. They read the files: a proxy that cannot is refused by itself, and the
+/// one that serves goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyTls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// 1.2 or 1.3.
+    pub min_version: String,
+    pub required: bool,
+}
+
+impl ProxyTls {
+    fn resolve(flags: &Flags, file: &File) -> Result<Option<Self>, UsageError> {
+        let invalid = |flag, why: &str| UsageError::Invalid {
+            flag,
+            why: why.to_owned(),
+        };
+        let first = |one: &Option<PathBuf>, other: &Option<PathBuf>| {
+            one.as_ref().or(other.as_ref()).cloned()
+        };
+        let cert = first(&flags.proxy_tls_cert, &file.proxy_tls_cert);
+        let key = first(&flags.proxy_tls_key, &file.proxy_tls_key);
+        let min_version = flags.proxy_tls_min_version.as_ref();
+        let min_version = min_version.or(file.proxy_tls_min_version.as_ref());
+        let min_version = min_version.cloned().unwrap_or_else(|| "1.2".to_owned());
+        if !["1.2", "1.3"].contains(&min_version.as_str()) {
+            return Err(invalid("--proxy-tls-min-version", "1.2 or 1.3"));
+        }
+        let required = flags.proxy_tls_required || file.proxy_tls_required.unwrap_or(false);
+        match (cert, key) {
+            (Some(cert), Some(key)) => Ok(Some(Self {
+                cert: absolute(&cert, "--proxy-tls-cert")?,
+                key: absolute(&key, "--proxy-tls-key")?,
+                min_version,
+                required,
+            })),
+            (None, None) if required => Err(invalid(
+                "--proxy-tls-required",
+                "it needs --proxy-tls-cert and --proxy-tls-key",
+            )),
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(invalid("--proxy-tls-cert", "it needs --proxy-tls-key")),
+            (None, Some(_)) => Err(invalid("--proxy-tls-key", "it needs --proxy-tls-cert")),
+        }
+    }
+}
+
+/// A file of this host, wherever a process runs. Links in it stay: whoever renews a certificate may point
+/// them at another file. Only proxies need what is in it, so they say what is wrong with it.
+fn absolute(path: &Path, flag: &'static str) -> Result<PathBuf, UsageError> {
+    let whole = std::path::absolute(path).map_err(|error| UsageError::Invalid {
+        flag,
+        why: format!("{}: {error}", path.display()),
+    })?;
+    if let Err(error) = whole.metadata() {
+        tracing::warn!(
+            flag, path = %whole.display(), %error,
+            "proxies of this host can't start before this file can be read"
+        );
+    }
+    Ok(whole)
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +208,7 @@ pub enum UsageError {
 impl Settings {
     pub fn resolve(flags: Flags) -> Result<Self, UsageError> {
         let file: File = load(flags.config.as_deref())?;
+        let proxy_tls = ProxyTls::resolve(&flags, &file)?;
         let missing = |flag| UsageError::Missing { flag };
         let host_id = flags.host_id.or(file.host_id).ok_or(missing("--host-id"))?;
         if !crate::host::is_id(&host_id) {
@@ -187,6 +269,7 @@ impl Settings {
                 .proxy_binary
                 .or(file.proxy_binary)
                 .unwrap_or_else(beside_us),
+            proxy_tls,
             zone: flags.zone.or(file.zone).unwrap_or_default(),
             stop_all_on_exit: flags.stop_all_on_exit || file.stop_all_on_exit.unwrap_or(false),
             drain: match flags.drain || file.drain.unwrap_or(false) {
@@ -249,6 +332,42 @@ mod tests {
                 .unwrap_err()
                 .contains("--host-id")
         );
+    }
+
+    #[test]
+    fn proxies_are_told_of_tls_what_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let [cert, key] = ["cert", "key"].map(|name| dir.path().join(name));
+        std::fs::write(&cert, "").unwrap();
+        std::fs::write(&key, "").unwrap();
+        let [cert, key] = [&cert, &key].map(|path| path.to_str().unwrap());
+        let with = |extra: &[&str]| resolve(&[&MINIMUM, extra].concat());
+        let both = ["--proxy-tls-cert", cert, "--proxy-tls-key", key];
+        let tls = with(&both).unwrap().proxy_tls.unwrap();
+        assert_eq!((tls.min_version.as_str(), tls.required), ("1.2", false));
+        assert_eq!(with(&[]).unwrap().proxy_tls, None);
+        assert!(with(&both[..2]).unwrap_err().contains("--proxy-tls-key"));
+        assert!(with(&both[2..]).unwrap_err().contains("--proxy-tls-cert"));
+        let empty = with(&["--proxy-tls-cert", "", "--proxy-tls-key", key]);
+        assert!(empty.unwrap_err().contains("--proxy-tls-cert"));
+        assert!(with(&["--proxy-tls-required"]).is_err());
+        let old = with(&[&both[..], &["--proxy-tls-min-version", "1.1"]].concat());
+        assert!(old.unwrap_err().contains("1.2 or 1.3"));
+    }
+
+    #[test]
+    fn a_proxys_certificate_may_be_a_link_and_need_not_be_there_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let [link, missing] = ["link", "missing"].map(|name| dir.path().join(name));
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let [cert, key] = [&link, &missing].map(|path| path.to_str().unwrap());
+        let both = ["--proxy-tls-cert", cert, "--proxy-tls-key", key];
+        let tls = resolve(&[&MINIMUM[..], &both].concat());
+        let tls = tls.unwrap().proxy_tls.unwrap();
+        assert_eq!((tls.cert, tls.key), (link, missing));
+        let both = ["--proxy-tls-cert", "here", "--proxy-tls-key", "here"];
+        let tls = resolve(&[&MINIMUM[..], &both].concat());
+        assert!(tls.unwrap().proxy_tls.unwrap().cert.is_absolute());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The contract between slotmesh processes: the code generated from `slotmesh/<noun>/v1/*.proto`.
 //!
-//! Nothing else lives here. What a field means is said in the `.proto` file; how it maps to the
+//! Nothing else lives here, but how messages with keys are shown and
+//! dropped. What a field means is said in the `.proto` file; how it maps to the
 //! model is in the `wire` module of the crate that owns the model.
 #![allow(missing_debug_implementations, unreachable_pub)]
 #![allow(clippy::all, clippy::pedantic)]
@@ -25,6 +26,8 @@ macro_rules! package {
         }
     };
 }
+
+mod redacted;
 
 package!(
     agent,

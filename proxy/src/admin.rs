@@ -70,9 +70,14 @@ async fn render(State(admin): State<Admin>) -> Result<String, (StatusCode, Strin
     admin.metrics.render().map_err(failed)
 }
 
-/// Ready once every slot has a shard.
+/// Ready once every slot has a shard, until clients are to go elsewhere.
 async fn ready(State(admin): State<Admin>) -> (StatusCode, &'static str) {
-    if admin.observed.routing.load().is_complete() {
+    if admin.observed.handovers.leaving.load(Ordering::Relaxed) > 0 {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "its clients are to go elsewhere\n",
+        )
+    } else if admin.observed.routing.load().is_complete() {
         (StatusCode::OK, "ready\n")
     } else {
         (
@@ -86,7 +91,7 @@ async fn ready(State(admin): State<Admin>) -> (StatusCode, &'static str) {
 fn register(metrics: &Metrics, observed: &Observed) {
     type Read = fn(&Counters) -> u64;
     let meter = metrics.meter("slotmesh-proxy");
-    let counters: [(&str, &str, Read); 14] = [
+    let counters: [(&str, &str, Read); 17] = [
         ("commands", "Commands of clients", |c| c.commands),
         ("errors", "Error replies of any cause", |c| c.errors),
         (
@@ -140,6 +145,21 @@ fn register(metrics: &Metrics, observed: &Observed) {
             "subscriber_moves_forced",
             "Changes of a primary that messages could not follow to their end",
             |c| c.subscriber_moves_forced,
+        ),
+        (
+            "departures_told",
+            "Clients that asked for it and were told where to go",
+            |c| c.departures_told,
+        ),
+        (
+            "departed",
+            "Clients closed between two requests, to go elsewhere",
+            |c| c.departed,
+        ),
+        (
+            "departed_late",
+            "Clients closed because they had not gone elsewhere in time",
+            |c| c.departed_late,
         ),
     ];
     for (name, help, read) in counters {
@@ -219,7 +239,12 @@ fn register_handovers(metrics: &Metrics, counts: &Arc<Counts>) {
             .with_callback(move |seen| seen.observe(read(&counts).load(Ordering::Relaxed), &[]))
             .build();
     }
-    let gauges: [(&str, &str, Read); 2] = [
+    let gauges: [(&str, &str, Read); 3] = [
+        (
+            "leaving",
+            "1: clients are to go elsewhere, and no more are accepted",
+            |c| &c.leaving,
+        ),
         (
             "handover_left_clients",
             "Clients that could not be handed over yet",

@@ -26,6 +26,7 @@ use crate::routing::Routing;
 use crate::saved::SavedError;
 use crate::settings::Settings;
 use crate::switchboard::Switchboard;
+use crate::tls::{Port, TlsError};
 use crate::topology::Topology;
 use crate::watch::{Freshness, Watch, Who, keep_saved};
 use crate::worker::{self, Notice, Question, Shared, WorkerHandle};
@@ -52,6 +53,8 @@ pub enum StartError {
     Worker(#[from] worker::StartError),
     #[error("take over from another process")]
     TakeOver(#[from] TakeError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the other process listens at {0:?}, which is no address")]
     Address(String),
 }
@@ -102,6 +105,12 @@ impl App {
         if settings.take_over.is_some() {
             report.begin();
         }
+        let tls = settings.tls.as_ref().map(Port::load).transpose();
+        let tls = tls.inspect_err(|error| {
+            if settings.take_over.is_some() {
+                report.give_up("", error.to_string());
+            }
+        })?;
         let door = Door::open(&settings.data).map_err(data_error)?;
         let entrance = match enter(&settings, &door).await {
             Ok(entrance) => entrance,
@@ -180,11 +189,15 @@ impl App {
             stance,
             counts: Arc::default(),
             stop: CancellationToken::new(),
+            tls: tls.clone(),
             door: door.path().to_owned(),
             successor: Mutex::default(),
             wants_back: AtomicBool::new(false),
             talks: AtomicU64::new(0),
             turn: Mutex::default(),
+            leaving: Mutex::default(),
+            leave_orders: AtomicU64::new(0),
+            sends_rest: AtomicBool::new(false),
             runtime: tokio::runtime::Handle::current(),
         });
         let mut watch = Watch {
@@ -203,6 +216,7 @@ impl App {
             freshness: Arc::clone(&freshness),
             topology: Topology::default(),
             stance: office.stance.subscribe(),
+            office: Arc::clone(&office),
             to_save: tokio::sync::watch::Sender::new(None),
         };
         watch.start_from_disk().await?;
@@ -221,6 +235,7 @@ impl App {
                 routing: Arc::clone(&shared.routing),
                 rejected: Arc::clone(&rejected),
                 next_id: Arc::clone(&office.next_id),
+                tls,
             },
             door,
             take_over: settings.take_over,

@@ -19,6 +19,7 @@ mod cluster;
 mod computed;
 mod config;
 mod confined;
+pub mod departing;
 mod dispatch;
 mod durable;
 mod extra;
@@ -38,6 +39,7 @@ pub mod lanes;
 pub mod line;
 mod local;
 mod login;
+mod maintenance;
 mod monitor;
 mod monitor_line;
 mod multi;
@@ -97,6 +99,7 @@ use slotmesh_command::Release;
 use slotmesh_resp::Args;
 
 use self::client::{ClientState, Pause};
+use self::departing::Departing;
 use self::gather::Gathers;
 use self::health::Health;
 use self::job::Jobs;
@@ -141,6 +144,12 @@ pub struct Counters {
     pub subscriber_lines_lost: u64,
     /// Changes of a primary in which the old one's messages could not be followed to their end.
     pub subscriber_moves_forced: u64,
+    /// Clients that were told where to go.
+    pub departures_told: u64,
+    /// Clients that were closed between two requests, to go elsewhere.
+    pub departed: u64,
+    /// Clients that were closed because they had not left in time.
+    pub departed_late: u64,
 }
 
 /// Facts of the process that replies mention.
@@ -185,6 +194,7 @@ pub struct Core {
     acl_log: Arc<Mutex<AclLog>>,
     /// When to look for idle clients again.
     idle_at_us: u64,
+    departing: Option<Box<Departing>>,
     table: Arc<RoutingTable>,
     /// A table was put in force. Before that nobody can say who may do what.
     ready: bool,
@@ -228,6 +238,7 @@ impl Core {
             durable: false,
             acl_log: Arc::default(),
             idle_at_us: 0,
+            departing: None,
             table: Arc::default(),
             ready: false,
             held_sum,
@@ -249,6 +260,12 @@ impl Core {
     pub fn set_now(&mut self, now_us: u64, now_unix_us: u64) {
         self.now_us = now_us.max(1);
         self.now_unix_us = now_unix_us;
+    }
+
+    /// The time of this turn, since some start.
+    #[must_use]
+    pub fn now_us(&self) -> u64 {
+        self.now_us
     }
 
     /// Puts a routing table in force.
@@ -315,6 +332,7 @@ impl Core {
         self.restore_topics(slot);
         self.restore_sources(slot);
         self.restore_tracking(slot);
+        self.depart_newcomer(slot);
         slot
     }
 
@@ -446,9 +464,10 @@ impl Core {
         let private = self.private_on_time();
         let paused = self.pause_on_time();
         let idle = self.close_idle();
+        let departing = self.depart_on_time();
         self.out.unsteady = false;
         [
-            next, busy, lines, pubsub, monitors, tracking, private, paused, idle,
+            next, busy, lines, pubsub, monitors, tracking, private, paused, idle, departing,
         ]
         .into_iter()
         .flatten()

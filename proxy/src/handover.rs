@@ -13,6 +13,7 @@
 //! | `taker` | takes over, after a trial |
 //! | `listening` | both, for clients that listen to channels |
 //! | `spare` | what has given everything stands by, and serves again |
+//! | `leaving` | clients that are to go elsewhere, and those that cannot be told |
 //! | `told` | how a client's connections to nodes are told |
 //! | `report` | what whoever started a process that takes over can read |
 //! | `scribe` | writes it, and who serves, beside the conversation |
@@ -20,6 +21,7 @@
 
 mod door;
 mod giver;
+mod leaving;
 mod listening;
 mod prepare;
 mod report;
@@ -43,9 +45,11 @@ use crate::core::call::PeerRequest;
 use crate::core::pubsub_count::Audience;
 use crate::routing::Routing;
 use crate::saved::{self, SavedError};
+use crate::tls::Port;
 use crate::worker::{Pass, WorkerHandle};
 
 pub(crate) use self::door::Door;
+pub(crate) use self::leaving::Leaving;
 pub(crate) use self::report::Report;
 pub use self::taker::TakeError;
 pub(crate) use self::taker::{inquire, relieve};
@@ -85,6 +89,8 @@ pub struct Counts {
     pub returned: AtomicU64,
     /// Clients that are still here while another process serves.
     pub left: AtomicU64,
+    /// 1: the clients are to go elsewhere, and no more are accepted.
+    pub leaving: AtomicU64,
     /// Conversations that ended before everything was given.
     pub failed: AtomicU64,
     /// For how long a client was stopped that went, at most, in microseconds; of the last hand-over.
@@ -123,6 +129,8 @@ pub(crate) struct Office {
     pub(crate) counts: Arc<Counts>,
     /// The process was told to stop, or has nothing left to do.
     pub(crate) stop: CancellationToken,
+    /// For clients that come before they have said whether they speak TLS.
+    pub(crate) tls: Option<Arc<Port>>,
     /// Where this process is asked to hand over.
     pub(crate) door: PathBuf,
     /// Where the process is asked that has relieved this one.
@@ -133,6 +141,12 @@ pub(crate) struct Office {
     pub(crate) talks: AtomicU64,
     /// One hand-over at a time.
     pub(crate) turn: Mutex<()>,
+    /// The clients are to go elsewhere.
+    pub(crate) leaving: Mutex<Option<Leaving>>,
+    /// Orders of that kind that were heard.
+    pub(crate) leave_orders: AtomicU64,
+    /// Those that could not be passed are to go.
+    pub(crate) sends_rest: AtomicBool,
     pub(crate) runtime: tokio::runtime::Handle,
 }
 
@@ -145,6 +159,7 @@ impl Office {
     /// is told by [`Office::announce_again`]: a disk may need longer than clients can wait.
     fn serve(&self, socket: Option<Arc<TcpListener>>) {
         self.announced.store(false, Ordering::Relaxed);
+        self.keep_rest();
         self.stance.send_modify(|stance| {
             stance.role = Role::Serving;
             if let Some(socket) = socket {

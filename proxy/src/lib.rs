@@ -16,6 +16,7 @@ pub mod routing;
 pub mod saved;
 pub mod settings;
 pub mod switchboard;
+pub mod tls;
 pub mod topology;
 pub mod watch;
 pub mod worker;

@@ -19,6 +19,7 @@ use crate::core::client::ClientState;
 use crate::core::passing_lines::Pins;
 use crate::handover::{Role, Stance};
 use crate::routing::Routing;
+use crate::tls::{Port, Tls};
 use crate::worker::{Accepted, WorkerHandle};
 
 /// Out of descriptors, or no worker takes a client: accepting again at once would only spin.
@@ -42,15 +43,24 @@ pub struct Listener {
     pub rejected: Arc<AtomicU64>,
     /// Id of the next client.
     pub next_id: Arc<AtomicU64>,
+    /// Clients may speak TLS.
+    pub(crate) tls: Option<Arc<Port>>,
 }
 
 impl Listener {
     /// Accepts until told to stop; then the socket is closed.
     pub async fn run(self, stop: CancellationToken) {
         let mut stance = self.stance.clone();
+        let mut open: Option<Arc<TcpListener>> = None;
         loop {
             let now = stance.borrow_and_update().clone();
+            if now.socket.is_none()
+                && let Some(socket) = open.take()
+            {
+                self.close(&socket).await;
+            }
             let socket = now.socket.filter(|_| now.role == Role::Serving);
+            open = socket.clone();
             let accepted = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
@@ -72,6 +82,25 @@ impl Listener {
                     sleep(PAUSE).await;
                 }
             }
+        }
+    }
+
+    /// No more clients come. Those whom the system has accepted are taken in, so that they are not reset;
+    /// whoever comes later is refused and tries another address at once, also if a spare has the socket.
+    async fn close(&self, socket: &TcpListener) {
+        /// As many as the system keeps at most.
+        const QUEUED_MAX: usize = 4096;
+        for _ in 0..QUEUED_MAX {
+            let Ok(Ok((client, _))) = timeout(Duration::ZERO, socket.accept()).await else {
+                break;
+            };
+            let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = self.place(client, id).await {
+                tracing::debug!(%error, "a client left before it was placed");
+            }
+        }
+        if let Err(error) = socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Read) {
+            tracing::warn!(%error, "the listening socket is closed and not shut down");
         }
     }
 
@@ -97,6 +126,7 @@ impl Listener {
             pins: Pins::default(),
             lines: Vec::new(),
             reserved: None,
+            tls: self.tls.as_ref().map(Tls::unsaid),
         };
         self.clients.fetch_add(1, Ordering::Relaxed);
         loop {

@@ -26,6 +26,9 @@ pub struct Published {
     closed_subscribers: AtomicU64,
     subscriber_lines_lost: AtomicU64,
     subscriber_moves_forced: AtomicU64,
+    departures_told: AtomicU64,
+    departed: AtomicU64,
+    departed_late: AtomicU64,
 }
 
 impl Published {
@@ -54,6 +57,14 @@ impl Published {
         self.subscriber_moves_forced.store(forced, Relaxed);
     }
 
+    /// As [`Published::store`], of a worker whose clients are to go: others need not pay for it.
+    pub fn store_departures(&self, counters: &Counters) {
+        self.departures_told
+            .store(counters.departures_told, Relaxed);
+        self.departed.store(counters.departed, Relaxed);
+        self.departed_late.store(counters.departed_late, Relaxed);
+    }
+
     /// Clients of this worker.
     pub fn clients(&self) -> u64 {
         self.clients.load(Relaxed)
@@ -77,6 +88,9 @@ impl Published {
             closed_subscribers: self.closed_subscribers.load(Relaxed),
             subscriber_lines_lost: self.subscriber_lines_lost.load(Relaxed),
             subscriber_moves_forced: self.subscriber_moves_forced.load(Relaxed),
+            departures_told: self.departures_told.load(Relaxed),
+            departed: self.departed.load(Relaxed),
+            departed_late: self.departed_late.load(Relaxed),
         }
     }
 }

@@ -7,6 +7,8 @@ use clap::Parser;
 use serde::Deserialize;
 use slotmesh_runtime::settings::SettingsError;
 
+use crate::tls::{MinVersion, TlsFiles};
+
 /// Default of `max_clients`, as Redis's `maxclients`.
 const MAX_CLIENTS: usize = 10_000;
 
@@ -55,6 +57,19 @@ pub struct Given {
     /// Most clients at a time.
     #[arg(long, env = "SLOTMESH_PROXY_MAX_CLIENTS")]
     max_clients: Option<usize>,
+    /// PEM file of the certificate that clients with TLS are shown, with those between it and the root;
+    /// it turns TLS on, at the same port.
+    #[arg(long, env = "SLOTMESH_PROXY_TLS_CERT")]
+    tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key.
+    #[arg(long, env = "SLOTMESH_PROXY_TLS_KEY")]
+    tls_key: Option<PathBuf>,
+    /// Oldest version of TLS that is spoken: 1.2 or 1.3 [default: 1.2].
+    #[arg(long, env = "SLOTMESH_PROXY_TLS_MIN_VERSION")]
+    tls_min_version: Option<String>,
+    /// Refuses clients without TLS.
+    #[arg(long, env = "SLOTMESH_PROXY_TLS_REQUIRED", num_args = 0..=1, default_missing_value = "true")]
+    tls_required: Option<bool>,
     /// Socket of the process whose listener and clients it takes over ("handover" in its proxy.json).
     #[arg(long, env = "SLOTMESH_PROXY_TAKE_OVER")]
     take_over: Option<PathBuf>,
@@ -74,6 +89,8 @@ pub struct Settings {
     pub data: PathBuf,
     pub max_clients: usize,
     pub take_over: Option<PathBuf>,
+    /// `None`: clients do not speak TLS.
+    pub tls: Option<TlsFiles>,
 }
 
 /// Why the settings cannot be used.
@@ -85,6 +102,10 @@ pub enum Invalid {
     Missing(&'static str),
     #[error("--workers must be from 1 to {WORKERS_MAX}")]
     Workers,
+    #[error("{0} needs both --tls-cert and --tls-key; name the two files, or leave it out")]
+    Tls(&'static str),
+    #[error("--tls-min-version must be 1.2 or 1.3, not {0:?}")]
+    TlsVersion(String),
 }
 
 /// More threads than any machine's cores are a typing error.
@@ -107,6 +128,7 @@ impl Settings {
         if workers == 0 || workers > WORKERS_MAX {
             return Err(Invalid::Workers);
         }
+        let tls = tls_files(&over, &under)?;
         Ok(Self {
             proxy_id: over
                 .proxy_id
@@ -128,7 +150,37 @@ impl Settings {
                 .or(under.max_clients)
                 .unwrap_or(MAX_CLIENTS),
             take_over: over.take_over.or(under.take_over),
+            tls,
         })
+    }
+}
+
+fn tls_files(over: &Given, under: &Given) -> Result<Option<TlsFiles>, Invalid> {
+    let first = |one: &Option<PathBuf>, other: &Option<PathBuf>| {
+        let given = one.clone().or_else(|| other.clone());
+        given.filter(|path| !path.as_os_str().is_empty())
+    };
+    let cert = first(&over.tls_cert, &under.tls_cert);
+    let key = first(&over.tls_key, &under.tls_key);
+    let min_version = over.tls_min_version.as_ref();
+    let min_version = min_version.or(under.tls_min_version.as_ref());
+    let min_version = match min_version.map(String::as_str) {
+        None | Some("1.2") => MinVersion::Tls12,
+        Some("1.3") => MinVersion::Tls13,
+        Some(other) => return Err(Invalid::TlsVersion(other.to_owned())),
+    };
+    let required = over.tls_required.or(under.tls_required).unwrap_or(false);
+    match (cert, key) {
+        (Some(cert), Some(key)) => Ok(Some(TlsFiles {
+            cert,
+            key,
+            min_version,
+            required,
+        })),
+        (None, None) if required => Err(Invalid::Tls("--tls-required")),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(Invalid::Tls("--tls-cert")),
+        (None, Some(_)) => Err(Invalid::Tls("--tls-key")),
     }
 }
 
@@ -159,5 +211,30 @@ mod tests {
     fn what_must_be_given_is_asked_for() {
         let error = load(&["--proxy-id", "p", "--instance", "i"]).unwrap_err();
         assert_eq!(error.to_string(), "--data must be given");
+    }
+
+    #[test]
+    fn tls_is_whole_or_refused() {
+        let with = |extra: &[&str]| {
+            let own = ["--proxy-id", "p", "--instance", "i", "--data", "/x"];
+            load(&[&own, extra].concat())
+        };
+        let both = ["--tls-cert", "c", "--tls-key", "k"];
+        let tls = with(&[&both[..], &["--tls-required", "--tls-min-version", "1.3"]].concat());
+        let tls = tls.unwrap().tls.unwrap();
+        assert_eq!((tls.min_version, tls.required), (MinVersion::Tls13, true));
+        let tls = with(&[&both[..], &["--tls-required", "false"]].concat());
+        assert!(!tls.unwrap().tls.unwrap().required);
+        assert_eq!(with(&[]).unwrap().tls, None);
+        let refused: [&[&str]; 4] = [
+            &both[..2],
+            &both[2..],
+            &["--tls-required"],
+            &["--tls-min-version", "1.1"],
+        ];
+        for flags in refused {
+            let error = with(flags).unwrap_err().to_string();
+            assert!(error.contains("--tls-"), "{error}");
+        }
     }
 }

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
 use crate::controllers::Controllers;
-use crate::handover::{Role, Stance};
+use crate::handover::{Office, Role, Stance};
 use crate::progress::Progress;
 use crate::routing::Routing;
 use crate::saved;
@@ -75,6 +75,7 @@ pub struct Watch {
     pub topology: Topology,
     /// Whether this process serves, or is about to, or did.
     pub(crate) stance: watch::Receiver<Stance>,
+    pub(crate) office: Arc<Office>,
     /// The newest topology, for [`keep_saved`].
     pub to_save: watch::Sender<Option<pb::Snapshot>>,
 }
@@ -271,6 +272,13 @@ impl Watch {
         let nonce = message.nonce;
         let next = match message.message? {
             Heard::Heartbeat(_) => return None,
+            Heard::Leave(order) => {
+                let office = Arc::clone(&self.office);
+                // Threads may come to it in another order.
+                let number = office.number_leave();
+                tokio::task::spawn_blocking(move || office.leave(&order, number));
+                return None;
+            }
             Heard::Snapshot(snapshot) => self.topology.with_snapshot(snapshot),
             Heard::Delta(delta) => self.topology.with_delta(delta),
         };

@@ -9,6 +9,7 @@
 //! next owner loses its events.
 
 mod clients;
+mod departing;
 mod handle;
 mod nodes;
 mod passing;
@@ -34,11 +35,13 @@ use crate::core::scripts::ScriptCache;
 use crate::core::{Core, Counters, Identity};
 use crate::metrics::Published;
 use crate::routing::{Routing, ShardNo};
+use crate::tls::Tls;
 
 use self::clients::Clients;
 use self::nodes::Nodes;
 use self::passing::Passing;
 
+pub(crate) use self::departing::SendOff;
 pub(crate) use self::passing::{Collect, Collected, Parcel, Pass};
 pub(crate) use self::passing_topics::{Cutting, Reserve};
 
@@ -71,6 +74,8 @@ pub struct Accepted {
     pub lines: Vec<std::net::TcpStream>,
     /// The slot and generation at which it was listened for it before it came.
     pub reserved: Option<(u32, u32)>,
+    /// What it has of TLS, if it has, or may have.
+    pub(crate) tls: Option<Box<Tls>>,
 }
 
 /// What others want of a worker.
@@ -296,12 +301,16 @@ impl Worker {
         if self.core.out.unsteady || due {
             self.next_due_us = self.core.on_time();
         }
+        self.clients.end_greetings(&mut self.core);
         self.core.resume_stalled();
         self.send_calls();
         self.clients.resume(&mut self.core);
         self.nodes.obey(&mut self.core, self.poll.registry());
         self.nodes.send(&mut self.core);
         self.clients.send(&mut self.core);
+        if self.core.is_departing() {
+            self.part();
+        }
         if self.passing.is_some() {
             self.pass_on();
         }
@@ -318,9 +327,9 @@ impl Worker {
         if self.clients.has_ready(&self.core) || self.nodes.has_ready() || self.core.out.unsteady {
             return Some(Duration::ZERO);
         }
-        let due = self
-            .next_due_us
-            .map(|at| Duration::from_micros(at.saturating_sub(self.now_us())));
+        let due = [self.next_due_us, self.clients.greeting_due_us()];
+        let due = due.into_iter().flatten().min();
+        let due = due.map(|at| Duration::from_micros(at.saturating_sub(self.now_us())));
         let stop = stop_at.map(|at| at.saturating_duration_since(Instant::now()));
         let notices = (!self.unsent_notices.is_empty()).then_some(RETRY);
         let passing = self
@@ -415,6 +424,20 @@ impl Worker {
 
     /// Counters for observers, levels and samples for the watch.
     fn publish(&mut self) {
+        // Each request has turns of its own when few come: there is nothing to tell in nearly all of them.
+        if self.core.out.has_notices() {
+            self.note();
+        }
+        if !self.unsent_notices.is_empty() {
+            self.send_notices();
+        }
+        let counters: &Counters = &self.core.counters;
+        self.published.store(counters, self.core.sessions.len());
+    }
+
+    /// What the watch is to be told.
+    #[cold]
+    fn note(&mut self) {
         let mut shards: smallvec::SmallVec<[ShardNo; 8]> = smallvec::SmallVec::new();
         for (shard, _) in self.core.out.levels.drain(..) {
             if !shards.contains(&shard) {
@@ -450,9 +473,6 @@ impl Worker {
         for (shard, count) in self.core.out.faults.drain(..) {
             self.unsent_notices.push(Notice::Faults { shard, count });
         }
-        self.send_notices();
-        let counters: &Counters = &self.core.counters;
-        self.published.store(counters, self.core.sessions.len());
     }
 }
 

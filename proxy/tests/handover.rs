@@ -4,13 +4,12 @@
 
 mod support;
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use slotmesh_proto::handover::v1 as pb;
 use support::LIMIT;
 use support::fixture::{Fixture, fixture};
-use support::handover::{Peer, door, successor, take_back, wait_metric};
+use support::handover::{Peer, count, door, successor, take_back, wait_metric};
 use support::raw::Raw;
 use support::talk::Talk;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -90,37 +89,6 @@ async fn clients_keep_all_that_they_had() {
     let fresh_id = fresh.ask("CLIENT ID").await;
     assert_ne!(fresh_id, id);
     fresh.expect("GET m", "$1\r\n2\r\n").await;
-}
-
-/// A client that keeps a pipe full of INCR and checks that every reply comes once, in order.
-async fn count(address: SocketAddr, key: String, stop: tokio_util::sync::CancellationToken) -> u64 {
-    const DEPTH: u64 = 24;
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    stream.set_nodelay(true).unwrap();
-    let one = format!("*2\r\n$4\r\nINCR\r\n${}\r\n{key}\r\n", key.len());
-    let (mut sent, mut heard, mut input) = (0, 0, Vec::new());
-    loop {
-        if !stop.is_cancelled() {
-            let more = DEPTH - (sent - heard);
-            let frames = one.repeat(more as usize);
-            stream.write_all(frames.as_bytes()).await.unwrap();
-            sent += more;
-        } else if sent == heard {
-            return heard;
-        }
-        let read = tokio::time::timeout(LIMIT, stream.read_buf(&mut input)).await;
-        let count = read.unwrap_or_else(|_| panic!("{key}: waited for reply {heard}"));
-        assert!(count.unwrap() > 0, "{key}: closed after {heard} replies");
-        while let Some(end) = input.windows(2).position(|two| two == b"\r\n") {
-            let line: Vec<u8> = input.drain(..end + 2).collect();
-            heard += 1;
-            assert_eq!(
-                String::from_utf8_lossy(&line),
-                format!(":{heard}\r\n"),
-                "{key}"
-            );
-        }
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -31,6 +31,7 @@ use crate::{
 use parameters::Ahead;
 
 mod append;
+mod backlog;
 mod capture;
 mod converge;
 mod damage;
@@ -40,6 +41,7 @@ mod force;
 mod lifecycle;
 mod parameters;
 mod promote;
+mod served;
 mod steps;
 
 pub use exchange::is_free;
@@ -176,6 +178,8 @@ struct Run {
     /// Of a replica.
     feed: feed::Feed,
     append: append::Append,
+    served: served::Served,
+    backlog: backlog::Backlog,
     /// Since when what only it has can't be kept.
     capture_fails_since: Option<Instant>,
     /// Since when an assignment wants rights taken from it that it still has.

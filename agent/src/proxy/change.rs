@@ -248,6 +248,14 @@ impl Worker {
         if is_there || self.changing.job.is_some() || !self.changing.is_due() {
             return;
         }
+        if wanted.cold {
+            let (process, proxy) = (serving.process, &self.proxy_id);
+            if self.changing.ends(process) {
+                tracing::info!(%proxy, pid = process.pid, "it takes no more clients: another one is started");
+                tokio::spawn(async move { process.stop(Some(Signal::TERM), STOP_GRACE).await });
+            }
+            return;
+        }
         let is_wanted = |spare: &&super::runs::Spare| {
             (&spare.run.origin.key, spare.run.workers) == (&key, wanted.workers)
         };

@@ -6,7 +6,7 @@
 
 use std::{
     fs, io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
 };
 
@@ -18,6 +18,7 @@ use crate::{
     host::Host,
     node::files::{free_port, make_private_dir},
     process::{Output, Process, write_atomic},
+    settings::ProxyTls,
 };
 
 /// What all processes of a proxy say.
@@ -75,6 +76,12 @@ pub(super) struct Kept {
     program: String,
     #[serde(default)]
     generation: u64,
+    /// That it listens on, if it is free when it is first started.
+    #[serde(default)]
+    port: u16,
+    /// A process of another generation is ended first.
+    #[serde(default)]
+    pub(super) cold: bool,
 }
 
 impl Kept {
@@ -86,6 +93,8 @@ impl Kept {
             address,
             program: spec.program,
             generation: spec.generation,
+            port: u16::try_from(spec.port).unwrap_or_default(),
+            cold: spec.cold,
         }
     }
 
@@ -110,6 +119,20 @@ impl Bound {
     pub(super) fn is_of(&self, process: Process) -> bool {
         self.pid == process.pid
     }
+}
+
+/// What a process is told of TLS.
+fn tls_args(tls: &ProxyTls) -> Vec<String> {
+    let given = [
+        ("--tls-cert", tls.cert.display().to_string()),
+        ("--tls-key", tls.key.display().to_string()),
+        ("--tls-min-version", tls.min_version.clone()),
+        ("--tls-required", tls.required.to_string()),
+    ];
+    let flags = given.into_iter();
+    flags
+        .flat_map(|(flag, value)| [flag.to_owned(), value])
+        .collect()
 }
 
 /// The directory of one proxy.
@@ -177,7 +200,7 @@ impl ProxyDir {
         let dir = self.0.canonicalize()?;
         let ip = host.advertise_ip;
         let listen = match kept.address.as_str() {
-            "" => SocketAddr::new(ip, free_port(ip)?).to_string(),
+            "" => SocketAddr::new(ip, first_port(ip, kept.port)?).to_string(),
             address => address.to_owned(),
         };
         let given = [
@@ -193,6 +216,9 @@ impl ProxyDir {
         let mut args: Vec<String> = vec![];
         for (flag, value) in given {
             args.extend([flag.to_owned(), value]);
+        }
+        if let Some(tls) = &host.proxy_tls {
+            args.extend(tls_args(tls));
         }
         match &attempt.giver {
             Some(door) => args.extend(["--take-over".to_owned(), door.display().to_string()]),
@@ -219,5 +245,15 @@ impl ProxyDir {
         let dir = self.0.canonicalize().ok()?;
         let marks = [format!("--data\0{}\0", dir.display())];
         Process::find_other_in(&dir, &marks, known)
+    }
+}
+
+/// The wanted port, if it is free.
+fn first_port(ip: IpAddr, wanted: u16) -> io::Result<u16> {
+    let is_free = |port| TcpListener::bind((ip, port)).is_ok();
+    match wanted {
+        0 => free_port(ip),
+        port if is_free(port) => Ok(port),
+        _ => free_port(ip),
     }
 }

@@ -48,6 +48,7 @@ pub(crate) fn settings(controller: &Controller, host: &str, data: PathBuf) -> Se
         engine_default: "redis-server".to_owned(),
         engines: BTreeMap::new(),
         proxy_binary: "slotmesh-proxy".into(),
+        proxy_tls: None,
         zone: String::new(),
         stop_all_on_exit: false,
         drain: None,

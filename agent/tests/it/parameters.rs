@@ -176,3 +176,29 @@ async fn what_an_engine_takes_only_at_start_is_in_its_boot_configuration() {
             .await;
     }
 }
+
+/// Two windows of what is measured, on a machine that does much else.
+const MEASURED: std::time::Duration = std::time::Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primarys_backlog_grows_with_what_is_written() {
+    for engine in ["redis-6.2", "redis-8.2"] {
+        let Some(engine) = crate::exchange::engine(engine) else {
+            println!("skipped: {engine} is not in .engines");
+            continue;
+        };
+        let mesh = Mesh::provisioned(&engine).await;
+        let size = async || value(&mesh, "repl-backlog-size").await.parse::<u64>();
+        let before = size().await.unwrap();
+        let mut proxy = mesh.proxy_connection().await;
+        let text = "x".repeat(200_000);
+        let grown = timeout(MEASURED, async {
+            while size().await.unwrap() == before {
+                proxy.call(&["SET", "k", &text]).await.unwrap();
+            }
+        });
+        grown.await.expect("a larger backlog");
+        let full = crate::exchange::info(&mesh, 0).await.number("sync_full");
+        assert_eq!(full, 1, "the replica was fed all the time");
+    }
+}

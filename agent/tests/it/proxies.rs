@@ -7,7 +7,7 @@ mod world;
 
 use std::time::Duration;
 
-use slotmesh_agent::process::Process;
+use slotmesh_agent::{node::files::free_port, process::Process};
 use slotmesh_proto::agent::v1::HandoverState;
 use tokio::time::{Instant, sleep};
 
@@ -144,5 +144,43 @@ async fn a_process_that_never_takes_over_is_ended_and_the_one_before_serves() {
         Process::find(first.pid).into_iter().collect::<Vec<_>>()
     );
     witnesses.testify().await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_is_first_started_on_the_port_that_is_wanted_if_that_is_free() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken_port = taken.local_addr().unwrap().port();
+    let port = free_port("127.0.0.1".parse().unwrap()).unwrap();
+    for (wanted, is_had) in [(taken_port, false), (port, true)] {
+        let world = World::start().await;
+        let agent = world.start_agent().await;
+        world.assign_with("", 1, |spec| spec.port = wanted.into());
+        let first = world.until_runs("", 1).await;
+        let has = first.address.ends_with(&format!(":{wanted}"));
+        assert_eq!(has, is_had, "{first:?}, wanted {wanted}");
+        agent.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_takes_no_more_clients_is_ended_before_the_next_one_is_started() {
+    let world = World::start().await;
+    let agent = world.start_agent().await;
+    world.assign("", 1);
+    let first = world.until_runs("", 1).await;
+    world.assign_with("", 2, |spec| spec.cold = true);
+    let second = world.until_runs("", 2).await;
+    assert_eq!(second.address, first.address);
+    assert_ne!(second.pid, first.pid);
+    assert!(second.handover.is_none(), "nothing was handed over");
+    eventually("the first to be gone", async || {
+        world.processes().len() == 1
+    })
+    .await;
+    // As ever, from then on.
+    world.assign("", 3);
+    let third = world.until_runs("", 3).await;
+    assert_eq!(third.handover.unwrap().state(), HandoverState::Done);
     agent.stop().await;
 }

@@ -1,8 +1,9 @@
 //! What commands have gained since: options and operations that only the newer of two engines has.
 //!
 //! Engines say since when they have a command, not what each of its words was understood from on, so
-//! this is by hand, from what they answer. It is not all that was ever added, but each write that the
-//! older of two engines in [`crate::Release`]'s range would refuse, and reads that have a new word.
+//! this is by hand, from what they answer, and of Redis 8.4, Valkey 8.1 and Valkey 9.0 from their public
+//! documentation. It is not all that was ever added, but each write that the older of two engines in
+//! [`crate::Release`]'s range would refuse, and reads that have a new word.
 //!
 //! Invariant: a word counts only where it can be nothing but that option.
 
@@ -31,6 +32,10 @@ enum At {
     Pair(usize, &'static [&'static str]),
     /// One of the words is an option of XADD: what is behind the id is data.
     BeforeId(&'static [&'static str]),
+    /// One of the words is an option of SET, and not what another one of its options is given.
+    OfSet(&'static [&'static str]),
+    /// One of the words is an option of XREADGROUP: what is behind STREAMS are keys.
+    BeforeStreams(&'static [&'static str]),
 }
 
 enum Refusal {
@@ -43,6 +48,24 @@ enum Refusal {
 const REFERENCES: &[&str] = &["keepref", "delref", "acked"];
 
 const GAINS: &[Gain] = &[
+    Gain {
+        commands: &["set"],
+        at: At::OfSet(&["ifeq"]),
+        since: Since::each((8, 4), (8, 1)),
+        refusal: Refusal::Syntax,
+    },
+    Gain {
+        commands: &["set"],
+        at: At::OfSet(&["ifne", "ifdeq", "ifdne"]),
+        since: Since::redis(8, 4),
+        refusal: Refusal::Syntax,
+    },
+    Gain {
+        commands: &["xreadgroup"],
+        at: At::BeforeStreams(&["claim"]),
+        since: Since::redis(8, 4),
+        refusal: Refusal::Syntax,
+    },
     Gain {
         commands: &["expire", "pexpire", "expireat", "pexpireat", "xsetid"],
         at: At::Any(3),
@@ -133,36 +156,60 @@ pub(crate) fn refusal<A: Arguments + ?Sized>(
 impl At {
     fn is_in<A: Arguments + ?Sized>(&self, args: &A) -> bool {
         let count = args.count();
-        let is_one = |at: usize, words: &[&str]| {
-            let given = args.argument(at);
-            words
-                .iter()
-                .any(|word| given.eq_ignore_ascii_case(word.as_bytes()))
-        };
+        let is_one = |at: usize, words: &[&str]| is_one(args, at, words);
         match *self {
             Self::Any(at) => count > at,
             Self::Word(at, words) => count > at && is_one(at, words),
             Self::From(first, words) => (first..count).any(|at| is_one(at, words)),
             Self::Pair(first, words) => (first..count).step_by(2).any(|at| is_one(at, words)),
-            Self::BeforeId(words) => {
-                let mut at = 2;
-                while at < count {
-                    at += match () {
-                        () if is_one(at, words) => return true,
-                        () if is_one(at, &["nomkstream", "=", "~"]) => 1,
-                        // Its threshold may stand behind a sign.
-                        () if is_one(at, &["maxlen", "minid"]) => {
-                            let is_sign = at + 1 < count && is_one(at + 1, &["=", "~"]);
-                            2 + usize::from(is_sign)
-                        }
-                        () if is_one(at, &["limit"]) => 2,
-                        () => return false,
-                    };
+            Self::BeforeId(words) => is_option_from(2, args, words, |at| match () {
+                () if is_one(at, &["nomkstream", "=", "~"]) => Some(1),
+                // Its threshold may stand behind a sign.
+                () if is_one(at, &["maxlen", "minid"]) => {
+                    let is_sign = at + 1 < count && is_one(at + 1, &["=", "~"]);
+                    Some(2 + usize::from(is_sign))
                 }
-                false
-            }
+                () if is_one(at, &["limit"]) => Some(2),
+                () => None,
+            }),
+            Self::OfSet(words) => is_option_from(3, args, words, |at| {
+                let takes_one = is_one(at, &["ex", "px", "exat", "pxat"])
+                    || is_one(at, &["ifeq", "ifne", "ifdeq", "ifdne"]);
+                Some(1 + usize::from(takes_one))
+            }),
+            Self::BeforeStreams(words) => is_option_from(4, args, words, |at| match () {
+                () if is_one(at, &["noack"]) => Some(1),
+                () if is_one(at, &["count", "block", "claim"]) => Some(2),
+                () => None,
+            }),
         }
     }
+}
+
+fn is_one<A: Arguments + ?Sized>(args: &A, at: usize, words: &[&str]) -> bool {
+    let given = args.argument(at);
+    let is = |word: &&str| given.eq_ignore_ascii_case(word.as_bytes());
+    words.iter().any(is)
+}
+
+/// One of the words stands where an option does, from `at` on; `length` says of another option how many
+/// arguments it is, and of what is none that there are no more.
+fn is_option_from<A: Arguments + ?Sized>(
+    mut at: usize,
+    args: &A,
+    words: &[&str],
+    length: impl Fn(usize) -> Option<usize>,
+) -> bool {
+    while at < args.count() {
+        if is_one(args, at, words) {
+            return true;
+        }
+        match length(at) {
+            Some(length) => at += length,
+            None => return false,
+        }
+    }
+    false
 }
 
 #[cfg(test)]
@@ -171,9 +218,13 @@ mod tests {
     use crate::release::Product;
 
     fn refused(release: (u32, u32), call: &str) -> Option<String> {
+        refused_by(Product::Redis, release, call)
+    }
+
+    fn refused_by(product: Product, release: (u32, u32), call: &str) -> Option<String> {
         let args: Vec<&str> = call.split(' ').collect();
         let command = crate::resolve(args.as_slice()).unwrap();
-        let release = Release::new(Product::Redis, release.0, release.1, 0);
+        let release = Release::new(product, release.0, release.1, 0);
         let text = command.refusal(release, args.as_slice())?;
         Some(String::from_utf8(text).unwrap())
     }
@@ -221,6 +272,39 @@ mod tests {
             ((6, 2), "bitcount k 0 -1"),
         ] {
             assert_eq!(refused(release, call), None, "{call}");
+        }
+    }
+
+    #[test]
+    fn a_condition_of_set_is_refused_where_it_is_one_and_the_engine_has_none() {
+        let (redis, valkey) = (Product::Redis, Product::Valkey);
+        for (product, release, call) in [
+            (valkey, (8, 0), "set k v IFEQ x"),
+            (redis, (8, 2), "set k v px 5 get ifne x"),
+            (redis, (7, 0), "set k v ifdeq 0123"),
+            (valkey, (8, 1), "set k v ifdne 0123"),
+            (
+                redis,
+                (8, 2),
+                "xreadgroup group g c count 5 claim 9 streams s >",
+            ),
+        ] {
+            let refused = refused_by(product, release, call);
+            assert_eq!(refused.as_deref(), Some("ERR syntax error"), "{call}");
+        }
+        for (product, release, call) in [
+            (valkey, (8, 1), "set k v ifeq x"),
+            (valkey, (8, 1), "set k v ifeq ifne"),
+            (redis, (8, 4), "set k v ifeq ifdne get"),
+            (redis, (7, 0), "set ifeq ifne"),
+            (redis, (7, 0), "set k v ex 5 nx"),
+            (
+                redis,
+                (7, 0),
+                "xreadgroup group claim claim streams claim >",
+            ),
+        ] {
+            assert_eq!(refused_by(product, release, call), None, "{call}");
         }
     }
 }

@@ -203,8 +203,10 @@ impl Core {
         if reply.starts_with(b"-NOSCRIPT") {
             self.lanes[no as usize].known_scripts.forget(); // somebody else may have flushed them
         }
-        if retry::is_nodes_fault(reply) {
-            self.out.fault(self.lanes[no as usize].shard());
+        let lane = &self.lanes[no as usize];
+        let effect = lane.flight.front().map(|entry| entry.effect);
+        if effect.is_some_and(|effect| retry::is_nodes_fault(reply, effect)) {
+            self.out.fault(lane.shard());
         }
         self.fail_overtaken(no);
         let lane = &mut self.lanes[no as usize];

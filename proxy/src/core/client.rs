@@ -11,12 +11,13 @@ use slotmesh_proto::handover::v1 as pb;
 use slotmesh_resp::{Protocol, RequestParser};
 
 use super::extra::Extra;
+use super::maintenance::Wish;
 use super::passing_looks::Looks;
 use super::stash::Stash;
 
 /// Highest schema of the written form that is understood. A state says the lowest that has room for
 /// it, so that a process of an earlier release takes what it can keep.
-pub const SCHEMA: u32 = 5;
+pub const SCHEMA: u32 = 6;
 /// What every client takes of a message, and each name in it, beside its own bytes.
 pub(super) const STATE_BYTES: usize = 160;
 pub(super) const NAME_BYTES: usize = 8;
@@ -80,6 +81,8 @@ pub struct ClientState {
     pub idle_ms: u64,
     /// Name of its last command, of a client that is between two processes.
     pub last_command: Option<Box<str>>,
+    /// It wants to be told before it must go elsewhere.
+    pub moving: Option<Wish>,
 }
 
 /// Bytes that are not a client's state.
@@ -117,6 +120,7 @@ impl ClientState {
             skips_reply: false,
             idle_ms: 0,
             last_command: None,
+            moving: None,
         }
     }
 
@@ -213,6 +217,7 @@ impl ClientState {
                 .map(Looks::sources)
                 .unwrap_or_default(),
             tracking: self.looks.as_deref().and_then(Looks::tracking),
+            moving: Wish::told(self.moving).into(),
         }
     }
 
@@ -229,6 +234,7 @@ impl ClientState {
     /// # Errors
     /// When it is damaged, or of a newer schema.
     pub fn from_message(state: pb::ClientState) -> Result<Self, StateError> {
+        let moving = Wish::read(state.moving());
         if state.schema == 0 || state.schema > SCHEMA {
             return Err(StateError::Schema(state.schema));
         }
@@ -279,6 +285,7 @@ impl ClientState {
                 .filter(|name| !name.is_empty())
                 .map(Box::from),
             looks: Looks::read(state.sources, state.tracking)?,
+            moving,
             subscriptions: Some(Box::new([
                 state.channels,
                 state.patterns,
@@ -331,6 +338,10 @@ pub struct Client {
     pub stash: Option<Box<Stash>>,
     /// The address that it connected to.
     pub local: Option<SocketAddr>,
+    /// It speaks TLS, so it looks at the name of whom it connects to.
+    pub encrypted: bool,
+    /// Something is sealed for it and not sent, or may be: it counts as sent here. The worker knows.
+    pub sealed: bool,
     /// When bytes of it were last taken.
     pub heard_us: u64,
     pub last_command: Option<&'static Command>,
@@ -362,6 +373,8 @@ impl Client {
             parser: RequestParser::default(),
             stash: None,
             local: None,
+            encrypted: false,
+            sealed: false,
             heard_us: 0,
             last_command: None,
             last_bytes: 0,
@@ -437,6 +450,7 @@ mod tests {
         state.user = Some("ann".into());
         state.no_evict = true;
         state.skips_reply = true;
+        state.moving = Some(Wish::ExternalFqdn);
         (state.idle_ms, state.last_command) = (7, Some("get".into()));
         state.input = b"*2\r\n$3\r\nGE".to_vec();
         state.output = vec![0xff, 0, b'\r'];

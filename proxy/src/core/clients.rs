@@ -90,6 +90,7 @@ impl Core {
             "client|pause" => self.client_pause(slot, &words),
             "client|unpause" => self.ask_peers(slot, b"pause", &[b"0", b"all"], Merge::Ok),
             "client|reply" => self.client_reply(slot, &words),
+            "client|maint_notifications" => self.client_maint_notifications(slot, &words),
             "client|no-evict" | "client|no-touch" => self.client_flag(slot, command, &words),
             _ => self.unsupported(slot, command),
         }

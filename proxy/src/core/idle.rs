@@ -26,6 +26,7 @@ impl Core {
             client.heard_us + timeout_us <= now_us
                 && client.in_flight() == 0
                 && client.unsent() == 0
+                && !client.sealed
                 && client.pause == Pause::None
                 && !client.is_subscriber()
                 && !client.is_monitoring()

@@ -118,7 +118,7 @@ impl Core {
         let Some(client) = self.sessions.get_mut(slot) else {
             return Flow::Taken;
         };
-        client.state.protocol = protocol;
+        client.set_protocol(protocol);
         let id = client.state.id;
         self.speak_on_own_lane(slot, protocol);
         let version = self.server_version().to_owned();
@@ -159,7 +159,7 @@ impl Core {
         };
         client.state.transaction = None;
         client.state.db = 0;
-        client.state.protocol = Protocol::Resp2;
+        client.set_protocol(Protocol::Resp2);
         client.log_out();
         if let Some(names) = &mut client.state.names {
             names.name.clear();

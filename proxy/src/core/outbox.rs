@@ -55,6 +55,8 @@ pub struct Outbox {
     pub forgotten: Vec<LaneNo>,
     /// Questions to the rest of the process.
     pub calls: Vec<(Ticket, Call)>,
+    /// Clients that are to go as soon as they are between two requests: slot and generation.
+    pub partings: Vec<(u32, u32)>,
     /// Some lane has a deadline.
     pub unsteady: bool,
     /// A full queue has room again.
@@ -62,6 +64,13 @@ pub struct Outbox {
 }
 
 impl Outbox {
+    /// Something is there for the watch.
+    #[inline]
+    pub fn has_notices(&self) -> bool {
+        let is_quiet = self.levels.is_empty() && self.samples.is_empty();
+        !(is_quiet && self.troubles.is_empty() && self.faults.is_empty())
+    }
+
     /// A request of the shard was answered by an error that is not its client's fault.
     pub fn fault(&mut self, shard: ShardNo) {
         match self.faults.iter_mut().find(|(of, _)| *of == shard) {

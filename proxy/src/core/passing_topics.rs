@@ -208,6 +208,7 @@ impl Core {
         self.restore(slot);
         self.restore_tracking(slot);
         self.sessions.touch(slot);
+        self.depart_newcomer(slot);
         true
     }
 

@@ -96,9 +96,13 @@ pub fn classify(reply: &[u8], effect: Effect, command: &[u8]) -> Verdict {
 }
 
 /// Whether an error says that the node could not do what another one could: it is full, can't save, or
-/// is of an engine that does not have the command. What no table has is not asked of a node.
+/// is of an engine that does not have the command. What no table has is not asked of a node. The words of
+/// a script's error may be its author's, and the script's fault.
 #[must_use]
-pub fn is_nodes_fault(reply: &[u8]) -> bool {
+pub fn is_nodes_fault(reply: &[u8], effect: Effect) -> bool {
+    if matches!(effect, Effect::Script | Effect::ReadScript) {
+        return false;
+    }
     const WORDS: [&[u8]; 8] = [
         b"-OOM ",
         b"-MISCONF ",
@@ -151,14 +155,15 @@ mod tests {
             "-MISCONF Errors writing to the AOF file\r\n",
             "-ERR unknown command 'STRALGO', with args beginning with: \r\n",
         ] {
-            assert!(is_nodes_fault(fault.as_bytes()), "{fault}");
+            assert!(is_nodes_fault(fault.as_bytes(), Effect::Write), "{fault}");
+            assert!(!is_nodes_fault(fault.as_bytes(), Effect::Script), "{fault}");
         }
         for own in [
             "-WRONGTYPE Operation against a key\r\n",
             "-ERR syntax error\r\n",
             "+OOM \r\n",
         ] {
-            assert!(!is_nodes_fault(own.as_bytes()), "{own}");
+            assert!(!is_nodes_fault(own.as_bytes(), Effect::Write), "{own}");
         }
     }
 

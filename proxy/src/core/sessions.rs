@@ -213,6 +213,7 @@ impl Sessions {
         let mut rest = reply;
         if reply.len() >= DIRECT_BYTES && client.state.output.is_empty() {
             rest = &reply[outlet.send_now(slot, reply)..];
+            client.sealed |= client.encrypted; // until the worker has looked, in this turn
         }
         if !rest.is_empty() {
             if client.state.output.capacity() == 0 {
@@ -396,7 +397,10 @@ impl Sessions {
     /// True if a leaving client has nothing left to get.
     pub fn is_done(&self, slot: u32) -> bool {
         self.get(slot).is_some_and(|c| {
-            c.pause == Pause::Leaving && c.in_flight() == 0 && c.state.output.is_empty()
+            c.pause == Pause::Leaving
+                && c.in_flight() == 0
+                && c.state.output.is_empty()
+                && !c.sealed
         })
     }
 }

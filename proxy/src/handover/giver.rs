@@ -15,8 +15,10 @@ use slotmesh_proto::handover::v1 as pb;
 use slotmesh_proto::handover::v1::to_giver::Message as Heard;
 use slotmesh_proto::handover::v1::to_taker::Message as Said;
 
+use super::leaving::TRAVEL_LIMIT;
 use super::wire::{FDS_MAX, Wire, WireError};
 use super::{Office, Role, common_version, spare, told};
+use crate::tls;
 use crate::worker::{Collect, Collected, Parcel, Pass};
 
 /// The first message of a conversation.
@@ -43,7 +45,7 @@ const SOON: Duration = Duration::from_secs(1);
 const REST_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the process stays as a spare once everybody has travelled.
 pub(super) const SPARE_TIME: Duration = Duration::from_secs(60);
-/// How long it stays for those who cannot travel; then they are closed.
+/// How long it stays for those who cannot travel, while they go by themselves; then they are closed.
 pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// Ids that are left free for clients that are being accepted right now.
 const IDS_RESERVED: u64 = 1024;
@@ -131,6 +133,11 @@ fn judge(office: &Office, ask: &pb::Ask) -> Result<pb::Offer, String> {
             "this process is {} of {}, not {} of {}",
             office.proxy_id, office.instance, ask.proxy_id, ask.instance_id
         ));
+    }
+    if office.leaves() {
+        return Err(
+            "the clients of this process are to go elsewhere; it is not to be relieved".to_owned(),
+        );
     }
     let revision = office.routing.load().revision;
     if ask.revision != 0 && ask.revision < revision {
@@ -230,6 +237,9 @@ impl Giver<'_> {
                 );
             }
             let since = *relieved.get_or_insert_with(Instant::now);
+            if left > 0 && since.elapsed() >= TRAVEL_LIMIT {
+                office.send_rest(DRAIN_LIMIT.saturating_sub(since.elapsed()));
+            }
             let done = left == 0 && since.elapsed() >= SPARE_TIME;
             let over = done || since.elapsed() >= DRAIN_LIMIT;
             let back = office.wants_back.load(Ordering::Relaxed) || office.stop.is_cancelled();
@@ -338,10 +348,17 @@ impl Giver<'_> {
         announced: bool,
     ) -> Result<usize, WireError> {
         self.sent += 1;
-        let client = |parcel: &Parcel| pb::Client {
-            state: Some(parcel.state.to_message()),
-            watch: parcel.pins.watch.as_ref().map(told::watch),
-            wait: parcel.pins.wait.as_ref().map(told::wait),
+        let client = |parcel: &Parcel| {
+            let mut state = parcel.state.to_message();
+            if parcel.tls.is_some() {
+                state.schema = state.schema.max(tls::SCHEMA);
+            }
+            pb::Client {
+                state: Some(state),
+                watch: parcel.pins.watch.as_ref().map(told::watch),
+                wait: parcel.pins.wait.as_ref().map(told::wait),
+                tls: parcel.tls.as_ref().and_then(|tls| tls.to_message()),
+            }
         };
         let batch = pb::Batch {
             number: self.sent,

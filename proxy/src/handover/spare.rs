@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::giver::{DRAIN_LIMIT, LOOK_AGAIN, SPARE_TIME};
+use super::leaving::TRAVEL_LIMIT;
 use super::prepare::get_ready;
 use super::taker::{LOOK_INTERVAL, take_over};
 use super::wire::Wire;
@@ -45,6 +46,9 @@ pub(super) fn stand_by(office: &Office, wire: &Wire, talks: u64) {
         }
         let left = office.clients();
         office.counts.left.store(left as u64, Ordering::Relaxed);
+        if left > 0 && began.elapsed() >= TRAVEL_LIMIT {
+            office.send_rest(DRAIN_LIMIT.saturating_sub(began.elapsed()));
+        }
         alone = (left == 0).then(|| alone.unwrap_or_else(Instant::now));
         let done = alone.is_some_and(|since| since.elapsed() >= SPARE_TIME);
         if done || began.elapsed() >= DRAIN_LIMIT {

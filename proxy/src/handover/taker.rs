@@ -22,6 +22,7 @@ use super::scribe::{Scribe, with_scribe};
 use super::wire::{Wire, WireError};
 use super::{Office, door, prepare, told};
 use crate::core::client::ClientState;
+use crate::tls::{Port, Tls};
 use crate::worker::{Accepted, WorkerHandle};
 
 /// For an answer that needs no work.
@@ -295,7 +296,7 @@ impl Taker<'_> {
         let announced = self.announced.take_if(|_| is_announced);
         let mut announced = announced.unwrap_or_default();
         let place = |id| is_announced.then(|| announced.take(id));
-        let (clients, refused) = read_batch(batch, fds, place)?;
+        let (clients, refused) = read_batch(batch, fds, office.tls.as_ref(), place)?;
         if !adopt(self.wire, number, refused) {
             let clients = clients.into_iter();
             announced.put_back(clients.filter_map(|c| Some((c.state.id, c.reserved?))));
@@ -391,6 +392,7 @@ fn take_listener(
 fn read_batch(
     batch: pb::Batch,
     fds: Vec<OwnedFd>,
+    port: Option<&Arc<Port>>,
     mut place: impl FnMut(u64) -> Option<Option<(u32, u32)>>,
 ) -> Result<(Vec<Accepted>, Vec<u32>), TakeError> {
     let mut fds = fds.into_iter();
@@ -406,7 +408,8 @@ fn read_batch(
         };
         let state = client.state.map(ClientState::from_message);
         let pins = told::pins(client.watch, client.wait);
-        let (Some(Ok(state)), Some(pins)) = (state, pins) else {
+        let tls = Tls::read_message(client.tls, port);
+        let (Some(Ok(state)), Some(pins), Some(tls)) = (state, pins, tls) else {
             tracing::warn!("a client that is not understood stays where it is");
             refused.push(at as u32);
             continue;
@@ -424,6 +427,7 @@ fn read_batch(
             pins,
             lines: lines.into_iter().map(std::net::TcpStream::from).collect(),
             reserved,
+            tls,
         });
     }
     if fds.next().is_some() {

@@ -41,6 +41,17 @@ pub enum WireError {
     Io(#[from] io::Error),
 }
 
+/// A message on its way: there may be keys in it, so nothing is left of it. Not byte by byte, as
+/// `zeroize` does it: clients wait for messages of some megabytes.
+struct Wiped(Vec<u8>);
+
+impl Drop for Wiped {
+    fn drop(&mut self) {
+        self.0.fill(0);
+        std::hint::black_box(&self.0); // or the compiler may leave it out
+    }
+}
+
 /// One end of a conversation.
 #[derive(Debug)]
 pub(super) struct Wire {
@@ -75,9 +86,11 @@ impl Wire {
         fds: &[BorrowedFd<'_>],
         limit: Duration,
     ) -> Result<(), WireError> {
-        let mut bytes = vec![0; HEADER_BYTES];
+        let mut wiped = Wiped(Vec::with_capacity(HEADER_BYTES + message.encoded_len()));
+        let bytes = &mut wiped.0;
+        bytes.resize(HEADER_BYTES, 0);
         message
-            .encode(&mut bytes)
+            .encode(bytes)
             .map_err(|_| WireError::Nonsense("a message without room"))?;
         let len = bytes.len() - HEADER_BYTES;
         if len > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {
@@ -123,9 +136,9 @@ impl Wire {
         if len > MESSAGE_BYTES_MAX {
             return Err(WireError::Nonsense("a message over the bound"));
         }
-        let mut bytes = vec![0; len];
-        self.fill(&mut bytes, &mut fds, until)?;
-        let message = M::decode(&bytes[..]).map_err(|_| WireError::Nonsense("no message"))?;
+        let mut bytes = Wiped(vec![0; len]);
+        self.fill(&mut bytes.0, &mut fds, until)?;
+        let message = M::decode(&bytes.0[..]).map_err(|_| WireError::Nonsense("no message"))?;
         Ok((message, fds))
     }
 

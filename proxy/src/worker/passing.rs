@@ -16,6 +16,7 @@ use crate::core::client::{Client, ClientState, Pause};
 use crate::core::passing::{Frozen, QUIET_LIMIT_US, Settled};
 use crate::core::passing_lines::Pins;
 use crate::core::passing_topics::{Listening, Wanted};
+use crate::tls::Tls;
 
 /// Some clients can be told and others not yet: how long the former wait for company. Replies of a
 /// node on the same network take less.
@@ -43,6 +44,8 @@ pub(crate) enum Pass {
     Return(Vec<Parcel>),
     /// These are another process's now: slots and generations.
     Forget(Vec<(u32, u32)>),
+    /// Clients are to go by themselves, or, with `None`, no longer.
+    Depart(Option<super::SendOff>),
     /// Is everything as it must be to take over?
     Trial(Verdict),
     /// Which clients listen and can be told?
@@ -81,6 +84,8 @@ pub(crate) struct Collected {
 pub(crate) struct Parcel {
     pub(crate) worker: usize,
     pub(crate) socket: TcpStream,
+    /// What it has of TLS.
+    pub(crate) tls: Option<Box<Tls>>,
     pub(crate) state: ClientState,
     pub(crate) pins: Pins,
     /// The sockets of the pins, in their order.
@@ -116,7 +121,8 @@ impl Parcel {
 
     /// What it takes of a message, as good as.
     pub(crate) fn bytes_len(&self) -> usize {
-        self.state.bytes_len() + self.pins.bytes_len()
+        let tls = self.tls.as_ref().map_or(0, |tls| tls.bytes_len());
+        self.state.bytes_len() + self.pins.bytes_len() + tls
     }
 }
 
@@ -193,6 +199,7 @@ impl Worker {
             Pass::PutOff(keys) => keys
                 .into_iter()
                 .for_each(|key| passing.put_off(key, now_us)),
+            Pass::Depart(off) => self.depart(off),
             Pass::Cut(cutting) => self.begin_cutting(&mut passing, cutting, now_us),
             Pass::Reserve(reserve) => self.begin_reserving(&mut passing, reserve, now_us),
             Pass::EndCut(marker, unwanted) => {
@@ -236,7 +243,8 @@ impl Worker {
                     continue;
                 };
                 let waits = passing.waits(*slot, client.generation, now_us);
-                if !manner.fits(client, now_us) || waits || !self.clients.has(*slot) {
+                let may_go = self.clients.may_go(*slot, collect.schema_max);
+                if !manner.fits(client, now_us) || waits || !may_go {
                     continue;
                 }
                 if let Ok(frozen) = self.core.freeze(*slot, collect.schema_max, false) {
@@ -255,8 +263,8 @@ impl Worker {
             return; // it was closed meanwhile
         }
         let registry = self.poll.registry();
-        self.clients
-            .put_back(slot, parcel.socket, &mut self.core, registry);
+        let taken = (parcel.socket, parcel.tls);
+        self.clients.put_back(slot, taken, &mut self.core, registry);
         self.take_pins(slot, parcel.pins, parcel.lines);
         self.core.thaw(&parcel.frozen);
         passing.put_off((slot, generation), now_us);
@@ -358,10 +366,15 @@ impl Worker {
 
     /// Takes a settled client's socket away, with all that is known of it.
     pub(super) fn pack(&mut self, frozen: Frozen) -> Option<Parcel> {
+        // Without TLS in its message it would be taken for a plain client.
+        if !self.clients.may_go(frozen.slot, u32::MAX) {
+            self.core.thaw(&frozen);
+            return None;
+        }
         let registry = self.poll.registry();
         let state = self.core.parting_state(frozen.slot);
         let socket = self.clients.take_out(frozen.slot, registry);
-        let (Some(state), Some(socket)) = (state, socket) else {
+        let (Some(state), Some((socket, tls))) = (state, socket) else {
             self.core.thaw(&frozen);
             return None;
         };
@@ -377,6 +390,7 @@ impl Worker {
         Some(Parcel {
             worker: self.index,
             socket,
+            tls,
             state,
             pins,
             lines,

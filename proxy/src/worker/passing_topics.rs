@@ -57,7 +57,8 @@ impl Worker {
     pub(super) fn begin_cutting(&mut self, passing: &mut Passing, cutting: Cutting, now_us: u64) {
         let mut frozen = Vec::new();
         for (key, listening) in &cutting.clients {
-            let may = self.is_as_announced(*key, listening) && self.clients.has(key.0);
+            let may_go = self.clients.may_go(key.0, cutting.schema_max);
+            let may = may_go && self.is_as_announced(*key, listening);
             let stopped = || self.core.freeze(key.0, cutting.schema_max, true).ok();
             match may.then(stopped).flatten() {
                 Some(one) => frozen.push(one),
@@ -84,8 +85,10 @@ impl Worker {
         wanted: Wanted,
         now_us: u64,
     ) -> Vec<(Key, Listening)> {
-        let may =
-            |slot, generation| !passing.waits(slot, generation, now_us) && self.clients.has(slot);
+        let schema_max = wanted.schema_max;
+        let may = |slot, generation| {
+            !passing.waits(slot, generation, now_us) && self.clients.may_go(slot, schema_max)
+        };
         let found = self.core.listening(wanted, passing.topics.next_slot, may);
         if let Some((last, _)) = found.last() {
             passing.topics.next_slot = last + 1;

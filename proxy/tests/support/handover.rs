@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 use slotmesh_proto::handover::v1 as pb;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::node::{Node, snapshot};
 use super::raw::http_get;
@@ -35,9 +36,15 @@ pub(crate) fn mesh(data: &Path) -> Vec<Node> {
 
 /// A second proxy that takes over from the one that serves.
 pub(crate) async fn successor(data: &Path, workers: u32) -> Proxy {
+    successor_with(data, workers, &[]).await
+}
+
+/// As [`successor`]; it is told more.
+pub(crate) async fn successor_with(data: &Path, workers: u32, flags: &[&str]) -> Proxy {
     let door = door(data);
     let (door, workers) = (door.to_str().unwrap(), workers.to_string());
-    Proxy::start(data, &["--workers", &workers, "--take-over", door]).await
+    let own = ["--workers", &workers, "--take-over", door];
+    Proxy::start(data, &[&own, flags].concat()).await
 }
 
 /// A number of the admin port.
@@ -61,6 +68,41 @@ pub(crate) async fn wait_metric(admin: SocketAddr, name: &str, want: u64) {
         let late = tokio::time::Instant::now() > deadline;
         assert!(!late, "waited for {name} to be {want}, it is {now}");
         tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// A client that keeps a pipe full of INCR and checks that every reply comes once, in order.
+pub(crate) async fn count(
+    address: SocketAddr,
+    key: String,
+    stop: tokio_util::sync::CancellationToken,
+) -> u64 {
+    const DEPTH: u64 = 24;
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let one = format!("*2\r\n$4\r\nINCR\r\n${}\r\n{key}\r\n", key.len());
+    let (mut sent, mut heard, mut input) = (0, 0, Vec::new());
+    loop {
+        if !stop.is_cancelled() {
+            let more = DEPTH - (sent - heard);
+            let frames = one.repeat(more as usize);
+            stream.write_all(frames.as_bytes()).await.unwrap();
+            sent += more;
+        } else if sent == heard {
+            return heard;
+        }
+        let read = tokio::time::timeout(LIMIT, stream.read_buf(&mut input)).await;
+        let count = read.unwrap_or_else(|_| panic!("{key}: waited for reply {heard}"));
+        assert!(count.unwrap() > 0, "{key}: closed after {heard} replies");
+        while let Some(end) = input.windows(2).position(|two| two == b"\r\n") {
+            let line: Vec<u8> = input.drain(..end + 2).collect();
+            heard += 1;
+            assert_eq!(
+                String::from_utf8_lossy(&line),
+                format!(":{heard}\r\n"),
+                "{key}"
+            );
+        }
     }
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod handover;
 pub(crate) mod node;
 pub(crate) mod raw;
 pub(crate) mod talk;
+pub(crate) mod tls;
 
 use std::net::SocketAddr;
 use std::path::Path;

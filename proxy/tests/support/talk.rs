@@ -65,6 +65,14 @@ impl Talk {
         }
     }
 
+    /// Waits until the connection ends, with nothing more said.
+    pub(crate) async fn ended(&mut self) {
+        let read = timeout(LIMIT, self.stream.read_buf(&mut self.input)).await;
+        let seen = String::from_utf8_lossy(&self.input).into_owned();
+        let count = read.unwrap_or_else(|_| panic!("waited for the end, got {seen:?}"));
+        assert_eq!(count.unwrap(), 0, "{seen:?}");
+    }
+
     pub(crate) async fn ask(&mut self, line: &str) -> String {
         self.say(line).await;
         self.hear().await

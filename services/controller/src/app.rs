@@ -28,6 +28,7 @@ use crate::{
     grpc::{self, Context},
     hosts,
     hub::Hub,
+    jumps::Jumps,
     leader::{Candidate, Election, LEADER_TTL, Leadership, Term},
     mirror::Mirror,
     peers::Registration,
@@ -156,8 +157,10 @@ impl App {
             in_reach: registration.in_reach(),
             leaders: Leaders::default(),
             auto_upgrades: self.settings.auto_upgrades,
+            jumps: Jumps::default(),
             stopping: shutdown.clone(),
         };
+        let clock = tokio::spawn(context.jumps.clone().watch(shutdown.clone()));
         let compactor_stop = shutdown.clone();
         let compacted = self.store.clone();
         let compactor = tokio::spawn(async move {
@@ -185,6 +188,7 @@ impl App {
         join("mirror", mirror_worker).await;
         join("compactor", compactor).await;
         join("hosts' leases", leases).await;
+        join("clock", clock).await;
         if let Some(embedded) = self.embedded {
             embedded.shutdown().await;
         }
@@ -215,7 +219,9 @@ async fn lead(context: Context, shutdown: CancellationToken) {
                     term,
                     context.controller_id.clone(),
                 );
-                let driver = driver.upgrading_at_a_time(context.auto_upgrades);
+                let driver = driver
+                    .upgrading_at_a_time(context.auto_upgrades)
+                    .watching(context.jumps.clone());
                 let mut run = tokio::spawn(driver.run(stop.clone()));
                 let ended = tokio::select! {
                     ended = &mut run => Some(ended),

@@ -9,6 +9,7 @@ mod copied;
 #[cfg(test)]
 mod desk;
 pub(crate) mod failover;
+mod held_back;
 mod housekeeping;
 mod instance;
 mod lost;
@@ -23,8 +24,8 @@ pub(crate) mod write;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use slotmesh_task::{
-    NodeView, Spec, State as TaskState, Task, detect::Sightings, schedule, steady::Clock,
-    switchover::StepStatus, upkeep,
+    NodeView, Spec, State as TaskState, Task, detect::Sightings, schedule, switchover::StepStatus,
+    upkeep,
 };
 use slotmesh_topology::{InstanceId, InstanceState, NodeId, ShardId, TaskId};
 use tokio::{sync::mpsc, time::Instant};
@@ -35,6 +36,7 @@ use crate::{
     agents::Agents,
     clock,
     hub::Hub,
+    jumps::Jumps,
     leader::Term,
     mirror::{Mirror, Versioned},
     store::{Store, StoreError},
@@ -99,6 +101,8 @@ pub struct Driver {
     steps: HashMap<StepKey, StepStatus>,
     /// Of switches under way, for the task's record.
     timings: HashMap<(TaskId, ShardId), timing::Timing>,
+    /// From the fence to the change of roles, as the old primary's agent said.
+    critical_us: HashMap<(TaskId, ShardId), u64>,
     /// Nodes as they were after their promotion.
     promoted: HashMap<StepKey, NodeView>,
     /// Since when something is seen gone.
@@ -109,8 +113,7 @@ pub struct Driver {
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     since_ms: u64,
     forget_at_ms: u64,
-    clock: Clock,
-    began: Instant,
+    jumps: Jumps,
     /// For so long windows do not count: the wall clock has jumped.
     rests_ms: u64,
     by_themselves: upgrade_auto::Rounds,
@@ -137,6 +140,7 @@ impl Driver {
             who,
             steps: HashMap::new(),
             timings: HashMap::new(),
+            critical_us: HashMap::new(),
             promoted: HashMap::new(),
             sightings: Sightings::default(),
             recorded: lost::Recorded::default(),
@@ -144,8 +148,7 @@ impl Driver {
             answers,
             since_ms: clock::now_ms(),
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
-            clock: Clock::default(),
-            began: Instant::now(),
+            jumps: Jumps::default(),
             rests_ms: 0,
             by_themselves: upgrade_auto::Rounds::default(),
         }
@@ -158,12 +161,20 @@ impl Driver {
         self
     }
 
+    /// With what the process knows of its clock from before the term.
+    #[must_use]
+    pub fn watching(mut self, jumps: Jumps) -> Self {
+        self.jumps = jumps;
+        self
+    }
+
     /// Acts until `stop` or until deposed.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut state = self.mirror.subscribe();
         let mut fleet = self.hub.subscribe();
         let grace_over = Instant::now() + GRACE;
         info!(term = %self.term, "acting as leader");
+        self.compare_clock_with_records();
         loop {
             let wake_ms = tokio::select! {
                 () = stop.cancelled() => return,
@@ -248,8 +259,11 @@ impl Driver {
         self.steps.retain(|key, _| is_open(&key.task));
         self.promoted.retain(|key, _| is_open(&key.task));
         self.timings.retain(|(task, _), _| is_open(task));
+        self.critical_us.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;
+            self.let_go().await?;
+            self.forget_gone_proxies().await?;
             self.replace_lost().await?;
             self.record_lost_writes().await?;
             self.upgrade_by_themselves().await?;
@@ -266,9 +280,11 @@ impl Driver {
     fn answered(&mut self, answer: Answer) {
         if answer.critical_us > 0 {
             let shard = (answer.key.task.clone(), answer.key.shard.clone());
+            // Another term's leader may have declared it: then that is all that is known.
             if let Some(timing) = self.timings.get_mut(&shard) {
-                timing.answered(answer.critical_us, answer.said);
+                timing.answered(answer.said);
             }
+            self.critical_us.insert(shard, answer.critical_us);
         }
         if let Some(promoted) = answer.promoted {
             self.promoted.insert(answer.key.clone(), promoted);

@@ -24,6 +24,7 @@ use crate::{
     agents::Agents,
     forward::Leaders,
     hub::Hub,
+    jumps::Jumps,
     leader::{Leadership, Term},
     mirror::{Mirror, State},
     peers,
@@ -59,6 +60,8 @@ pub struct Context {
     pub leaders: Leaders,
     /// Instances that are given patches by themselves at a time.
     pub auto_upgrades: usize,
+    /// Of this process's clock.
+    pub jumps: Jumps,
     /// The process is stopping: streams end, so that their peers go elsewhere at once.
     pub stopping: CancellationToken,
 }

@@ -361,7 +361,7 @@ impl Hub {
     /// A proxy's report; false when it is of an older stream.
     pub fn proxy_reported(&self, proxy: &ProxyId, session: u64, report: topology::Report) -> bool {
         let (shards, troubles) = (report.shards.clone(), report.troubles.clone());
-        let counted = (report.commands, report.errors);
+        let counted = (report.commands, report.errors, Some(report.clients));
         let faults = report.faults.iter();
         let faults = faults.map(|f| (f.shard_id.as_str().into(), f.count));
         let faults: BTreeMap<ShardId, u64> = faults.collect();
@@ -410,7 +410,7 @@ impl Hub {
                 .collect();
             let is_news = *view != before;
             // Counters always rise: nobody is woken for them.
-            (view.commands, view.errors) = counted;
+            (view.commands, view.errors, view.clients) = counted;
             view.faults = faults;
             is_news
         });

@@ -10,6 +10,7 @@ pub mod forward;
 pub mod grpc;
 pub mod hosts;
 pub mod hub;
+pub mod jumps;
 pub mod leader;
 pub mod mirror;
 pub mod peers;

@@ -107,7 +107,7 @@ pub(crate) async fn run(context: Context, stop: CancellationToken) {
 fn forget_others(context: &Context) {
     let (nodes, proxies) = context.mirror.read(|state| {
         let members = state.shards.values().flat_map(|s| &s.value.members);
-        let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
+        let proxies = state.instances.values().flat_map(|i| i.value.all_proxies());
         (
             members.map(|m| m.node.clone()).collect(),
             proxies.map(|p| p.proxy.clone()).collect(),

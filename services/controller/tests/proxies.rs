@@ -27,7 +27,12 @@ struct Stage {
 impl Stage {
     /// An instance of one shard that serves through two fake proxies.
     async fn new() -> Self {
-        let mut mesh = Mesh::start(2).await;
+        Self::on(2).await
+    }
+
+    /// As [`Stage::new`], on so many hosts.
+    async fn on(hosts: usize) -> Self {
+        let mut mesh = Mesh::start(hosts).await;
         let channel = mesh.channel().await;
         let mut instances = InstanceServiceClient::new(channel.clone());
         let request = api::CreateInstanceRequest {
@@ -76,6 +81,29 @@ impl Stage {
             bake_seconds: Some(0),
             ..api::UpgradeProxyRequest::default()
         }
+    }
+
+    /// Of the first proxy, to whichever host.
+    fn rebuild(&self) -> api::RestartProxyRequest {
+        api::RestartProxyRequest {
+            instance_id: self.id.clone(),
+            proxy_instance_ids: vec![format!("{}-proxy-0", self.id)],
+            mode: api::RestartMode::Rebuild.into(),
+            bake_seconds: Some(0),
+            ..api::RestartProxyRequest::default()
+        }
+    }
+
+    /// Endpoints that clients are shown.
+    async fn proxies(&mut self) -> Vec<api::ProxyEndpoint> {
+        let request = api::DescribeInstancesRequest::default();
+        let answer = self.instances.describe_instances(request).await.unwrap();
+        answer.into_inner().instances.remove(0).proxies
+    }
+
+    async fn endpoints(&mut self) -> Vec<String> {
+        let proxies = self.proxies().await;
+        proxies.into_iter().map(|p| p.address).collect()
     }
 
     async fn ask(
@@ -223,13 +251,16 @@ async fn what_can_not_be_meant_is_refused_with_what_to_do() {
         unknown.message().contains("slotmesh proxy list"),
         "{unknown}"
     );
-    let elsewhere = api::RestartProxyRequest {
-        instance_id: stage.id.clone(),
-        mode: api::RestartMode::Rebuild.into(),
-        ..api::RestartProxyRequest::default()
+    let nowhere = stage.rebuild();
+    let nowhere = stage.instances.restart_proxy(nowhere).await.unwrap_err();
+    assert_eq!(reason(&nowhere), "NO_OTHER_HOST");
+    let in_place = api::RestartProxyRequest {
+        mode: api::RestartMode::InPlace.into(),
+        host_id: "host-1".into(),
+        ..stage.rebuild()
     };
-    let elsewhere = stage.instances.restart_proxy(elsewhere).await.unwrap_err();
-    assert_eq!(reason(&elsewhere), "REBUILD_NOT_POSSIBLE");
+    let in_place = stage.instances.restart_proxy(in_place).await.unwrap_err();
+    assert_eq!(reason(&in_place), "NOT_A_REBUILD");
     let later = api::UpgradeProxyRequest {
         schedule: Some(tasks::Schedule {
             when: Some(tasks::schedule::When::At("2999-01-01T00:00:00Z".into())),
@@ -240,4 +271,92 @@ async fn what_can_not_be_meant_is_refused_with_what_to_do() {
         reason(&stage.ask(later).await.unwrap_err()),
         "TOO_FAR_AHEAD"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_are_sent_to_the_successor_by_whoever_leads_and_the_old_proxy_is_removed() {
+    let mut stage = Stage::on(3).await;
+    let name = |n: u32| format!("{}-proxy-{n}", stage.id);
+    let (old, other, new) = (name(0), name(1), name(2));
+    stage.mesh.crowd.lock().unwrap().clients = 9;
+    let id = stage.id.clone();
+    let request = stage.rebuild();
+    let plan = api::RestartProxyRequest {
+        plan_only: true,
+        ..request.clone()
+    };
+    let plan = stage.instances.restart_proxy(plan).await.unwrap();
+    let plan = plan.into_inner();
+    assert_eq!(plan.task_id, "");
+    let taken: Vec<_> = stage
+        .proxies()
+        .await
+        .into_iter()
+        .map(|p| p.host_id)
+        .collect();
+    let to = &plan.plan.unwrap().proxies[0].to_host_id;
+    assert!(!to.is_empty() && !taken.contains(to), "{to}: {taken:?}");
+    let admitted = stage.instances.restart_proxy(request).await.unwrap();
+    let task_id = admitted.into_inner().task_id;
+    stage.mesh.add_proxy(&id, &new).await;
+    let told = |stage: &Stage| stage.mesh.crowd.lock().unwrap().told.clone();
+    wait_for("the old proxy to be told", async || {
+        (!told(&stage).is_empty()).then_some(())
+    })
+    .await;
+    let (who, leave) = told(&stage).remove(0);
+    assert_eq!(
+        (who, leave.endpoint.clone()),
+        (old.clone(), support::address_of(&new))
+    );
+    assert!((1..=600_000).contains(&leave.within_ms), "{leave:?}");
+    let shown = [&other, &new].map(|p| support::address_of(p));
+    assert_eq!(stage.endpoints().await, shown, "no new client goes there");
+
+    stage.mesh.restart().await;
+    wait_for("it to be told on its new stream", async || {
+        (told(&stage).len() > 1).then_some(())
+    })
+    .await;
+    assert!(told(&stage).iter().all(|(who, _)| *who == old));
+    let request = tasks::GetTaskRequest {
+        task_id: task_id.clone(),
+    };
+    let task = wait_for("the task", async || {
+        stage.tasks.get_task(request.clone()).await.ok()
+    });
+    let task = task.await.into_inner().task.unwrap();
+    assert_eq!(task.proxies[0].phase, "Drain", "it has clients: {task:?}");
+    let cancel = tasks::CancelTaskRequest {
+        task_id: task_id.clone(),
+        ..Default::default()
+    };
+    let refused = stage.tasks.cancel_task(cancel).await.unwrap_err();
+    assert!(refused.message().contains("on their way"), "{refused}");
+    stage.mesh.crowd.lock().unwrap().clients = 0;
+    let task = stage.ended(&task_id).await;
+    assert_eq!(task.state(), TaskState::Done, "{}", task.message);
+    assert_eq!(task.proxies[0].to_proxy_id, new);
+    assert_eq!(stage.endpoints().await, shown);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_that_never_serves_is_taken_away_by_a_cancel_and_the_old_one_stays() {
+    let mut stage = Stage::on(3).await;
+    let request = stage.rebuild();
+    let admitted = stage.instances.restart_proxy(request).await.unwrap();
+    let task_id = admitted.into_inner().task_id;
+    wait_for("the successor to be placed", async || {
+        (stage.endpoints().await.len() == 3).then_some(())
+    })
+    .await;
+    let cancel = tasks::CancelTaskRequest {
+        task_id: task_id.clone(),
+        ..Default::default()
+    };
+    stage.tasks.cancel_task(cancel).await.unwrap();
+    let task = stage.ended(&task_id).await;
+    assert_eq!(task.state(), TaskState::Cancelled, "{}", task.message);
+    assert_eq!(stage.endpoints().await.len(), 2);
+    assert!(stage.mesh.crowd.lock().unwrap().told.is_empty());
 }

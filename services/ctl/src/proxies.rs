@@ -28,7 +28,8 @@ pub enum ProxyCommand {
     },
     /// Gives proxies another version, one after the other; clients keep their connections.
     Upgrade(ProxyUpgradeArgs),
-    /// Gives proxies another process of the version that they have; clients keep their connections.
+    /// Gives proxies another process of the version that they have: in place, where clients keep their
+    /// connections, or on another host (--rebuild), to which they have to connect anew.
     Restart(ProxyRestartArgs),
 }
 
@@ -72,6 +73,21 @@ pub struct ProxyRestartArgs {
     /// Which, in this order; may be repeated.
     #[arg(long = "proxy", value_name = "ID", required = true)]
     pub proxies: Vec<String>,
+    /// On another host, by a new proxy to which clients are sent.
+    #[arg(long)]
+    pub rebuild: bool,
+    /// Of a rebuild of one proxy: where to [default: chosen].
+    #[arg(long, value_name = "HOST", requires = "rebuild")]
+    pub host: Option<String>,
+    /// Of a rebuild: seconds after which clients that are left are closed [default: 600].
+    #[arg(long, value_name = "SECONDS", requires = "rebuild")]
+    pub drain_seconds: Option<u32>,
+    /// Worker threads of each from then on [default: as before].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub workers: Option<u32>,
+    /// Shows what would be done, and does nothing.
+    #[arg(long)]
+    pub plan: bool,
 }
 
 /// Does it.
@@ -137,7 +153,14 @@ async fn restart(api: &mut Api, args: ProxyRestartArgs, output: Output) -> Resul
         client_token: Api::token(args.change.start.client_token.clone()),
         bake_seconds: args.change.bake,
         schedule: Some(schedule(&args.change.at)),
-        mode: api::RestartMode::InPlace.into(),
+        mode: match args.rebuild {
+            true => api::RestartMode::Rebuild.into(),
+            false => api::RestartMode::InPlace.into(),
+        },
+        host_id: args.host.unwrap_or_default(),
+        drain_seconds: args.drain_seconds,
+        workers: args.workers.unwrap_or_default(),
+        plan_only: args.plan,
         ..api::RestartProxyRequest::default()
     };
     let answer = api
@@ -202,6 +225,8 @@ struct StepView {
     program: String,
     version: String,
     nothing_to_do: bool,
+    /// Empty: it stays on its host.
+    to_host: String,
 }
 
 impl From<api::ProxyPlan> for PlanView {
@@ -212,6 +237,7 @@ impl From<api::ProxyPlan> for PlanView {
             program: p.program,
             version: p.version,
             nothing_to_do: p.nothing_to_do,
+            to_host: p.to_host_id,
         };
         Self {
             program: from.program,
@@ -227,7 +253,9 @@ impl Text for PlanView {
         if self.proxies.iter().all(|p| p.nothing_to_do) {
             return format!("every proxy runs {} already; nothing to do\n", self.program);
         }
+        let moves = self.proxies.iter().any(|p| !p.to_host.is_empty());
         let to = match self.program.as_str() {
+            "" if moves => "a new proxy on another host for each".to_owned(),
             "" => "another process of what each runs".to_owned(),
             program => format!("to {program}"),
         };
@@ -250,7 +278,7 @@ impl Text for PlanView {
             [
                 what,
                 p.proxy.clone(),
-                p.host.clone(),
+                from_to(&p.host, &p.to_host),
                 or_dash(&p.version),
                 program_or_own(&p.program),
             ]
@@ -258,6 +286,14 @@ impl Text for PlanView {
         let rows = table(["ORDER", "PROXY", "HOST", "RUNS", "PROGRAM"], rows);
         let remarks: String = self.remarks.iter().map(|r| format!("- {r}\n")).collect();
         format!("{to}, {begins}\n\n{rows}\n{remarks}")
+    }
+}
+
+/// For people: where something is, and where it goes.
+fn from_to(from: &str, to: &str) -> String {
+    match to {
+        "" => from.to_owned(),
+        to => format!("{from} -> {to}"),
     }
 }
 
@@ -288,6 +324,10 @@ pub struct ProxyProgressView {
     pub handover_ms: f64,
     /// That were passed.
     pub clients: u32,
+    /// Of a rebuild: the proxy that serves in its place.
+    pub to_proxy_id: String,
+    /// Where that one runs.
+    pub to_host_id: String,
 }
 
 impl From<task::ProxyProgress> for ProxyProgressView {
@@ -301,6 +341,8 @@ impl From<task::ProxyProgress> for ProxyProgressView {
             to_version: from.to_version,
             handover_ms: from.handover_ms,
             clients: from.clients,
+            to_proxy_id: from.to_proxy_id,
+            to_host_id: from.to_host_id,
         }
     }
 }
@@ -320,12 +362,14 @@ pub(crate) fn progress(proxies: &[ProxyProgressView]) -> String {
         proxies.iter().map(|p| {
             let passed = match (p.to_version.as_str(), p.handover_ms > 0.0) {
                 ("", _) => "-".to_owned(),
+                // Nothing is passed to another host.
+                _ if !p.to_proxy_id.is_empty() => "-".to_owned(),
                 (_, false) => format!("{} clients", p.clients),
                 (_, true) => format!("{} clients in {:.0} ms", p.clients, p.handover_ms),
             };
             [
-                p.proxy_id.clone(),
-                p.host_id.clone(),
+                from_to(&p.proxy_id, &p.to_proxy_id),
+                from_to(&p.host_id, &p.to_host_id),
                 p.phase.clone(),
                 or_dash(&p.from_version),
                 or_dash(&p.to_version),
@@ -385,9 +429,38 @@ mod tests {
             to_version: to.into(),
             handover_ms: 120.4,
             clients: 1_000,
+            to_proxy_id: String::new(),
+            to_host_id: String::new(),
         };
         assert!(progress(&[one("0.2.0")]).contains("1000 clients in 120 ms"));
         assert!(!progress(&[one("")]).contains("clients"));
+    }
+
+    #[test]
+    fn a_rebuild_shows_from_where_to_where() {
+        let plan = PlanView::from(api::ProxyPlan {
+            proxies: vec![api::ProxyStep {
+                to_host_id: "h3".into(),
+                ..step("p-0", false)
+            }],
+            ..api::ProxyPlan::default()
+        });
+        let text = plan.text();
+        assert!(text.starts_with("a new proxy on another host"), "{text}");
+        assert!(text.contains("h1 -> h3"), "{text}");
+        let shown = progress(&[ProxyProgressView::from(task::ProxyProgress {
+            proxy_id: "p-0".into(),
+            host_id: "h1".into(),
+            to_version: "0.1.0".into(),
+            to_proxy_id: "p-2".into(),
+            to_host_id: "h3".into(),
+            ..task::ProxyProgress::default()
+        })]);
+        assert!(
+            shown.contains("p-0 -> p-2") && shown.contains("h1 -> h3"),
+            "{shown}"
+        );
+        assert!(!shown.contains("clients"), "none is passed:\n{shown}");
     }
 
     #[test]

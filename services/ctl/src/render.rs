@@ -323,7 +323,7 @@ impl Text for TaskView {
                     or_dash(&s.from_node_id),
                     or_dash(&s.to_node_id),
                     s.phase.clone(),
-                    format!("{:.1} ms", s.hold_ms),
+                    format!("{:.1} ms", s.total_hold_ms),
                     format!("{:.1} ms", s.critical_ms),
                     or_dash(&with_way_back(s)),
                 ]
@@ -511,6 +511,7 @@ mod tests {
                 phase: "Done".into(),
                 message: String::new(),
                 hold_ms: 7.25,
+                total_hold_ms: 7.25,
                 critical_ms: 2.0,
                 rollback: String::new(),
                 rollback_why: String::new(),

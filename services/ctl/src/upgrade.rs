@@ -76,6 +76,10 @@ pub struct UpgradeArgs {
     /// Also where writes have to wait for a replica that restarts.
     #[arg(long)]
     pub allow_downtime: bool,
+    /// Milliseconds; a switch that holds commands for longer pauses the upgrade before the next shard;
+    /// 0: none does [default: 1000].
+    #[arg(long, value_name = "MS")]
+    pub max_hold: Option<u32>,
     #[command(flatten)]
     pub start: StartArgs,
 }
@@ -170,6 +174,7 @@ fn request(args: &UpgradeArgs) -> api::ModifyInstanceMinorVersionRequest {
         .into(),
         preserve_roles: args.preserve_roles,
         allow_downtime: args.allow_downtime,
+        max_hold_ms: args.max_hold,
         ..api::ModifyInstanceMinorVersionRequest::default()
     }
 }

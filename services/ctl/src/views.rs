@@ -154,7 +154,10 @@ pub struct ShardProgressView {
     pub to_node_id: String,
     pub phase: String,
     pub message: String,
+    /// The longest one.
     pub hold_ms: f64,
+    /// Of all its switches together.
+    pub total_hold_ms: f64,
     pub critical_ms: f64,
     /// Of an upgrade after its switch: Open or Closed.
     pub rollback: String,
@@ -416,6 +419,8 @@ impl From<task::ShardProgress> for ShardProgressView {
             phase: from.phase,
             message: from.message,
             hold_ms: from.hold_ms,
+            // A controller of an older release does not say.
+            total_hold_ms: from.total_hold_ms.max(from.hold_ms),
             critical_ms: from.critical_ms,
             rollback: from.rollback,
             rollback_why: from.rollback_why,

@@ -14,12 +14,18 @@ use crate::{
     observe::Fleet,
     schedule::Window,
     spec::{Copied, Spec, State, Task},
-    upgrade::{BAKE_MS, Method, Options, TASK_MS_MAX, Upgrade},
+    upgrade::{
+        BAKE_MS, HOLD_MS, Method, Options, ShardUpgrade, TASK_MS_MAX, Upgrade, UpgradePhase,
+    },
 };
 
 /// Instances that are upgraded by themselves at a time, where nothing else is said: what is wrong with a
 /// patch is seen on one.
 pub const AT_A_TIME: usize = 1;
+
+/// After one that ended for want of a host: hosts come and go, and each try makes a node that copies
+/// everything.
+pub const AGAIN_MS: u64 = 60 * 60 * 1_000;
 
 /// What is to be done about an instance.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -128,7 +134,7 @@ fn hindrance(instance: &Instance, to: Engine, scene: Scene<'_>) -> Option<String
                    (slotmesh instance maintain)";
         return Some(why.into());
     };
-    if let Some(why) = distrust(instance, &compatibility::name(to), scene.tasks) {
+    if let Some(why) = distrust(instance, &compatibility::name(to), scene) {
         return Some(why);
     }
     let is_open = |t: &Task| !t.state.is_ended() || t.is_parked();
@@ -139,8 +145,10 @@ fn hindrance(instance: &Instance, to: Engine, scene: Scene<'_>) -> Option<String
             _ => None,
         })
     };
-    if let Some((task, _)) = upgrades().find(|(t, _)| t.instance == instance.id) {
-        return Some(format!("task {}, which upgrades it", task.id));
+    if let Some((task, upgrade)) = upgrades().find(|(t, _)| t.instance == instance.id) {
+        let why = stands(task, upgrade).map(|why| format!(" and {why}"));
+        let why = why.unwrap_or_default();
+        return Some(format!("task {}, which upgrades it{why}", task.id));
     }
     if window.next_ms(scene.now_ms) > scene.now_ms {
         let window = &instance.maintenance_window;
@@ -149,28 +157,59 @@ fn hindrance(instance: &Instance, to: Engine, scene: Scene<'_>) -> Option<String
     if scene.rests_ms > 0 {
         return Some("the controller's clock to be steady: it has jumped".into());
     }
-    let under_way = upgrades().filter(|(_, u)| u.automatic).count();
-    (under_way >= scene.at_a_time).then(|| match scene.at_a_time {
+    let under_way = || upgrades().filter(|(_, u)| u.automatic);
+    let standing = || {
+        let mut stopped = under_way().filter_map(|(t, u)| Some((t, stands(t, u)?)));
+        let (task, why) = stopped.next()?;
+        Some(format!(
+            ", and task {} of instance {} {why}",
+            task.id, task.instance
+        ))
+    };
+    (under_way().count() >= scene.at_a_time).then(|| match scene.at_a_time {
         0 => "somebody: the controllers are set to upgrade nothing by themselves".into(),
-        most => format!("its turn: {most} at a time"),
+        most => format!(
+            "its turn: {most} at a time{}",
+            standing().unwrap_or_default()
+        ),
     })
+}
+
+/// Why one that is open does not get to its end before an operator has looked at it.
+fn stands(task: &Task, upgrade: &Upgrade) -> Option<String> {
+    match upgrade.paused_why.as_str() {
+        _ if task.is_parked() => Some(format!("waits for an operator: {}", task.message)),
+        _ if !upgrade.paused => None,
+        "" => Some("is paused by an operator: resume or cancel it".into()),
+        why => Some(format!("is paused: {why}")),
+    }
 }
 
 /// Why the version is not installed by itself: it did not work, here or elsewhere, and has worked nowhere
 /// since; or an operator has stopped it here.
-fn distrust(instance: &Instance, engine: &str, tasks: &[&Task]) -> Option<String> {
+fn distrust(instance: &Instance, engine: &str, scene: Scene<'_>) -> Option<String> {
     let is_to = |t: &&&Task| matches!(&t.spec, Spec::Upgrade(u) if u.engine == engine);
-    let tries = || tasks.iter().rev().filter(is_to);
+    let tries = || scene.tasks.iter().rev().filter(is_to);
     let mut here = tries().filter(|t| t.instance == instance.id && t.state.is_ended());
-    if let Some(task) = here.next().filter(|t| t.state == State::Cancelled) {
-        return Some(format!(
-            "an operator, who stopped task {} (slotmesh upgrade {} --to {engine})",
-            task.id, instance.id
-        ));
+    match here.next() {
+        Some(task) if task.state == State::Cancelled => {
+            return Some(format!(
+                "an operator, who stopped task {} (slotmesh upgrade {} --to {engine})",
+                task.id, instance.id
+            ));
+        }
+        Some(task) if is_blameless(task) && scene.now_ms < task.updated_ms + AGAIN_MS => {
+            let minutes = AGAIN_MS / 60_000;
+            return Some(format!(
+                "{minutes} minutes to pass since task {}, which lacked a host: {}",
+                task.id, task.message
+            ));
+        }
+        _ => {}
     }
     let judged = |t: &&&Task| {
         let failed = t.state == State::RolledBack || t.state == State::NeedsOperator;
-        failed || t.state == State::Done
+        failed && !is_blameless(t) || t.state == State::Done
     };
     let last = tries().find(judged)?;
     (last.state != State::Done).then(|| {
@@ -180,6 +219,17 @@ fn distrust(instance: &Instance, engine: &str, tasks: &[&Task]) -> Option<String
             last.id, last.instance
         )
     })
+}
+
+/// It fell short, and what of it went back did so for a reason that says nothing about the engine.
+fn is_blameless(task: &Task) -> bool {
+    let Spec::Upgrade(upgrade) = &task.spec else {
+        return false;
+    };
+    let is_back = |s: &&ShardUpgrade| s.phase == UpgradePhase::RolledBack;
+    let shards = || upgrade.shards.iter();
+    shards().all(|s| s.phase.is_ended() && (s.blameless || !is_back(&s)))
+        && shards().any(|s| is_back(&s))
 }
 
 /// The task of an upgrade that was planned with [`options`].
@@ -222,6 +272,7 @@ pub fn options(to: Engine) -> Options {
         allow_downtime: false,
         automatic: true,
         method: Method::Auto,
+        max_hold_ms: HOLD_MS,
     }
 }
 

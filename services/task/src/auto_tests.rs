@@ -166,6 +166,44 @@ fn one_instance_at_a_time_and_one_that_waits_for_an_operator_stops_the_others() 
 }
 
 #[test]
+fn who_waits_behind_one_that_is_paused_or_parked_is_told_which_and_why() {
+    let stopped = |of: &str, edit: &dyn Fn(&mut Upgrade)| {
+        let mut task = task(of, State::Running, true);
+        if let Spec::Upgrade(upgrade) = &mut task.spec {
+            edit(upgrade);
+        }
+        why(judged(&instance(), &[task], OPEN_MS))
+    };
+    let gate = "a switch of shard 0 held commands for 1200 ms, more than 1000 ms";
+    let by_gate = |u: &mut Upgrade| (u.paused, u.paused_why) = (true, gate.into());
+    let said = stopped("other", &by_gate);
+    for part in ["its turn", "task t of instance other is paused", gate] {
+        assert!(said.contains(part), "{said}");
+    }
+    let said = stopped("r", &by_gate);
+    assert!(said.contains("which upgrades it and is paused") && said.contains(gate));
+    let said = stopped("other", &|u| u.paused = true);
+    assert!(
+        said.contains("is paused by an operator: resume or cancel"),
+        "{said}"
+    );
+    let said = stopped("other", &|_| {});
+    assert_eq!(said, "its turn: 1 at a time");
+
+    let mut parked = task("other", State::NeedsOperator, true);
+    parked.message = "every live host has a node of the shard".into();
+    if let Spec::Upgrade(upgrade) = &mut parked.spec {
+        upgrade.shards[0].phase = UpgradePhase::Parked;
+        upgrade.engine = "redis-8.2.3".into();
+    }
+    let said = why(judged(&instance(), &[parked], OPEN_MS));
+    assert!(
+        said.contains("waits for an operator: every live host"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_version_that_did_not_work_somewhere_waits_until_it_has_worked() {
     for state in [State::RolledBack, State::NeedsOperator] {
         for automatic in [true, false] {
@@ -186,6 +224,43 @@ fn a_version_that_did_not_work_somewhere_waits_until_it_has_worked() {
     ));
     let here = [task("r", State::Cancelled, true)];
     assert!(why(judged(&instance(), &here, OPEN_MS)).contains("who stopped"));
+}
+
+#[test]
+fn a_host_that_was_lost_says_nothing_about_the_version_and_is_waited_for_by_its_own_instance_only()
+{
+    let mut lost = task("r", State::RolledBack, true);
+    lost.updated_ms = OPEN_MS;
+    let edit = |task: &Task, blameless, phase| {
+        let mut task = task.clone();
+        let Spec::Upgrade(upgrade) = &mut task.spec else {
+            panic!("{task:?}");
+        };
+        (upgrade.shards[0].blameless, upgrade.shards[0].phase) = (blameless, phase);
+        task
+    };
+    let lost = edit(&lost, true, UpgradePhase::RolledBack);
+    let other = Instance {
+        id: "other".into(),
+        ..instance()
+    };
+    let is_due = |instance: &Instance, task: &Task, now_ms| {
+        let verdict = judged(instance, std::slice::from_ref(task), now_ms);
+        matches!(verdict, Verdict::Due { .. })
+    };
+    assert!(is_due(&other, &lost, OPEN_MS));
+    let said = why(judged(&instance(), std::slice::from_ref(&lost), OPEN_MS));
+    assert!(said.contains("lacked a host"), "{said}");
+    assert!(
+        is_due(&instance(), &lost, OPEN_MS + DAY_MS),
+        "the next window"
+    );
+    for blamed in [
+        edit(&lost, false, UpgradePhase::RolledBack),
+        edit(&lost, true, UpgradePhase::Parked),
+    ] {
+        assert!(!is_due(&other, &blamed, OPEN_MS), "{blamed:?}");
+    }
 }
 
 /// When it is due, looked at once a second while the wall clock reads so and the other one counts.

@@ -110,8 +110,32 @@ pub struct NodeView {
     pub unexpected_errors: Option<u64>,
     /// Full copies that it has served since its start.
     pub sync_full: u64,
+    /// Of a primary: what its commands have cost it lately, the newest window first.
+    pub served: Vec<ServedWindow>,
     /// When the report came.
     pub seen_ms: u64,
+}
+
+/// What a primary's commands have cost it in some ten seconds.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ServedWindow {
+    /// It had the rights of this epoch all the time.
+    pub epoch: Epoch,
+    /// From 0 on, since its agent has seen it with that epoch.
+    pub number: u32,
+    /// Its busiest commands.
+    pub commands: Vec<CommandCost>,
+}
+
+/// What one command has cost an engine within some time, by the engine's own count.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CommandCost {
+    /// As the engine says it.
+    pub name: String,
+    /// How often.
+    pub calls: u64,
+    /// All of them, in microseconds.
+    pub usec: u64,
 }
 
 /// An engine that does not start on a node.
@@ -218,6 +242,8 @@ pub struct ProxyView {
     pub commands: u64,
     /// Error replies among its answers, by any cause.
     pub errors: u64,
+    /// Connected to it; `None`: it has not reported on this stream yet.
+    pub clients: Option<u32>,
 }
 
 /// All that is observed.

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use slotmesh_topology::{HostId, Shard};
+use slotmesh_topology::{HostId, Member, Mode, Shard, ShardId};
+
+use crate::observe::{Fleet, ProcessState};
 
 /// A host that can take processes, and how many it has.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -77,6 +79,25 @@ pub fn replacement(
     best.map(|c| c.host.clone())
 }
 
+/// Where a proxy goes that takes the place of the one on `old`: to a host without a proxy of the
+/// instance, in the old one's zone if it can (its clients are near it, and proxies stay spread over
+/// zones as they were), with the fewest processes.
+#[must_use]
+pub fn proxy(
+    candidates: &[Candidate],
+    taken: &[HostId],
+    old: &HostId,
+    zones: &BTreeMap<HostId, String>,
+) -> Option<HostId> {
+    let is_free = |c: &&Candidate| c.host != *old && !taken.contains(&c.host);
+    let rank = |c: &&Candidate| {
+        let leaves_zone = zones.get(&c.host) != zones.get(old);
+        (leaves_zone, c.load, c.host.clone())
+    };
+    let best = candidates.iter().filter(is_free).min_by_key(rank);
+    best.map(|c| c.host.clone())
+}
+
 /// Where a new node goes that takes the place of another one: as a replacement, or, where every other
 /// host has a part in the shard and it may share one, to its primary's host.
 #[must_use]
@@ -89,6 +110,32 @@ pub fn recruit(
     let own = shard.primary_member().filter(|_| may_share);
     let own = own.filter(|m| candidates.iter().any(|c| c.host == m.host));
     replacement(candidates, shard, zones).or_else(|| own.map(|m| m.host.clone()))
+}
+
+/// Another shard whose primary is on the same host, and of which a new node copies everything now: each
+/// copy is a fork of its primary. One whose host is gone, or whose process can't be started, copies
+/// nothing; nor does anybody from a primary that does not serve.
+#[must_use]
+pub fn copied<'a>(
+    shards: impl IntoIterator<Item = &'a Shard>,
+    shard: &Shard,
+    fleet: &Fleet,
+) -> Option<ShardId> {
+    let host = &shard.primary_member()?.host;
+    let is_other = |s: &&Shard| (&s.instance, &s.id) != (&shard.instance, &shard.id);
+    let serves_it =
+        |s: &&Shard| s.mode == Mode::Serving && s.primary_member().is_some_and(|m| m.host == *host);
+    let is_failed = |m: &Member| {
+        let seen = fleet.node(&m.node);
+        seen.is_some_and(|n| n.state == ProcessState::Failed)
+    };
+    let copies = |s: &Shard, m: &Member| {
+        let is_blank = s.roster.newcomers.contains(&m.node);
+        is_blank && !m.leaving && fleet.hosts.contains(&m.host) && !is_failed(m)
+    };
+    let mut others = shards.into_iter().filter(is_other).filter(serves_it);
+    let busy = others.find(|s| s.members.iter().any(|m| copies(s, m)));
+    busy.map(|s| s.id.clone())
 }
 
 /// Load of each host as placement goes on: (primaries given now, processes).
@@ -192,6 +239,42 @@ mod tests {
             None,
             "the primary's host is not live"
         );
+    }
+
+    #[test]
+    fn a_primary_that_a_new_node_copies_keeps_its_hosts_other_primaries_waiting() {
+        let stage = crate::detect::tests::Stage::new();
+        let (shard, mut fleet) = (stage.shard, stage.fleet);
+        let mut other = shard.clone();
+        other.id = "1".into();
+        let busy = |other: &Shard, fleet: &Fleet| copied([&shard, other], &shard, fleet);
+        assert_eq!(busy(&other, &fleet), None);
+        let new = other.next_node();
+        let copying = other.recruit(&"spare".into(), "redis-8.2.3").unwrap();
+        assert_eq!(busy(&copying, &fleet), None, "its host is gone");
+        fleet.hosts.insert("spare".into());
+        assert_eq!(busy(&copying, &fleet), Some("1".into()));
+        assert_eq!(busy(&copying.settle(&new), &fleet), None, "it has all");
+        let leaving = copying.expel(&new).unwrap();
+        assert_eq!(busy(&leaving, &fleet), None);
+        let mut fenced = copying.clone();
+        fenced.mode = Mode::Fenced("for a test".into());
+        assert_eq!(busy(&fenced, &fleet), None, "it does not serve");
+        let mut seen = fleet.node(&"b".into()).unwrap().clone();
+        for (state, wanted) in [
+            (ProcessState::Starting, Some("1".into())),
+            (ProcessState::Failed, None),
+        ] {
+            seen.state = state;
+            fleet.nodes.insert(new.clone(), seen.clone());
+            assert_eq!(busy(&copying, &fleet), wanted, "{state:?}");
+        }
+        fleet.nodes.remove(&new);
+        let mut elsewhere = copying;
+        elsewhere.primary = "b".into();
+        assert_eq!(busy(&elsewhere, &fleet), None);
+        let own = shard.recruit(&"spare".into(), "redis-8.2.3").unwrap();
+        assert_eq!(copied([&own], &own, &fleet), None);
     }
 
     #[test]

@@ -123,12 +123,13 @@ pub fn decommission(
         let is_removed = |n: &NodeView| n.state == ProcessState::Removed;
         fleet.hosts.contains(&gone.host) && !fleet.node(&gone.node).is_some_and(is_removed)
     });
-    let proxy = instance.proxies.iter().find(|p| {
-        fleet
-            .proxy_processes
-            .get(&p.proxy)
-            .is_none_or(|process| process.state != ProcessState::Removed)
-    });
+    let is_there = |p: &&Placement| {
+        let process = fleet.proxy_processes.get(&p.proxy);
+        process.is_none_or(|process| process.state != ProcessState::Removed)
+    };
+    let mut gone_proxies = instance.gone_proxies.iter();
+    let gone_proxy = gone_proxies.find(|p| fleet.hosts.contains(&p.host) && is_there(p));
+    let proxy = instance.proxies.iter().find(is_there).or(gone_proxy);
     let what = match (proxy, node) {
         (Some(p), _) => format!("proxy {} on {} to be removed", p.proxy, p.host),
         (None, Some(member)) => format!("node {} on {} to be removed", member.node, member.host),

@@ -10,7 +10,10 @@
 //! shard is locked and nobody waits for a proxy, so a failover goes on whatever becomes of one.
 
 mod health;
+#[cfg(test)]
+mod matrix_tests;
 mod plan;
+mod rebuild;
 mod said;
 mod spec;
 #[cfg(test)]
@@ -21,15 +24,17 @@ mod write;
 
 pub use health::{COMMANDS_MIN, TROUBLE_MS_MAX};
 pub use plan::{BAKE_MS, BAKE_MS_MAX, Options, Planned, plan};
+pub use rebuild::{AWAY_MS_MAX, DRAIN_MS, DRAIN_MS_MAX, SILENT_MS_MAX};
 pub use said::{menu, resolved, retried};
-pub use spec::{Change, Changes, Counted, ProxyPhase};
-pub use write::{Write, ended};
+pub use spec::{Change, Changes, Counted, ProxyPhase, Rebuild, Successor};
+pub use write::{Placed, Write, ended};
 
-use slotmesh_topology::{Instance, InstanceState, Placement, Shard};
+use slotmesh_topology::{Instance, InstanceState, Placement, ProxyId, Shard};
 
 use self::write::{HALTED, advance, end, enter, park, turn_back, wait, wait_at_most, with, write};
 use crate::{
     observe::{Fleet, ProcessState, ProxyProcess},
+    place::Candidate,
     spec::Task,
 };
 
@@ -72,6 +77,8 @@ pub struct View<'a> {
     pub shards: &'a [Shard],
     /// What is observed.
     pub fleet: &'a Fleet,
+    /// Hosts that could take a proxy.
+    pub candidates: &'a [Candidate],
     /// Now.
     pub now_ms: u64,
     /// When the maintenance window opens next; `None`: it is open, or is not waited for.
@@ -107,6 +114,9 @@ pub fn decide(view: View<'_>) -> Decision {
             end(&view, ProxyPhase::RolledBack, why)
         }
         ProxyPhase::HandOver => hand_over(&view, placement),
+        ProxyPhase::Build => rebuild::build(&view),
+        ProxyPhase::Bake if view.successor().is_some() => rebuild::bake(&view, placement),
+        ProxyPhase::Drain => rebuild::drain(&view, placement),
         ProxyPhase::Bake => bake(&view, placement),
         ProxyPhase::Back => back(&view, placement),
         ProxyPhase::Parked => parked(&view, placement),
@@ -124,8 +134,22 @@ fn is_ours(part: &Change, placement: &Placement) -> bool {
 }
 
 impl View<'_> {
+    /// The proxy that is placed for this one, in phases that are about it.
+    fn successor(&self) -> Option<&Successor> {
+        let is_its = matches!(
+            self.part.phase,
+            ProxyPhase::Build | ProxyPhase::Bake | ProxyPhase::Drain
+        );
+        self.part.successor.as_ref().filter(|_| is_its)
+    }
+
+    /// The proxy whose process is new.
+    fn subject(&self) -> &ProxyId {
+        self.successor().map_or(&self.part.proxy, |s| &s.proxy)
+    }
+
     fn process(&self) -> Option<&ProxyProcess> {
-        self.fleet.proxy_processes.get(&self.part.proxy)
+        self.fleet.proxy_processes.get(self.subject())
     }
 
     /// Its agent has a session.
@@ -133,15 +157,24 @@ impl View<'_> {
         self.fleet.hosts.contains(&self.part.host)
     }
 
+    /// What the proxy's present process has counted.
+    fn counted(&self) -> Counted {
+        let seen = self.fleet.proxies.get(&self.part.proxy);
+        seen.map_or_else(Counted::default, |p| Counted {
+            commands: p.commands,
+            errors: p.errors,
+        })
+    }
+
     /// A limit, for a leader that has had the time to hear everybody.
     fn limit(&self, at_ms: u64) -> u64 {
         at_ms.max(self.since_ms + SETTLE_MS_MAX)
     }
 
-    /// The process that its agent reports is the one that is heard, and has what it needs.
-    fn serves(&self, process: &ProxyProcess) -> Result<(), String> {
-        let seen = self.fleet.proxies.get(&self.part.proxy);
-        let Some(seen) = seen.filter(|p| p.fresh && p.pid == process.pid) else {
+    /// This process is the one that is heard, and has what it needs.
+    fn serves(&self, pid: u32) -> Result<(), String> {
+        let seen = self.fleet.proxies.get(self.subject());
+        let Some(seen) = seen.filter(|p| p.fresh && p.pid == pid) else {
             return Err("no controller hears its process".into());
         };
         health::behind(self, seen).map_or(Ok(()), Err)
@@ -153,10 +186,12 @@ fn ready(view: &View<'_>) -> Decision {
     if let Some(ended) = over(view) {
         return ended;
     }
-    if view.now_ms < view.task.not_before_ms {
+    // What is done before a drain touches nothing that serves.
+    let builds_first = view.changes.rebuild.is_some() && view.changes.in_window;
+    if view.now_ms < view.task.not_before_ms && !builds_first {
         return wait(view, view.task.not_before_ms, "its time");
     }
-    if let Some(opens_ms) = view.opens_ms {
+    if let Some(opens_ms) = view.opens_ms.filter(|_| !builds_first) {
         return wait(view, opens_ms, "the maintenance window");
     }
     if view.changes.paused {
@@ -196,11 +231,15 @@ fn check(view: &View<'_>, placement: &Placement) -> Decision {
     if let Some(ended) = over(view) {
         return ended;
     }
-    if view.opens_ms.is_some() || view.changes.paused {
+    let is_rebuild = view.changes.rebuild.is_some();
+    if (view.opens_ms.is_some() && !is_rebuild) || view.changes.paused {
         return advance(view, ProxyPhase::Ready, "it waits once more", |_| {});
     }
     if let Some(waits) = of_the_others(view, health::shards(view)) {
         return waits;
+    }
+    if let Some(rebuild) = &view.changes.rebuild {
+        return rebuild::begin(view, placement, rebuild);
     }
     let process = match fit(view) {
         Ok(process) => process,
@@ -221,15 +260,13 @@ fn check(view: &View<'_>, placement: &Placement) -> Decision {
         return waits;
     }
     let next = placement.advanced(program);
-    let seen = view.fleet.proxies.get(&view.part.proxy);
-    let before = seen.map_or_else(Counted::default, |p| Counted {
-        commands: p.commands,
-        errors: p.errors,
-    });
+    let next = next.with_workers(view.changes.workers);
+    let before = view.counted();
     let task = with(view, "its agent has been told", |part| {
         enter(part, ProxyPhase::HandOver, view.now_ms);
         part.from_program.clone_from(&placement.program);
         part.from_generation = placement.generation;
+        part.from_workers = placement.workers;
         part.from_version.clone_from(&process.version);
         part.generation = next.generation;
         part.before = before;
@@ -241,7 +278,7 @@ fn check(view: &View<'_>, placement: &Placement) -> Decision {
         program => program,
     };
     let message = format!("a process of {what} is to take over");
-    write(task, Some(next), "HandOver", message)
+    write(task, Placed::Changed(next), "HandOver", message)
 }
 
 /// Waits for what is not this proxy's own, for longer than for that.
@@ -278,7 +315,7 @@ fn fit<'a>(view: &View<'a>) -> Result<&'a ProxyProcess, String> {
     }
     // One that serves nobody any more is what a restart is for.
     if !view.changes.restart {
-        view.serves(process)?;
+        view.serves(process.pid)?;
     }
     Ok(process)
 }
@@ -292,7 +329,7 @@ fn hand_over(view: &View<'_>, placement: &Placement) -> Decision {
     let program = view.changes.program(part);
     let is_ours = |p: &&ProxyProcess| p.serves(program, part.generation);
     if let Some(process) = view.process().filter(is_ours)
-        && view.serves(process).is_ok()
+        && view.serves(process.pid).is_ok()
     {
         return advance(view, ProxyPhase::Bake, "the new process serves", |part| {
             part.pid = process.pid;
@@ -337,7 +374,7 @@ fn bake(view: &View<'_>, placement: &Placement) -> Decision {
     }
     let is_ours = |p: &&ProxyProcess| p.serves(program, part.generation);
     let well = match process.filter(is_ours) {
-        Some(process) => view.serves(process).map(|()| process),
+        Some(process) => view.serves(process.pid).map(|()| process),
         None => Err("its agent has not reported it".into()),
     };
     let until_ms = part.phase_since_ms + view.changes.bake_ms;
@@ -387,14 +424,17 @@ fn back(view: &View<'_>, placement: &Placement) -> Decision {
     let part = view.part;
     let why = part.why_back.as_deref().unwrap_or_default();
     if part.generation == 0 {
-        // An operator has it tried once more.
-        let next = placement.advanced(&part.from_program);
+        // An operator has it tried once more. One that takes no more clients hands nothing over yet.
+        let next = Placement {
+            cold: placement.cold,
+            ..placement.advanced(&part.from_program)
+        };
         let task = with(view, why, |part| {
             part.from_generation = next.generation;
             part.generation = next.generation;
         });
         let message = "it goes back once more".to_owned();
-        return write(task, Some(next), "Back", message);
+        return write(task, Placed::Changed(next), "Back", message);
     }
     let is_back = |p: &&ProxyProcess| {
         let is_under_way = p.handover.as_ref().is_some_and(|h| h.is_under_way);
@@ -404,7 +444,7 @@ fn back(view: &View<'_>, placement: &Placement) -> Decision {
     let is_late = view.now_ms >= until_ms;
     // Its agent says so; that it is heard, too, may take longer than it matters.
     if let Some(process) = view.process().filter(is_back)
-        && (is_late || view.serves(process).is_ok())
+        && (is_late || view.serves(process.pid).is_ok())
     {
         return end(view, ProxyPhase::RolledBack, why);
     }
@@ -433,13 +473,20 @@ fn parked(view: &View<'_>, placement: &Placement) -> Decision {
     if !view.part.finalize {
         return Decision::Wait { until_ms: u64::MAX };
     }
-    let process = view.process().filter(|p| p.state == ProcessState::Running);
+    // What runs takes no more clients where the record wants it ended first: that goes on being wanted.
+    let process = view.process().filter(|_| !placement.cold);
+    let process = process.filter(|p| p.state == ProcessState::Running);
     let running = process.and_then(|p| Some((p.program.clone()?, p.generation)));
-    let next = running.map(|(program, generation)| placement.returned(&program, generation));
+    let next = running.map(|(program, generation)| {
+        let is_before = generation == view.part.from_generation;
+        let returned = placement.returned(&program, generation);
+        returned.with_workers(if is_before { 0 } else { view.changes.workers })
+    });
     let task = with(view, "left as it is by an operator", |part| {
         enter(part, ProxyPhase::RolledBack, view.now_ms);
     });
-    write(task, next, "Ended", "left as it is by an operator".into())
+    let placed = next.map_or(Placed::Same, Placed::Changed);
+    write(task, placed, "Ended", "left as it is by an operator".into())
 }
 
 #[cfg(test)]

@@ -438,6 +438,38 @@ fn a_restart_keeps_the_program_and_a_bad_one_goes_back_to_the_process_of_before(
 }
 
 #[test]
+fn a_restart_gives_other_workers_and_a_bad_one_has_those_of_before() {
+    let wide = |workers| Options {
+        program: None,
+        proxies: vec!["pb".into()],
+        workers,
+        ..options()
+    };
+    let workers = |story: &Story| {
+        let placement = story.placement("pb");
+        slotmesh_topology::assignment::proxy(&story.instance, placement).workers
+    };
+    let mut story = Story::new(&wide(3));
+    let before = workers(&story);
+    assert_ne!(before, 3);
+    assert_eq!(story.finish(), State::Done);
+    assert_eq!(workers(&story), 3);
+    let planned = story.plan(&wide(0)).unwrap();
+    story.task.spec = crate::Spec::Proxies(planned.changes);
+    story.task.state = State::Running;
+    assert_eq!(story.finish(), State::Done);
+    assert_eq!(workers(&story), 3, "a restart leaves them as they are");
+    let mut story = Story::new(&wide(3));
+    story.settle();
+    assert_eq!(workers(&story), 3);
+    story.process("pb").pid = 99;
+    assert_eq!(story.finish(), State::RolledBack);
+    assert_eq!(workers(&story), before);
+    let refused = Story::before().plan(&wide(65)).unwrap_err();
+    assert_eq!(refused.reason, "WORKERS_INVALID");
+}
+
+#[test]
 fn one_that_can_not_go_back_waits_for_an_operator_who_tries_again_or_leaves_it() {
     let parked = || {
         let mut story = Story::new(&options());

@@ -90,22 +90,28 @@ pub fn opens_ms(maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<
 }
 
 /// The task, put off to the next window: its time has come, and the window is not open. No controller led
-/// while it was, or the clock has jumped over it.
+/// while it was, or the clock has jumped over it. While windows do not count, for `rests_ms`, it only says
+/// so, and keeps its times: what they would be made from may be the wrong time.
 #[must_use]
 pub fn put_off(task: &Task, maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<Task> {
     if !task.in_window || !is_scheduled(task) || now_ms < task.not_before_ms {
         return None;
     }
     let opens_ms = opens_ms(maintenance_window, now_ms, rests_ms)?;
+    let mut next = task.clone();
+    if rests_ms > 0 {
+        let why = "the controller's clock has jumped: it begins when the clock has been steady for \
+                   a while, its time has come by it, and the maintenance window is open";
+        next.message = why.into();
+        return Some(next);
+    }
     let later_ms = opens_ms - task.not_before_ms;
-    Some(Task {
-        not_before_ms: opens_ms,
-        deadline_ms: task.deadline_ms.saturating_add(later_ms),
-        message: "its time had come, and the maintenance window was not open: no controller led \
-                  while it was, or the clock jumped; it begins in the next one"
-            .into(),
-        ..task.clone()
-    })
+    next.not_before_ms = opens_ms;
+    next.deadline_ms = task.deadline_ms.saturating_add(later_ms);
+    next.message = "its time had come, and the maintenance window was not open: no controller led \
+                    while it was, or the clock jumped; it begins in the next one"
+        .into();
+    Some(next)
 }
 
 fn invalid(message: String) -> Refusal {

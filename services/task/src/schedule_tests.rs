@@ -158,17 +158,33 @@ fn a_task_that_waits_for_a_window_does_not_begin_outside_of_it_when_its_time_was
 }
 
 #[test]
-fn a_window_that_a_jump_has_opened_does_not_count_until_the_clock_is_steady() {
+fn a_window_that_a_jump_has_opened_does_not_count_and_changes_no_time_until_the_clock_is_steady() {
     let day = 20_000 * DAY_MS;
     let open = day + 2 * HOUR_MS + MINUTE_MS;
     let task = scheduled(day + 2 * HOUR_MS);
-    let rested = put_off(&task, NIGHT, open, 5 * MINUTE_MS).unwrap();
-    assert_eq!(rested.not_before_ms, open + 5 * MINUTE_MS);
-    let last = day + 3 * HOUR_MS - MINUTE_MS;
-    let rested = put_off(&task, NIGHT, last, 5 * MINUTE_MS).unwrap();
-    assert_eq!(
-        rested.not_before_ms,
-        day + DAY_MS + 2 * HOUR_MS,
-        "it closes before"
-    );
+    let times = |t: &Task| (t.not_before_ms, t.deadline_ms);
+    // Into the window, to its end, past it, and by a year: no later time is made of any of them.
+    for jumped in [
+        open,
+        day + 3 * HOUR_MS - MINUTE_MS,
+        day + 5 * HOUR_MS,
+        open + 365 * DAY_MS,
+    ] {
+        let rested = put_off(&task, NIGHT, jumped, 5 * MINUTE_MS).unwrap();
+        assert_eq!(times(&rested), times(&task));
+        assert!(
+            rested.message.contains("clock has jumped"),
+            "{}",
+            rested.message
+        );
+        let again = put_off(&rested, NIGHT, jumped + MINUTE_MS, 4 * MINUTE_MS);
+        assert_eq!(again.as_ref(), Some(&rested), "said once");
+        // The clock is right again before the night: it begins in its window.
+        assert!(open - HOUR_MS < rested.not_before_ms);
+        assert_eq!(put_off(&rested, NIGHT, open, 0), None);
+        // It was right after the jump: what has been missed is put off then.
+        let late = put_off(&rested, NIGHT, day + 5 * HOUR_MS, 0).unwrap();
+        assert_eq!(late.not_before_ms, day + DAY_MS + 2 * HOUR_MS);
+    }
+    assert_eq!(put_off(&task, "", open, 5 * MINUTE_MS), None);
 }

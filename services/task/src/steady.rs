@@ -31,6 +31,11 @@ impl Clock {
         let rests_until = self.jumped_ms.map_or(0, |at| at.saturating_add(REST_MS));
         rests_until.saturating_sub(counted_ms)
     }
+
+    /// Something else says that the wall clock is wrong: as after a jump.
+    pub fn distrust(&mut self, counted_ms: u64) {
+        self.jumped_ms = Some(counted_ms);
+    }
 }
 
 #[cfg(test)]
@@ -56,6 +61,13 @@ mod tests {
             assert_eq!(clock.look(jumped + 60_000, 60_250), REST_MS - 60_000);
             assert_eq!(clock.look(jumped + REST_MS, 250 + REST_MS), 0);
         }
+    }
+
+    #[test]
+    fn a_clock_that_is_not_trusted_rests_as_after_a_jump() {
+        let mut clock = Clock::default();
+        clock.distrust(50);
+        assert_eq!(clock.look(NOW, 250), REST_MS - 200);
     }
 
     #[test]

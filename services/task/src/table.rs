@@ -9,15 +9,13 @@
 mod proxies;
 mod upgrade;
 
-use proxies::cancel_proxies;
 pub use proxies::of_proxy;
+use proxies::{cancel_proxies, of_proxies};
 use upgrade::cancel_upgrade;
 pub use upgrade::of_upgrade;
 
 use crate::{
-    failover, provision,
-    proxies::ProxyPhase,
-    replace,
+    failover, provision, replace,
     spec::{FailoverPhase, NodeReplacement, Phase, ReplacePhase, Spec, Task},
     switchover,
     upgrade::UpgradePhase,
@@ -297,7 +295,7 @@ pub fn of(spec: &Spec) -> Vec<Row> {
             .map(|phase| of_replace(phase, one.turned_back))
             .into(),
         Spec::Upgrade(_) => UpgradePhase::ALL.map(of_upgrade).into(),
-        Spec::Proxies(_) => ProxyPhase::ALL.map(of_proxy).into(),
+        Spec::Proxies(changes) => of_proxies(changes),
     }
 }
 

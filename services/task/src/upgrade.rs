@@ -14,6 +14,7 @@
 
 mod bake;
 mod fleet;
+mod gate;
 mod held;
 mod moves;
 mod nodes;
@@ -24,7 +25,9 @@ mod write;
 
 pub use bake::{FAULTS_MAX, FAULTS_WINDOW_MS, FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
+pub use gate::HOLD_MS;
 pub use held::held_back;
+pub use moves::REPLICA_MS_MAX;
 pub use nodes::STARTS_MAX;
 pub use plan::{
     BAKE_MS, BAKE_MS_MAX, Options, PARALLEL_MAX, Planned, TASK_MS_MAX, may_share, plan,
@@ -34,7 +37,7 @@ pub use spec::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, Upgr
 pub use write::{Lock, Write, gone, say, write};
 
 use slotmesh_topology::{
-    Exchange, HostId, Instance, Member, Mode, NodeId, NodeRole, Shard, TaskId, assignment,
+    Exchange, HostId, Instance, Member, Mode, NodeId, NodeRole, Shard, ShardId, TaskId, assignment,
 };
 
 use self::nodes::Converged;
@@ -132,6 +135,8 @@ pub enum Decision {
         why: String,
         /// An operator wants it.
         on_request: bool,
+        /// It says nothing about the engine.
+        blameless: bool,
     },
     /// Write the phase.
     Advance(UpgradePhase, String),
@@ -166,6 +171,8 @@ pub struct View<'a> {
     pub opens_ms: Option<u64>,
     /// Where a new node of the shard would go now.
     pub room: Option<&'a HostId>,
+    /// Another shard of whose primary, on the same host, a new node copies everything now.
+    pub copied: Option<&'a ShardId>,
 }
 
 /// The next act for the shard.
@@ -257,13 +264,17 @@ impl View<'_> {
         }
         let shards = self.upgrade.shards.iter();
         let mut others = shards.filter(|s| s.shard != self.part.shard && !s.on_request);
-        let (other, why) = others.find_map(|s| Some((&s.shard, s.why_back.as_ref()?)))?;
+        let (other, why) = others.find_map(|s| Some((s, s.why_back.as_ref()?)))?;
         // Those that followed it say why it went.
         let why = why.strip_prefix(FOLLOWS).unwrap_or(why);
-        Some(given_up(match why.starts_with("shard ") {
-            true => format!("{FOLLOWS}{why}"),
-            false => format!("{FOLLOWS}shard {other}: {why}"),
-        }))
+        Some(Decision::TurnBack {
+            why: match why.starts_with("shard ") {
+                true => format!("{FOLLOWS}{why}"),
+                false => format!("{FOLLOWS}shard {}: {why}", other.shard),
+            },
+            on_request: false,
+            blameless: other.blameless,
+        })
     }
 
     /// Something that clients notice has to wait for the window.
@@ -277,6 +288,7 @@ fn on_request() -> Decision {
     Decision::TurnBack {
         why: "an operator wants it undone".into(),
         on_request: true,
+        blameless: false,
     }
 }
 
@@ -284,6 +296,7 @@ fn given_up(why: impl Into<String>) -> Decision {
     Decision::TurnBack {
         why: why.into(),
         on_request: false,
+        blameless: false,
     }
 }
 
@@ -300,8 +313,13 @@ fn replicas(view: &View<'_>) -> Decision {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
         // A failover has made one of the upgraded the primary: there is nothing to go back to.
-        Converged::Trouble(why) if is_past => Decision::Park(why),
+        Converged::Trouble(why) | Converged::Lost(why) if is_past => Decision::Park(why),
         Converged::Trouble(why) => given_up(why),
+        Converged::Lost(why) => Decision::TurnBack {
+            why,
+            on_request: false,
+            blameless: true,
+        },
         Converged::Done if is_past && view.part.moved => {
             let why = format!("{} is the primary already", view.shard.primary);
             Decision::Advance(UpgradePhase::Finalize, why)
@@ -429,7 +447,7 @@ fn finalize(view: &View<'_>) -> Decision {
     match converged {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
-        Converged::Trouble(why) => Decision::Park(why),
+        Converged::Trouble(why) | Converged::Lost(why) => Decision::Park(why),
         Converged::Done if view.upgrade.preserve_roles && !view.part.moved => {
             Decision::Advance(UpgradePhase::Preserve, "every node runs the engine".into())
         }
@@ -521,7 +539,7 @@ fn undo_nodes(view: &View<'_>) -> Decision {
     match converged {
         Converged::Act(decision) => decision,
         Converged::Wait(until_ms, what) => wait(until_ms, what),
-        Converged::Trouble(why) => Decision::Park(why),
+        Converged::Trouble(why) | Converged::Lost(why) => Decision::Park(why),
         Converged::Done => {
             let why = view.part.why_back.clone().unwrap_or_default();
             Decision::End(UpgradePhase::RolledBack, why)
@@ -531,6 +549,8 @@ fn undo_nodes(view: &View<'_>) -> Decision {
 
 #[cfg(test)]
 mod lost_tests;
+#[cfg(test)]
+mod moves_lost_tests;
 #[cfg(test)]
 mod moves_tests;
 #[cfg(test)]

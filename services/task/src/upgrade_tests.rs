@@ -51,8 +51,11 @@ fn roles_are_preserved_when_asked_for_and_a_failing_switch_back_is_no_failure() 
         ..options()
     };
     let mut story = Story::new(&preserve);
+    story.hold_us = 700;
     story.run_to(UpgradePhase::Done);
     assert_eq!(story.stage.shard.primary.as_str(), "a");
+    let part = story.part();
+    assert_eq!((part.hold_us, part.total_hold_us()), (700, 1_400), "twice");
     let mut story = Story::new(&preserve);
     story.run_to(UpgradePhase::Preserve);
     story.switches = Phase::RolledBack;
@@ -355,9 +358,7 @@ fn the_switch_waits_for_the_window_and_for_its_time() {
     story.run_to(UpgradePhase::Replicas);
     story.opens_ms = Some(u64::MAX - 1);
     for _ in 0..50 {
-        if !story.act() {
-            story.agents();
-        }
+        story.step();
     }
     assert_eq!(story.engines(), ["", NEW, NEW]);
     assert!(
@@ -400,16 +401,8 @@ fn what_is_waited_for_is_said_once() {
 
 #[test]
 fn every_record_of_a_story_survives_the_store() {
-    let mut story = Story::new(&options());
-    for _ in 0..2_000 {
+    Story::new(&options()).run_to_end(|story| {
         let read = crate::wire::task_from(&crate::wire::task_to(&story.task, 1));
         assert_eq!(read.unwrap(), story.task);
-        if story.part().phase.is_ended() {
-            return;
-        }
-        if !story.act() {
-            story.agents();
-        }
-    }
-    panic!("it does not end: {:?}", story.part());
+    });
 }

@@ -360,6 +360,7 @@ fn failover_api(failover: &ShardFailover) -> api::ShardProgress {
         phase: failover.phase.name().to_owned(),
         message: failover.message.clone(),
         hold_ms: failover.hold_us as f64 / 1000.0,
+        total_hold_ms: failover.hold_us as f64 / 1000.0,
         ..api::ShardProgress::default()
     }
 }
@@ -373,6 +374,7 @@ fn progress_api(switch: &ShardSwitch) -> api::ShardProgress {
         phase: switch.phase.name().to_owned(),
         message: switch.message.clone(),
         hold_ms: switch.hold_us as f64 / 1000.0,
+        total_hold_ms: switch.hold_us as f64 / 1000.0,
         critical_ms: switch.critical_us as f64 / 1000.0,
         ..api::ShardProgress::default()
     }
@@ -436,6 +438,7 @@ pub fn node_view(report: &agent::NodeReport, seen_ms: u64) -> NodeView {
         settling: report.settling,
         unexpected_errors: report.unexpected_errors,
         sync_full: report.sync_full,
+        served: report.served.iter().map(upgrade::window_from).collect(),
         seen_ms,
     }
 }

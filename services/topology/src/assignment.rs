@@ -88,9 +88,24 @@ pub fn proxy(instance: &Instance, placement: &Placement) -> pb::ProxySpec {
         proxy_id: placement.proxy.to_string(),
         instance_id: instance.id.to_string(),
         desired: desired(instance).into(),
-        workers: instance.workers_per_proxy,
+        workers: match placement.workers {
+            0 => instance.workers_per_proxy,
+            workers => workers,
+        },
         program: placement.program.clone(),
         generation: placement.generation,
+        port: placement.port.into(),
+        cold: placement.cold,
+    }
+}
+
+/// The specification of a proxy that is not of its instance any more: its process is stopped, its
+/// directory removed.
+#[must_use]
+pub fn gone_proxy(instance: &Instance, placement: &Placement) -> pb::ProxySpec {
+    pb::ProxySpec {
+        desired: pb::Desired::Removed.into(),
+        ..proxy(instance, placement)
     }
 }
 
@@ -209,6 +224,7 @@ mod tests {
             password_sha256: Vec::new(),
             state: InstanceState::Running,
             proxies: Vec::new(),
+            gone_proxies: Vec::new(),
             workers_per_proxy: 1,
             created_unix_ms: 0,
             parameters: Default::default(),

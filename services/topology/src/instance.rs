@@ -17,6 +17,9 @@ pub const SHARDS_MAX: u32 = 100;
 pub const REPLICAS_MAX: u32 = 5;
 /// Most proxies of an instance.
 pub const PROXIES_MAX: u32 = 64;
+/// Most removed proxies that are remembered, hosts of which may come back. Of more than that, the
+/// first is forgotten: its host has been away for as many rebuilds.
+pub const GONE_PROXIES_MAX: usize = 64;
 /// Most workers of a proxy.
 pub const WORKERS_MAX: u32 = 64;
 /// Databases of an instance: the range of SELECT.
@@ -59,6 +62,23 @@ pub struct Placement {
     pub generation: u64,
     /// How many were given so far: going back takes an earlier one up again, going on never does.
     pub generations: u64,
+    /// Its clients are to go elsewhere; `None`: it stays.
+    pub leaving: Option<Leaving>,
+    /// That it listens on, if it is free when it is first started there; 0: any.
+    pub port: u16,
+    /// The process of before is ended first: it takes no more clients, so it hands nothing over.
+    pub cold: bool,
+    /// Worker threads of its process; 0: as the instance says.
+    pub workers: u32,
+}
+
+/// Where the clients of a proxy that leaves go, and until when.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Leaving {
+    /// host:port of the proxy that serves in its place; empty: any other of the instance.
+    pub endpoint: String,
+    /// Whoever is left then is closed.
+    pub until_unix_ms: u64,
 }
 
 impl Placement {
@@ -71,6 +91,19 @@ impl Placement {
             program: String::new(),
             generation: 0,
             generations: 0,
+            leaving: None,
+            port: 0,
+            cold: false,
+            workers: 0,
+        }
+    }
+
+    /// With so many workers; 0: as before.
+    #[must_use]
+    pub fn with_workers(self, workers: u32) -> Self {
+        match workers {
+            0 => self,
+            workers => Self { workers, ..self },
         }
     }
 
@@ -82,6 +115,7 @@ impl Placement {
             program: program.to_owned(),
             generation: generations,
             generations,
+            cold: false,
             ..self.clone()
         }
     }
@@ -92,6 +126,29 @@ impl Placement {
         Self {
             program: program.to_owned(),
             generation,
+            cold: false,
+            ..self.clone()
+        }
+    }
+
+    /// With another process that takes clients again, after it was told to send them away.
+    #[must_use]
+    pub fn reopened(&self) -> Self {
+        Self {
+            leaving: None,
+            cold: true,
+            ..self.advanced(&self.program)
+        }
+    }
+
+    /// With a place to which its clients are to go.
+    #[must_use]
+    pub fn left_for(&self, endpoint: &str, until_unix_ms: u64) -> Self {
+        Self {
+            leaving: Some(Leaving {
+                endpoint: endpoint.to_owned(),
+                until_unix_ms,
+            }),
             ..self.clone()
         }
     }
@@ -122,6 +179,9 @@ pub struct Instance {
     pub state: InstanceState,
     /// Which proxy runs where, and what.
     pub proxies: Vec<Placement>,
+    /// Proxies that are of it no more: here until their agents have removed them, and as long as the
+    /// last number is one of theirs.
+    pub gone_proxies: Vec<Placement>,
     /// Worker threads of each proxy.
     pub workers_per_proxy: u32,
     /// When it was created.
@@ -146,6 +206,69 @@ pub struct Instance {
     /// The oldest engine that a node runs, or may have to run again, while others run a newer one: what
     /// it does not know is not let through to any. `None`: nothing is held back.
     pub held_back: Option<Engine>,
+}
+
+impl Instance {
+    /// Its proxies, and those that were.
+    pub fn all_proxies(&self) -> impl Iterator<Item = &Placement> {
+        self.proxies.iter().chain(&self.gone_proxies)
+    }
+
+    /// Where the clients of this proxy are to go; `None`: it stays, or was never one of it.
+    #[must_use]
+    pub fn leaving(&self, proxy: &ProxyId) -> Option<&Leaving> {
+        let mut all = self.all_proxies();
+        all.find(|p| p.proxy == *proxy)?.leaving.as_ref()
+    }
+
+    /// An id that no proxy of it ever had: what is said of one that was is said of no other one.
+    #[must_use]
+    pub fn next_proxy(&self) -> ProxyId {
+        let next = self.last_number().map_or(0, |last| last.saturating_add(1));
+        proxy_id(&self.id, next)
+    }
+
+    /// Without those proxies that were and that are removed, but for one that has the last number: the
+    /// next one is counted from it.
+    #[must_use]
+    pub fn without_removed(&self, is_removed: impl Fn(&Placement) -> bool) -> Self {
+        let last = self.last_number();
+        let is_last = |p: &Placement| last.is_some() && number(&p.proxy) == last;
+        let mut next = self.clone();
+        next.gone_proxies.retain(|p| is_last(p) || !is_removed(p));
+        next
+    }
+
+    fn last_number(&self) -> Option<u64> {
+        self.all_proxies().filter_map(|p| number(&p.proxy)).max()
+    }
+
+    /// Without this proxy, which its agent is to remove.
+    #[must_use]
+    pub fn without_proxy(&self, proxy: &ProxyId, now_ms: u64) -> Self {
+        let mut next = self.clone();
+        next.proxies.retain(|p| p.proxy != *proxy);
+        let removed = self.proxies.iter().find(|p| p.proxy == *proxy);
+        next.gone_proxies.extend(removed.map(|p| match &p.leaving {
+            Some(_) => p.clone(),
+            None => p.left_for("", now_ms),
+        }));
+        let surplus = next.gone_proxies.len().saturating_sub(GONE_PROXIES_MAX);
+        next.gone_proxies.drain(..surplus);
+        next
+    }
+}
+
+/// That its id ends with.
+fn number(proxy: &ProxyId) -> Option<u64> {
+    let (_, number) = proxy.as_str().rsplit_once('-')?;
+    number.parse().ok()
+}
+
+/// The id of an instance's proxy.
+#[must_use]
+pub fn proxy_id(instance: &InstanceId, number: u64) -> ProxyId {
+    format!("{instance}-proxy-{number}").into()
 }
 
 impl std::fmt::Debug for Instance {

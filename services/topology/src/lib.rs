@@ -22,7 +22,7 @@ pub mod slot;
 pub mod wire;
 
 pub use id::{Epoch, HostId, InstanceId, NodeId, ProxyId, Revision, ShardId, TaskId, Term};
-pub use instance::{Architecture, Instance, InstanceState, Placement};
+pub use instance::{Architecture, Instance, InstanceState, Leaving, Placement};
 pub use shard::{
     DEPARTURES_MAX, Departure, Exchange, Failover, FenceProof, GONE_MAX, GoneNode, Handover,
     Lineage, Member, Mode, NodeRole, Older, PRIORITY, PRIORITY_MAX, Roster, Shard, TransitionError,

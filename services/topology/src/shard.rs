@@ -268,7 +268,7 @@ impl Shard {
             mode: Mode::Serving,
             ..self.clone()
         };
-        next.roster.older.retain(|o| o.node != new);
+        next.roster.led_by(&new);
         for member in &mut next.members {
             if member.node == new {
                 member.role = NodeRole::Primary;

@@ -13,7 +13,7 @@ use crate::{
     check::{self, CheckError},
     compatibility,
     id::Epoch,
-    instance::{Architecture, Instance, InstanceState, Placement, REPLACE_AFTER_S},
+    instance::{Architecture, Instance, InstanceState, Leaving, Placement, REPLACE_AFTER_S},
     shard::{Exchange, Failover, FenceProof, Handover, Member, Mode, NodeRole, PRIORITY, Shard},
     slot::SlotRange,
 };
@@ -227,6 +227,7 @@ pub fn instance_from(record: &store::InstanceRecord) -> Result<Instance, WireErr
         password_sha256: record.password_sha256.clone(),
         state,
         proxies: record.proxies.iter().map(placement_from).collect(),
+        gone_proxies: record.gone_proxies.iter().map(placement_from).collect(),
         workers_per_proxy: record.workers_per_proxy,
         created_unix_ms: record.created_unix_ms,
         parameters: record.parameters.clone().into_iter().collect(),
@@ -257,6 +258,7 @@ pub fn instance_to(instance: &Instance) -> store::InstanceRecord {
         password_sha256: instance.password_sha256.clone(),
         state: instance_state_to(instance.state).into(),
         proxies: instance.proxies.iter().map(placement_to).collect(),
+        gone_proxies: instance.gone_proxies.iter().map(placement_to).collect(),
         workers_per_proxy: instance.workers_per_proxy,
         created_unix_ms: instance.created_unix_ms,
         parameters: instance.parameters.clone().into_iter().collect(),
@@ -284,6 +286,13 @@ fn placement_from(record: &store::ProxyPlacement) -> Placement {
         program: record.program.clone(),
         generation: record.generation,
         generations: record.generations,
+        leaving: record.leaving.as_ref().map(|leaving| Leaving {
+            endpoint: leaving.endpoint.clone(),
+            until_unix_ms: leaving.until_unix_ms,
+        }),
+        port: u16::try_from(record.port).unwrap_or_default(),
+        cold: record.cold,
+        workers: record.workers,
     }
 }
 
@@ -294,6 +303,16 @@ fn placement_to(placement: &Placement) -> store::ProxyPlacement {
         program: placement.program.clone(),
         generation: placement.generation,
         generations: placement.generations,
+        leaving: placement
+            .leaving
+            .as_ref()
+            .map(|leaving| store::ProxyLeaving {
+                endpoint: leaving.endpoint.clone(),
+                until_unix_ms: leaving.until_unix_ms,
+            }),
+        port: placement.port.into(),
+        cold: placement.cold,
+        workers: placement.workers,
     }
 }
 

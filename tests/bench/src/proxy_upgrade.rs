@@ -8,6 +8,7 @@ mod book;
 mod clients;
 mod handover;
 mod idle;
+mod kill;
 mod report;
 mod wire;
 
@@ -21,6 +22,7 @@ use slotmesh_proto::instance::v1::UpdateParametersRequest;
 use tokio::time::{Instant, sleep};
 
 pub use self::handover::By;
+pub use self::kill::KillArgs;
 pub use self::report::Report;
 use self::{
     book::Books,
@@ -75,6 +77,8 @@ pub struct Args {
     /// Engine of the nodes, as `slotmesh up --engine`; 7.0 or newer, for shard channels.
     #[arg(long, value_name = "NAME|PATH")]
     pub engine: Option<String>,
+    #[command(flatten)]
+    pub kill: KillArgs,
     #[arg(long, value_enum, default_value = "text")]
     pub output: Output,
 }
@@ -89,7 +93,8 @@ pub async fn main(args: Args) -> anyhow::Result<bool> {
     let mesh = Mesh::start(&MeshOptions {
         architecture: Some("cluster".to_owned()),
         shards: Some(args.shards),
-        proxies: Some(1),
+        // Who feeds those that are handed over is to survive all of it.
+        proxies: Some(if args.kill.is_wanted() { 2 } else { 1 }),
         workers: Some(args.workers),
         engine: args.engine.clone(),
         ..MeshOptions::default()
@@ -98,7 +103,21 @@ pub async fn main(args: Args) -> anyhow::Result<bool> {
     let mut api = mesh.api().await?;
     make_room(&mut api, mesh.instance(), clients).await?;
     let hosts = mesh.data().join("hosts");
-    let proxy = Proxy::find(&hosts, mesh.instance(), api, args.by)?;
+    let addresses = &mesh.contract.proxies;
+    let address = addresses.first().context("the mesh has no proxy")?;
+    // A way back is asked for by who kills.
+    let by = match args.kill.is_wanted() {
+        true => By::Fresh,
+        false => args.by,
+    };
+    let proxy = Proxy::find(&hosts, address, mesh.instance(), api, by)?;
+    if args.kill.is_wanted() {
+        let others_at = addresses.get(1).context("the mesh has one proxy")?;
+        let report = kill::measure(&args, proxy, others_at).await?;
+        mesh.stop().await?;
+        args.output.print(&report, kill::Report::text)?;
+        return Ok(report.broken().is_empty());
+    }
     let report = measure(&args, proxy).await?;
     mesh.stop().await?;
     args.output.print(&report, Report::text)?;
@@ -141,6 +160,7 @@ async fn measure(args: &Args, mut proxy: Proxy) -> anyhow::Result<Report> {
         .await
         .context("connect those that say nothing")?;
     let plan = Plan {
+        others_at: address.clone(),
         address,
         active: args.active as usize,
         pace: Duration::from_millis(args.pace_ms),

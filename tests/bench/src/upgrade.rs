@@ -3,15 +3,17 @@
 //! Invariant: the load runs from before the first process is exchanged until every node is in sync
 //! again, and nothing of it is repeated by the clients.
 
+mod args;
 mod holds;
+mod moved;
 mod report;
 mod waits;
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};
 use slotmesh_ctl::{api::Api, progress, up::engine};
-use slotmesh_harness::{Mesh, MeshOptions, RedisServer, engines, programs, wait_until};
+use slotmesh_harness::{Mesh, RedisServer, engines, programs, wait_until};
 use slotmesh_proto::{
     instance::v1::{FinalizeBy, ModifyInstanceMinorVersionRequest, Shard},
     store::v1::{NodeRole, OperatorChoice, TaskState},
@@ -22,14 +24,17 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-pub use self::report::Report;
+pub use self::{
+    args::{Architecture, Args, Method},
+    report::Report,
+};
 use self::{
     holds::{Anchor, Switch, switches},
+    moved::{Hosts, Members},
     report::{Calm, Hold, WayBack},
     waits::Waits,
 };
 use crate::{
-    args::LoadArgs,
     chaos::history::now_us,
     failover::timeline,
     probe::Probe,
@@ -44,59 +49,6 @@ const SYNC_LIMIT: Duration = Duration::from_secs(60);
 const CALM: Duration = Duration::from_secs(3);
 /// Keys of one request that fills the shards.
 const FILL_BATCH: u32 = 500;
-
-/// Flags of `slotmesh-bench upgrade`.
-#[derive(Debug, Clone, clap::Args)]
-pub struct Args {
-    /// Engine that the meshes are made of, as `slotmesh up --engine`.
-    #[arg(long, default_value = "redis-7.0", value_name = "NAME|PATH")]
-    pub from: String,
-    /// Engine that they get.
-    #[arg(long, default_value = "redis-8.2", value_name = "NAME|PATH")]
-    pub to: String,
-    /// Kinds of instances; may be repeated; both by default.
-    #[arg(long, value_enum)]
-    pub architecture: Vec<Architecture>,
-    /// Meshes of each kind, one after the other.
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub count: u32,
-    /// Shards of a cluster.
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub shards: u32,
-    /// Replicas of each shard.
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=5))]
-    pub replicas: u32,
-    /// Keys that are there before.
-    #[arg(long, default_value_t = 20_000, value_name = "N")]
-    pub keys: u32,
-    /// How long the old primary follows with the old engine, in seconds.
-    #[arg(long, default_value_t = 2, value_name = "SECONDS")]
-    pub bake: u32,
-    /// Shards that are upgraded at a time, once the first one is done.
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub parallel: u32,
-    /// Goes back in the bake of a first upgrade, before the one that stays.
-    #[arg(long)]
-    pub back: bool,
-    #[command(flatten)]
-    pub load: LoadArgs,
-}
-
-/// What kind of instance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Architecture {
-    Standard,
-    Cluster,
-}
-
-impl Architecture {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Standard => "standard",
-            Self::Cluster => "cluster",
-        }
-    }
-}
 
 /// Upgrades mesh after mesh and prints what came of it; returns whether every promise was kept.
 ///
@@ -127,6 +79,7 @@ struct Run<'a> {
     mesh: Mesh,
     target: Target,
     api: Api,
+    hosts: Hosts,
     anchor: Anchor,
 }
 
@@ -148,15 +101,12 @@ impl Watch {
 
 impl<'a> Run<'a> {
     async fn start(args: &'a Args, kind: Architecture, number: u32) -> anyhow::Result<Self> {
-        let options = MeshOptions {
-            architecture: Some(kind.name().to_owned()),
-            shards: (kind == Architecture::Cluster).then_some(args.shards),
-            replicas: Some(args.replicas),
-            engine: Some(args.from.clone()),
-            ..MeshOptions::default()
-        };
-        let mesh = Mesh::start(&options).await?;
+        let mesh = Mesh::start(&kind.options(args)).await?;
         let (target, api) = (Target::of(&mesh), mesh.api().await?);
+        let hosts = match args.method {
+            Method::CrossHost => Hosts::add(&mesh, args.replicas + 1).await?,
+            Method::Auto | Method::InPlace => Hosts::default(),
+        };
         Ok(Self {
             args,
             kind,
@@ -164,8 +114,14 @@ impl<'a> Run<'a> {
             mesh,
             target,
             api,
+            hosts,
             anchor: Anchor::now(),
         })
+    }
+
+    /// New nodes take the places of those that are there.
+    fn is_moved(&self) -> bool {
+        self.args.method == Method::CrossHost || self.kind == Architecture::Standalone
     }
 
     async fn go(mut self, report: &mut Report) -> anyhow::Result<()> {
@@ -208,6 +164,7 @@ impl<'a> Run<'a> {
         let of_mesh = |t: Task| format!("mesh {}: a failover: {}", self.number + 1, said(&t));
         report.failovers.extend(lost.into_iter().map(of_mesh));
         went?;
+        self.hosts.stop().await?;
         self.mesh.stop().await?;
         Ok(())
     }
@@ -229,10 +186,10 @@ impl<'a> Run<'a> {
             let Some(there) = given(there.await, report) else {
                 return Ok(());
             };
-            report.full_copies += self.mesh.full_copies() - before;
+            report.full_copies += self.copies_since(before);
             self.go_back(&there, watch, report).await?;
         }
-        let before = self.mesh.full_copies();
+        let (before, members) = (self.mesh.full_copies(), Members::of(&self.shards().await?));
         let began = Instant::now();
         let task = self.begin(name, FinalizeBy::Auto).await?;
         let done = |t: &Task| t.state() == TaskState::Done;
@@ -241,13 +198,30 @@ impl<'a> Run<'a> {
             let took = began.elapsed().as_secs_f64() * 1000.0;
             report.task_ms.push(took);
             report.upgrades += 1;
+            let mut there = BTreeSet::new();
             for switch in self.switches(&task).await {
-                self.note(&task, &switch, "there", watch, report);
+                let way = match there.insert(switch.shard.clone()) {
+                    true => "there",
+                    false => "roles",
+                };
+                self.note(&task, &switch, way, watch, report);
             }
             self.in_sync().await?;
+            let after = Members::of(&self.shards().await?);
+            let wrong = members.wrong(&after, self.is_moved(), self.args.preserve_roles);
+            report.failed += u32::from(!wrong.is_empty());
+            wrong.into_iter().for_each(|what| report.told.sample(what));
         }
-        report.full_copies += self.mesh.full_copies() - before;
+        report.full_copies += self.copies_since(before);
         Ok(())
+    }
+
+    /// Of nodes that are exchanged where they are; a new one has to copy.
+    fn copies_since(&self, before: usize) -> usize {
+        match self.is_moved() {
+            true => 0,
+            false => self.mesh.full_copies().saturating_sub(before),
+        }
     }
 
     /// Takes all shards back; notes the switches of both ways, and when writes were served again.
@@ -280,7 +254,7 @@ impl<'a> Run<'a> {
         }
         self.in_sync().await?;
         report.ways_back += 1;
-        report.full_copies_back += self.mesh.full_copies() - copies;
+        report.full_copies_back += self.copies_since(copies);
         Ok(())
     }
 
@@ -373,6 +347,8 @@ impl<'a> Run<'a> {
                 false => self.args.parallel,
             },
             finalize: finalize.into(),
+            method: self.args.method.of_request().into(),
+            preserve_roles: self.args.preserve_roles && !together,
             ..ModifyInstanceMinorVersionRequest::default()
         };
         let mut instances = self.api.instances();

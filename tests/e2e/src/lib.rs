@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: clients, witnesses that see every error, the ctl as a program.
 
 pub mod controllers;
+pub mod foreign;
 pub mod load;
 pub mod upgrades;
 
@@ -64,6 +65,25 @@ pub fn ctl(
         command.args(["--controller", &controller]).args(arguments);
         finish(command).await
     }
+}
+
+/// (id, pid) of every proxy that serves, in the order of their ids.
+///
+/// # Errors
+/// When the ctl can't be asked, or says something else.
+pub async fn proxy_pids(mesh: &Mesh) -> anyhow::Result<Vec<(String, u64)>> {
+    let listed = json(&ctl(mesh, &["-o", "json", "proxy", "list"]).await?)?;
+    let listed = listed.as_array().context("a list of proxies")?;
+    let one = |proxy: &serde_json::Value| {
+        let id = proxy["proxy_id"].as_str().context("a proxy's id")?;
+        let pid = proxy["pid"].as_u64().context("a proxy's pid")?;
+        anyhow::Ok((id.to_owned(), pid))
+    };
+    let mut all: Vec<_> = listed.iter().map(one).collect::<Result<_, _>>()?;
+    // A process that does not serve calls itself by its proxy and pid.
+    all.retain(|(id, _)| !id.contains('.'));
+    all.sort();
+    Ok(all)
 }
 
 /// Runs a command that must end by itself.

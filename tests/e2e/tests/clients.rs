@@ -13,7 +13,7 @@ use std::{
 };
 
 use redis::AsyncCommands as _;
-use slotmesh_e2e::finish;
+use slotmesh_e2e::{finish, foreign::installed};
 use slotmesh_harness::{Mesh, MeshOptions};
 use tokio::process::Command;
 
@@ -30,19 +30,6 @@ async fn mesh() -> Mesh {
         ..MeshOptions::default()
     };
     Mesh::start(&options).await.unwrap()
-}
-
-/// Where `make clients` puts them.
-fn installed(what: &str) -> PathBuf {
-    let place = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/clients");
-    let dir = std::env::var_os("SLOTMESH_CLIENTS").map_or(place, PathBuf::from);
-    let path = dir.join(what);
-    assert!(
-        path.exists(),
-        "{} is missing: run make clients",
-        path.display()
-    );
-    path
 }
 
 fn script(name: &str) -> PathBuf {
@@ -70,7 +57,7 @@ async fn checks(program: &Path, name: &str) {
         let mut command = Command::new(program);
         command.arg(script(name)).args([host, port, kind]);
         if Path::new(name).extension().is_some_and(|e| e == "js") {
-            command.env("NODE_PATH", installed("node_modules"));
+            command.env("NODE_PATH", installed("node_modules").unwrap());
         }
         let said = succeeds(command).await;
         assert!(said.contains("checks passed"), "{said}");
@@ -80,17 +67,17 @@ async fn checks(program: &Path, name: &str) {
 
 #[tokio::test]
 async fn redis_py_does_its_work() {
-    checks(&installed("bin/python"), "redis_py.py").await;
+    checks(&installed("bin/python").unwrap(), "redis_py.py").await;
 }
 
 #[tokio::test]
 async fn ioredis_does_its_work() {
-    checks(&installed("bin/node"), "ioredis.js").await;
+    checks(&installed("bin/node").unwrap(), "ioredis.js").await;
 }
 
 #[tokio::test]
 async fn node_redis_does_its_work() {
-    checks(&installed("bin/node"), "node_redis.js").await;
+    checks(&installed("bin/node").unwrap(), "node_redis.js").await;
 }
 
 /// `JEDIS_CLASSPATH` names the jars of Jedis 5 and of what it needs: commons-pool2, gson, slf4j, json.

@@ -5,13 +5,13 @@
 
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
 use slotmesh_e2e::{
     controllers::{Controller, LIMIT, leader_after},
     finish,
+    foreign::openssl,
 };
 use slotmesh_harness::{
     EtcdCluster, Mesh, MeshOptions, etcd_cluster::TlsFiles, programs, signals, wait_until,
@@ -22,36 +22,26 @@ const PASSWORD: &str = "a-password-that-is-in-no-log";
 /// The store gives up connecting after 4 s.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(30);
 
-fn openssl(dir: &Path, arguments: &str) {
-    let output = Command::new("openssl")
-        .args(arguments.split(' '))
-        .current_dir(dir)
-        .output()
-        .expect("openssl is installed");
-    assert!(
-        output.status.success(),
-        "openssl {arguments}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
 /// An authority, and one certificate for servers and clients on this machine.
 fn certificates(dir: &Path) -> TlsFiles {
     let new_key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
     openssl(
         dir,
         &format!("req -x509 {new_key} -days 2 -subj /CN=test-ca -keyout ca.key -out ca.pem"),
-    );
+    )
+    .unwrap();
     openssl(
         dir,
         &format!("req {new_key} -subj /CN=test -keyout it.key -out it.csr"),
-    );
+    )
+    .unwrap();
     let extensions = "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n";
     std::fs::write(dir.join("ext"), extensions).unwrap();
     openssl(
         dir,
         "x509 -req -in it.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out it.pem",
-    );
+    )
+    .unwrap();
     TlsFiles {
         ca: dir.join("ca.pem"),
         cert: dir.join("it.pem"),

@@ -5,7 +5,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Output, time::Duration};
 
-use slotmesh_e2e::{Witnesses, connect, ctl, json};
+use slotmesh_e2e::{Witnesses, connect, ctl, proxy_pids};
 use slotmesh_harness::{Mesh, MeshOptions, programs, signals, wait_until};
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -59,21 +59,8 @@ impl Releases {
 
     /// (id, pid) of every proxy, in the order of their ids.
     async fn pids(&self) -> Vec<(String, u64)> {
-        let listed = self.ctl(&["-o", "json", "proxy", "list"]).await;
-        let listed = json(&listed).unwrap();
-        let mut all: Vec<(String, u64)> = listed
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|p| {
-                let id = p["proxy_id"].as_str().unwrap().to_owned();
-                (id, p["pid"].as_u64().unwrap())
-            })
-            // A process that does not serve calls itself by its proxy and pid.
-            .filter(|(id, _)| !id.contains('.'))
-            .collect();
-        all.sort();
-        assert_eq!(all.len(), self.mesh.contract.proxies.len(), "{listed}");
+        let all = proxy_pids(&self.mesh).await.unwrap();
+        assert_eq!(all.len(), self.mesh.contract.proxies.len(), "{all:?}");
         all
     }
 
@@ -94,6 +81,12 @@ impl Releases {
         })
         .collect()
     }
+}
+
+/// Of a process, as it was started.
+fn flags(pid: u64) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+    String::from_utf8_lossy(&line).replace('\0', " ")
 }
 
 #[tokio::test]
@@ -130,11 +123,13 @@ async fn proxies_are_upgraded_back_and_forth_and_restarted_and_no_client_notices
     let (one, pid) = &upgraded[0];
     let words = ["proxy", "restart", mesh.instance(), "--proxy", one];
     let output = releases
-        .ctl(&[&words[..], &["--bake", "1", "--wait"]].concat())
+        .ctl(&[&words[..], &["--workers", "3", "--bake", "1", "--wait"]].concat())
         .await;
     assert!(output.status.success(), "{output:?}");
     let restarted = releases.pids().await;
     assert_ne!(restarted[0].1, *pid);
+    assert!(flags(restarted[0].1).contains("--workers 3"));
+    assert!(!flags(restarted[1].1).contains("--workers 3"));
     assert_eq!(restarted[1..], upgraded[1..]);
 
     let mut pusher = connect(&mesh.contract.proxies[1], false).await.unwrap();

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::BTreeSet, fs, path::Path, process::Stdio};
+use std::{collections::BTreeSet, path::Path};
 
 use slotmesh_e2e::{
     connect, ctl,
@@ -13,13 +13,12 @@ use slotmesh_e2e::{
         until, version,
     },
 };
-use slotmesh_harness::{Mesh, MeshOptions, programs, signals, wait_until};
+use slotmesh_harness::{Mesh, MeshOptions, signals, wait_until};
 use slotmesh_proto::{
     instance::v1::{FinalizeBy, ModifyInstanceMinorVersionRequest, Node, UpgradeMethod},
     store::v1::{NodeRole, TaskState},
     task::v1::Task,
 };
-use tokio::process::{Child, Command};
 
 /// Shards with so many replicas on 7.0, with some data; and 8.2 is listed.
 async fn mesh(architecture: &str, shards: u32, replicas: u32) -> (Mesh, Vec<Node>) {
@@ -116,23 +115,6 @@ async fn nobody_notices_that_each_shard_of_a_cluster_without_replicas_gets_a_new
     mesh.stop().await.unwrap();
 }
 
-/// The agent of one more host.
-fn another_host(mesh: &Mesh, name: &str) -> Child {
-    let dir = mesh.data().join("hosts").join(name);
-    fs::create_dir_all(&dir).unwrap();
-    let agent = programs::path("slotmesh-agent").unwrap();
-    let mut command = Command::new(agent);
-    command.args(["--host-id", name, "--controller", &mesh.contract.controller]);
-    command.args(["--listen", "127.0.0.1:0", "--stop-all-on-exit", "--data"]);
-    command.arg(&dir).current_dir(&dir).kill_on_drop(true);
-    let log = fs::File::create(dir.join("agent.log")).unwrap();
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log);
-    command.spawn().unwrap()
-}
-
 #[tokio::test]
 async fn nobody_notices_that_all_nodes_of_a_shard_go_to_other_hosts() {
     let (mesh, before) = mesh("standard", 1, 1).await;
@@ -145,7 +127,7 @@ async fn nobody_notices_that_all_nodes_of_a_shard_go_to_other_hosts() {
         refused.to_string().contains("start more agents"),
         "{refused}"
     );
-    let mut agent = another_host(&mesh, "host-4");
+    let mut agent = mesh.add_host("host-4").unwrap();
     wait_until(LIMIT, "the fourth host to be listed", async || {
         let output = ctl(&mesh, &["host", "list"]).await?;
         let listed = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -44,6 +44,8 @@ pub struct MeshOptions {
     pub parameters: Vec<String>,
     /// More flags, as they are.
     pub flags: Vec<String>,
+    /// What the programs find in their environment, beside what is there.
+    pub environment: Vec<(String, String)>,
     /// Directory of the programs that `up` is one of; None: those under test.
     pub programs: Option<PathBuf>,
 }
@@ -129,6 +131,12 @@ impl Home {
             .args(["up", "--output", "json", "--data"])
             .arg(self.data());
         command.args(options.arguments());
+        command.envs(
+            options
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        );
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -291,6 +299,26 @@ impl Mesh {
         let logs = nodes.map(|node| fs::read_to_string(node.path().join("redis.log")));
         logs.map(|log| log.unwrap_or_default().matches("Full resync from").count())
             .sum()
+    }
+
+    /// The agent of one more host, in a directory beside those of `up`. Told to stop (SIGTERM) it ends with
+    /// what it runs; dropped, it is killed alone.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn add_host(&self, name: &str) -> anyhow::Result<Child> {
+        let dir = self.data().join("hosts").join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let mut command = Command::new(programs::path("slotmesh-agent")?);
+        command.args(["--host-id", name, "--controller", &self.contract.controller]);
+        command.args(["--listen", "127.0.0.1:0", "--stop-all-on-exit", "--data"]);
+        command.arg(&dir).current_dir(&dir).kill_on_drop(true);
+        let log = fs::File::create(dir.join("agent.log"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        command.spawn().context("start slotmesh-agent")
     }
 
     /// Pids that processes of ours wrote down when they were bound: controller and agents.

@@ -85,6 +85,10 @@ pub struct Checks {
     expected: Vec<failover::Expected>,
     /// Processes that have refused a command of their primary since they copied its data.
     diverged: BTreeSet<String>,
+    /// When each command that was refused was refused last.
+    refused: BTreeMap<u64, Micros>,
+    /// Those that nobody can have known of when the data without them was kept.
+    unseen: BTreeSet<u64>,
     /// Writes that nodes had and lost when they followed another, before anybody had kept them.
     replaced: BTreeMap<u64, String>,
     /// What nodes had that were removed, and nobody else then.

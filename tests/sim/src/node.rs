@@ -210,7 +210,7 @@ impl Node {
         for conn in p.followers.keys() {
             let feed = Stream::Feed {
                 offset,
-                ops: ops.to_vec(),
+                ops: ops.iter().map(|op| op.passed_on()).collect(),
             };
             ctx.send(self.party(), *conn, feed);
         }

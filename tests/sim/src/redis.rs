@@ -26,6 +26,8 @@ pub enum Kind {
     GetAck,
     /// A command that only newer engines know.
     Newer,
+    /// Such a one in the data of an engine that did not know it: nothing.
+    Refused,
 }
 
 /// A write, as the log has it.
@@ -37,6 +39,18 @@ pub struct Op {
     pub key: u32,
     /// What it does.
     pub kind: Kind,
+}
+
+impl Op {
+    /// As it came: a replica passes its primary's stream on, whatever it made of it itself.
+    #[must_use]
+    pub fn passed_on(self) -> Self {
+        let kind = match self.kind {
+            Kind::Refused => Kind::Newer,
+            kind => kind,
+        };
+        Self { kind, ..self }
+    }
 }
 
 /// Commands on the local socket.
@@ -333,7 +347,7 @@ impl Process {
                 self.last.insert(op.key, op.id);
             }
             Kind::Push => *self.lengths.entry(op.key).or_default() += 1,
-            Kind::Noop | Kind::GetAck | Kind::Newer => {}
+            Kind::Noop | Kind::GetAck | Kind::Newer | Kind::Refused => {}
         }
         self.log.push(op);
     }
@@ -364,7 +378,8 @@ impl Process {
     #[must_use]
     pub fn since(&self, offset: i64) -> Vec<Op> {
         let from = usize::try_from(offset - self.shift).unwrap_or(0);
-        self.log.get(from..).unwrap_or_default().to_vec()
+        let ops = self.log.get(from..).unwrap_or_default().iter();
+        ops.map(|op| op.passed_on()).collect()
     }
 
     /// Replaces the data.

@@ -280,6 +280,8 @@ impl Worker {
         self.report.granted_epoch = granted_epoch(&users);
         self.report.replication_users = replication_users(&users);
         self.run.users = users;
+        self.measure().await;
+        self.fit_backlog(&info).await;
         self.report.state = ProcessState::Running.into();
         self.report.error.clear();
         self.report.address = self.address();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use slotmesh_agent::process::Process;
 use slotmesh_proto::agent::v1::{Desired, ProcessState};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use super::{witnesses::Witnesses, world::World};
 use crate::{
@@ -224,5 +224,33 @@ async fn a_program_that_does_not_start_any_more_gives_way_to_the_one_before() {
     let failed = world.until_failed(&once, 1).await;
     let why = failed.handover.unwrap().why;
     assert!(why.contains("before it served: no port"), "{why}");
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_has_the_clients_is_left_alone_when_it_is_the_last_and_its_word_is_late() {
+    let world = World::start().await;
+    // It says that it serves, but not where everybody looks.
+    let told = world.proxy_dir().join("take-over.json");
+    let says = r#"printf '{"pid":%s,"phase":"serving"}' $$"#;
+    let heir = format!("{says} > {}; exec sleep 600", told.display());
+    let heir = world.add_that_does("0.9.0", &heir);
+    let agent = world.start_agent().await;
+    world.assign("", 0);
+    let first = world.until_runs("", 0).await;
+    world.assign(&heir, 1);
+    eventually("the new process", async || {
+        told.exists() && world.processes().len() == 2
+    })
+    .await;
+    kill(first.pid, Signal::KILL);
+    let is_left = |process: &Process| process.pid != first.pid;
+    let heir = world.processes().into_iter().find(is_left).unwrap();
+    // Longer than a spare is given to serve again.
+    let until = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < until {
+        assert!(heir.is_alive(), "it was ended with everybody's clients");
+        sleep(Duration::from_millis(100)).await;
+    }
     agent.stop().await;
 }

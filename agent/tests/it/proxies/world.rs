@@ -252,14 +252,26 @@ impl World {
     }
 
     pub(crate) fn assign(&self, program: &str, generation: u64) {
-        let spec = ProxySpec {
+        self.assign_with(program, generation, |_| {});
+    }
+
+    /// As [`World::assign`], with more of the assignment said.
+    pub(crate) fn assign_with(
+        &self,
+        program: &str,
+        generation: u64,
+        more: impl FnOnce(&mut ProxySpec),
+    ) {
+        let mut spec = ProxySpec {
             proxy_id: PROXY.to_owned(),
             instance_id: INSTANCE.to_owned(),
             desired: Desired::Running.into(),
             workers: 2,
             program: program.to_owned(),
             generation,
+            ..ProxySpec::default()
         };
+        more(&mut spec);
         self.controller.change(|record| record.proxies = vec![spec]);
     }
 

@@ -43,6 +43,10 @@ impl Driver {
         });
         let window = window.unwrap_or_default();
         if let Some(next) = schedule::put_off(old, &window, now_ms, self.rests_ms) {
+            // It has said that windows rest, and keeps its times meanwhile.
+            if next == *old {
+                return Ok(Next::At(now_ms + self.rests_ms));
+            }
             let words = next.message.clone();
             return self.write_task(task, next, "", "PutOff", &words).await;
         }

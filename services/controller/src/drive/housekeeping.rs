@@ -32,7 +32,7 @@ impl Driver {
     pub(super) async fn forget_the_old(&self) -> Result<(), DriveError> {
         let (nodes, proxies) = self.mirror.read(|state| {
             let members = state.shards.values().flat_map(|s| &s.value.members);
-            let proxies = state.instances.values().flat_map(|i| &i.value.proxies);
+            let proxies = state.instances.values().flat_map(|i| i.value.all_proxies());
             (
                 members.map(|m| m.node.clone()).collect(),
                 proxies.map(|p| p.proxy.clone()).collect(),

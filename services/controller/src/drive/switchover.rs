@@ -188,6 +188,7 @@ impl Driver {
                 let event = (switch.shard.as_str(), "Declare", "proxies hold");
                 let switched = (task.value.id.clone(), switch.shard.clone());
                 self.timings.insert(switched.clone(), Timing::begin());
+                self.critical_us.remove(&switched);
                 let written = self
                     .write_shard_and_task(task, next_task, shard, &next, event)
                     .await;
@@ -246,7 +247,7 @@ impl Driver {
                 .with_phase(&switch.shard, Phase::Done, note, clock::now_ms());
         let moved = (task.value.id.clone(), switch.shard.clone());
         let timing = self.timings.remove(&moved);
-        let critical_us = timing.as_ref().map_or(0, |t| t.critical_us);
+        let critical_us = self.critical_us.remove(&moved).unwrap_or_default();
         let parts = timing.map(|t| t.words()).unwrap_or_default();
         next_task.edit_switch(&switch.shard, |s| {
             (s.hold_us, s.critical_us) = (hold_us, critical_us)

@@ -19,7 +19,6 @@ pub(super) struct Timing {
     answered: Option<Instant>,
     /// When every proxy was known to send to the new primary.
     applied: Option<Instant>,
-    pub(super) critical_us: u64,
     /// The agent's own words.
     said: String,
 }
@@ -32,7 +31,6 @@ impl Timing {
             asked: None,
             answered: None,
             applied: None,
-            critical_us: 0,
             said: String::new(),
         }
     }
@@ -45,9 +43,8 @@ impl Timing {
         self.asked.get_or_insert_with(Instant::now);
     }
 
-    pub(super) fn answered(&mut self, critical_us: u64, said: String) {
-        self.answered = Some(Instant::now());
-        (self.critical_us, self.said) = (critical_us, said);
+    pub(super) fn answered(&mut self, said: String) {
+        (self.answered, self.said) = (Some(Instant::now()), said);
     }
 
     pub(super) fn applied(&mut self) {

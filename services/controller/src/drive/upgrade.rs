@@ -141,6 +141,13 @@ impl Driver {
                 place::recruit(&live, &shard.value, &fleet.zones, may_share)
             });
             let room = room.flatten();
+            let copied = part.moved.then(|| {
+                self.mirror.read(|state| {
+                    let shards = state.shards.values().map(|s| &s.value);
+                    place::copied(shards, &shard.value, fleet)
+                })
+            });
+            let copied = copied.flatten();
             let view = View {
                 task: &task.value,
                 upgrade,
@@ -152,6 +159,7 @@ impl Driver {
                 stage: &stage,
                 opens_ms,
                 room: room.as_ref(),
+                copied: copied.as_ref(),
             };
             let decision = upgrade::decide(view);
             let write = match &decision {

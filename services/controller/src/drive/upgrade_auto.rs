@@ -7,7 +7,7 @@ use std::{cmp::Reverse, collections::BTreeMap, time::Duration};
 
 use slotmesh_task::{
     auto::{self, Scene, Verdict},
-    upgrade,
+    steady, upgrade,
 };
 use slotmesh_topology::{
     Instance, InstanceId, Shard,
@@ -22,7 +22,12 @@ use super::{
     failover::new_task_id,
     write::{encode_instance, put_task},
 };
-use crate::{clock, grpc::artifact::listed, mirror::Versioned, store::keys::Key};
+use crate::{
+    clock,
+    grpc::artifact::listed,
+    mirror::Versioned,
+    store::keys::{self, Key},
+};
 
 /// Between two looks: a window is an hour at least, and a look reads the catalogue.
 const LOOK: Duration = Duration::from_secs(30);
@@ -50,8 +55,7 @@ impl Default for Rounds {
 impl Driver {
     /// Notes a jump of the wall clock; windows do not count for a while then.
     pub(super) fn look_at_the_clock(&mut self) {
-        let counted_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let rests_ms = self.clock.look(clock::now_ms(), counted_ms);
+        let rests_ms = self.jumps.look();
         if rests_ms > 0 && self.rests_ms == 0 {
             warn!(
                 rests_ms,
@@ -59,6 +63,21 @@ impl Driver {
             );
         }
         self.rests_ms = rests_ms;
+    }
+
+    /// A leader whose clock is behind what another one has written: nobody can say whose is right.
+    pub(super) fn compare_clock_with_records(&self) {
+        let written_ms = self
+            .mirror
+            .read(|s| s.tasks.values().map(|t| t.value.updated_ms).max());
+        let ahead_ms = written_ms.unwrap_or(0).saturating_sub(clock::now_ms());
+        if ahead_ms > steady::JUMP_MS {
+            warn!(
+                ahead_ms,
+                "records are of a time to come: is this host's clock right?"
+            );
+            self.jumps.distrust();
+        }
     }
 
     /// At most one instance is given a patch in a round: the most urgent one.
@@ -74,6 +93,9 @@ impl Driver {
             return Ok(());
         }
         let listed = listed(&*self.store).await?;
+        if self.due(&listed, clock::now_ms()).is_empty() || !self.knows_what_has_begun().await? {
+            return Ok(());
+        }
         for (instance, to) in self.due(&listed, clock::now_ms()) {
             // One that can't be upgraded keeps no other one from it.
             if self.begin_by_itself(&instance, to).await? {
@@ -81,6 +103,15 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// The mirror shows each upgrade that has begun up to now, by this leader or one before it: how many are
+    /// under way is counted there. Each comes with its instance's record, and after this look only this
+    /// leader can begin another one.
+    async fn knows_what_has_begun(&self) -> Result<bool, DriveError> {
+        let instances = self.store.list(keys::INSTANCES).await?.items;
+        let newest = instances.iter().map(|i| i.mod_revision).max();
+        Ok(self.mirror.shows(newest.unwrap_or(0)).await)
     }
 
     /// Whose turn it is, the most urgent first.

@@ -130,6 +130,8 @@ fn assignment_of(host: &HostId, state: &State) -> pb::Assignment {
     for instance in state.instances.values().map(|i| &i.value) {
         let here = instance.proxies.iter().filter(|p| p.host == *host);
         proxies.extend(here.map(|p| assignment::proxy(instance, p)));
+        let gone = instance.gone_proxies.iter().filter(|p| p.host == *host);
+        proxies.extend(gone.map(|p| assignment::gone_proxy(instance, p)));
     }
     pb::Assignment {
         revision: state.revision,

@@ -4,12 +4,13 @@
 use slotmesh_proto::{
     fleet::v1::{self as api, fleet_service_server::FleetService},
     instance::v1::{SwitchOverRequest, instance_service_server::InstanceService},
+    topology::v1::Hello,
 };
 use slotmesh_task::{
     admit::RefusalKind,
     drain::{self, Drain},
 };
-use slotmesh_topology::{HostId, InstanceId, NodeId};
+use slotmesh_topology::{HostId, InstanceId, NodeId, ProxyId};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 use tracing::info;
 
@@ -86,6 +87,18 @@ fn refused_move(
     }
 }
 
+impl Fleet {
+    /// It sends its clients away, or is to be removed: nothing to connect to.
+    fn leaves(&self, hello: &Hello) -> bool {
+        let instance: InstanceId = hello.instance_id.as_str().into();
+        let proxy: ProxyId = hello.proxy_id.as_str().into();
+        self.context.mirror.read(|s| {
+            let known = s.instances.get(&instance);
+            known.is_some_and(|i| i.value.leaving(&proxy).is_some())
+        })
+    }
+}
+
 #[tonic::async_trait]
 impl FleetService for Fleet {
     async fn list_hosts(
@@ -135,6 +148,7 @@ impl FleetService for Fleet {
             .proxies()
             .into_iter()
             .filter(|p| wanted.is_empty() || p.hello.instance_id == wanted)
+            .filter(|p| !self.leaves(&p.hello))
             .map(|p| api::Proxy {
                 proxy_id: p.hello.proxy_id,
                 instance_id: p.hello.instance_id,

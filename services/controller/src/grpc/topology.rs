@@ -8,14 +8,14 @@ use std::{collections::BTreeMap, time::Duration};
 use slotmesh_proto::topology::v1::{
     self as pb, topology_service_server::TopologyService, watch_request, watch_response,
 };
-use slotmesh_topology::{InstanceId, ProxyId, delta::View, route};
+use slotmesh_topology::{InstanceId, Leaving, ProxyId, delta::View, route};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Context, MessageStream, refuse};
-use crate::{mirror::State, store::keys::valid_id};
+use crate::{clock, mirror::State, store::keys::valid_id};
 
 /// Messages on their way to one proxy; a proxy that reads slower is waited for, alone.
 const MESSAGES_BUFFERED: usize = 16;
@@ -39,7 +39,7 @@ impl Topology {
     /// Keeps the proxy's routes true until its stream ends or this controller is cut off.
     async fn publish(
         self,
-        instance: InstanceId,
+        (instance, proxy): (InstanceId, ProxyId),
         mut refused: watch::Receiver<u64>,
         sender: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) {
@@ -47,13 +47,20 @@ impl Topology {
         let mut in_reach = self.context.in_reach.clone();
         let mut sent: Option<View> = None;
         let mut refused_at = None;
+        let mut told: Option<Leaving> = None;
         let mut nonce = 0;
         loop {
             if let Err(status) = self.context.serving() {
                 let _ = sender.send(Err(status)).await;
                 return;
             }
-            let view = self.view_of(&instance, &state.borrow_and_update());
+            let (view, leaving) = {
+                let state = state.borrow_and_update();
+                (
+                    self.view_of(&instance, &state),
+                    leaving_of(&instance, &proxy, &state),
+                )
+            };
             let message = match (&view, &sent) {
                 // Not created yet, or deleted: the proxy keeps what it has.
                 (None, _) => None,
@@ -65,11 +72,16 @@ impl Topology {
             if let Some(message) = message {
                 nonce += 1;
                 sent = view;
-                let response = pb::WatchResponse {
-                    nonce,
-                    message: Some(message),
-                };
-                if sender.send(Ok(response)).await.is_err() {
+                if !say(&sender, nonce, message).await {
+                    return;
+                }
+            }
+            // After what it needs to serve those whom it sends away.
+            let news = leaving.filter(|now| sent.is_some() && told.as_ref() != Some(now));
+            if let Some(leaving) = news {
+                let message = watch_response::Message::Leave(leave(&leaving));
+                told = Some(leaving);
+                if !say(&sender, 0, message).await {
                     return;
                 }
             }
@@ -83,8 +95,7 @@ impl Topology {
                 () = tokio::time::sleep(HEARTBEAT) => {
                     let revision = state.borrow().revision;
                     let heartbeat = watch_response::Message::Heartbeat(pb::Heartbeat { revision });
-                    let response = pb::WatchResponse { nonce: 0, message: Some(heartbeat) };
-                    if sender.send(Ok(response)).await.is_err() {
+                    if !say(&sender, 0, heartbeat).await {
                         return;
                     }
                 }
@@ -114,6 +125,34 @@ impl Topology {
             settings,
             shards,
         })
+    }
+}
+
+/// `false`: nobody hears it any more.
+async fn say(
+    sender: &mpsc::Sender<Result<pb::WatchResponse, Status>>,
+    nonce: u64,
+    message: watch_response::Message,
+) -> bool {
+    let response = pb::WatchResponse {
+        nonce,
+        message: Some(message),
+    };
+    sender.send(Ok(response)).await.is_ok()
+}
+
+fn leaving_of(instance: &InstanceId, proxy: &ProxyId, state: &State) -> Option<Leaving> {
+    let known = state.instances.get(instance)?;
+    known.value.leaving(proxy).cloned()
+}
+
+/// What a proxy is told whose clients are to go elsewhere. A time that is over is a moment: 0 would be
+/// none.
+fn leave(leaving: &Leaving) -> pb::Leave {
+    let within_ms = leaving.until_unix_ms.saturating_sub(clock::now_ms()).max(1);
+    pb::Leave {
+        endpoint: leaving.endpoint.clone(),
+        within_ms: u32::try_from(within_ms).unwrap_or(u32::MAX),
     }
 }
 
@@ -155,7 +194,8 @@ impl TopologyService for Topology {
         let session = self.context.hub.proxy_opened(hello);
         let (sender, receiver) = mpsc::channel(MESSAGES_BUFFERED);
         let (refusals, refused) = watch::channel(0);
-        tokio::spawn(self.clone().publish(instance, refused, sender.clone()));
+        let whom = (instance, proxy.clone());
+        tokio::spawn(self.clone().publish(whom, refused, sender.clone()));
         let (hub, stopping) = (self.context.hub.clone(), self.context.stopping.clone());
         tokio::spawn(async move {
             loop {

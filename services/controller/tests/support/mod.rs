@@ -62,6 +62,13 @@ pub(crate) type Roles = Arc<Mutex<BTreeMap<String, String>>>;
 /// Parameters of each fake Redis process.
 pub(crate) type Parameters = Arc<Mutex<BTreeMap<String, BTreeMap<String, String>>>>;
 
+/// Clients of each fake proxy, and which proxies were told where they are to go.
+#[derive(Default, Debug)]
+pub(crate) struct Crowd {
+    pub(crate) clients: u32,
+    pub(crate) told: Vec<(String, topology::Leave)>,
+}
+
 pub(crate) struct Mesh {
     pub(crate) address: String,
     pub(crate) roles: Roles,
@@ -70,6 +77,7 @@ pub(crate) struct Mesh {
     pub(crate) taken_back: Arc<Mutex<u32>>,
     pub(crate) parameters: Parameters,
     pub(crate) settings: Arc<Mutex<topology::InstanceSettings>>,
+    pub(crate) crowd: Arc<Mutex<Crowd>>,
     data: tempfile::TempDir,
     stop: CancellationToken,
     controller: JoinHandle<()>,
@@ -89,6 +97,7 @@ impl Mesh {
             taken_back: Arc::default(),
             parameters: Parameters::default(),
             settings: Arc::default(),
+            crowd: Arc::default(),
             data,
             stop,
             controller,
@@ -154,11 +163,12 @@ impl Mesh {
 
     pub(crate) async fn add_proxy(&mut self, instance: &str, proxy: &str) {
         let (channel, routes) = (self.channel().await, self.routes.clone());
-        let settings = self.settings.clone();
+        let (settings, crowd) = (self.settings.clone(), self.crowd.clone());
         let (instance, proxy) = (instance.to_owned(), proxy.to_owned());
         self.peers.push(tokio::spawn(async move {
             loop {
-                let _ = proxy_stream(channel.clone(), &instance, &proxy, &routes, &settings).await;
+                let channel = channel.clone();
+                let _ = proxy_stream(channel, &instance, &proxy, &routes, &settings, &crowd).await;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }));
@@ -276,7 +286,7 @@ fn proxy_report(spec: &agent::ProxySpec) -> agent::ProxyReport {
     }
 }
 
-/// host:port of a fake node: made of its id, never dialled.
+/// host:port of a fake node or proxy: made of its id, never dialled.
 pub(crate) fn address_of(node: &str) -> String {
     format!("{node}:6379")
 }
@@ -435,12 +445,14 @@ async fn proxy_stream(
     proxy: &str,
     routes: &Arc<Mutex<BTreeMap<String, topology::ShardRoute>>>,
     settings: &Arc<Mutex<topology::InstanceSettings>>,
+    crowd: &Arc<Mutex<Crowd>>,
 ) -> Result<(), Status> {
     let (sender, receiver) = mpsc::channel(16);
     let message = |m| topology::WatchRequest { message: Some(m) };
     let hello = topology::Hello {
         proxy_id: proxy.to_owned(),
         instance_id: instance.to_owned(),
+        address: address_of(proxy),
         ..Default::default()
     };
     let _ = sender
@@ -454,12 +466,20 @@ async fn proxy_stream(
         let (changed, new_settings) = match news.message {
             Some(topology::watch_response::Message::Snapshot(s)) => (s.shards, s.settings),
             Some(topology::watch_response::Message::Delta(d)) => (d.changed, d.settings),
+            Some(topology::watch_response::Message::Leave(leave)) => {
+                let told = &mut crowd.lock().unwrap().told;
+                told.push((proxy.to_owned(), leave));
+                (Vec::new(), None)
+            }
             _ => (Vec::new(), None),
         };
         if let Some(new_settings) = new_settings {
             *settings.lock().unwrap() = new_settings;
         }
-        let mut report = topology::Report::default();
+        let mut report = topology::Report {
+            clients: crowd.lock().unwrap().clients,
+            ..topology::Report::default()
+        };
         for route in changed {
             let level = if route.hold.is_some() {
                 topology::HoldLevel::Held

@@ -36,7 +36,8 @@ pub(super) fn shards(view: &View<'_>) -> Option<String> {
 /// What keeps the instance's other proxies from doing without this one.
 pub(super) fn others(view: &View<'_>) -> Option<String> {
     let others = view.instance.proxies.iter();
-    let mut others = others.filter(|p| p.proxy != view.part.proxy);
+    let is_other = |p: &&Placement| p.proxy != view.part.proxy && p.proxy != *view.subject();
+    let mut others = others.filter(is_other);
     let (other, what) = others.find_map(|p| Some((p, unwell(view, p)?)))?;
     Some(format!("proxy {} to be well: {what}", other.proxy))
 }
@@ -92,7 +93,7 @@ pub(super) fn bad(view: &View<'_>, part: &Change, process: &ProxyProcess) -> Opt
         }
         _ => {}
     }
-    let seen = view.fleet.proxies.get(&part.proxy);
+    let seen = view.fleet.proxies.get(view.subject());
     let seen = seen.filter(|seen| seen.fresh && seen.pid == part.pid)?;
     lonely_trouble(view, seen).or_else(|| more_errors(part.before, seen))
 }
@@ -106,7 +107,7 @@ fn lonely_trouble(view: &View<'_>, seen: &ProxyView) -> Option<String> {
     // A process that was relieved is heard, too, and has nobody to be in trouble for.
     let others = || {
         let placed = view.instance.proxies.iter();
-        let placed = placed.filter(|p| p.proxy != view.part.proxy);
+        let placed = placed.filter(|p| p.proxy != *view.subject());
         let fresh = placed.filter_map(|p| view.fleet.proxies.get(&p.proxy));
         fresh.filter(|p| p.fresh && p.commands > 0)
     };
@@ -125,9 +126,10 @@ fn is_well(view: &View<'_>, shard: &Shard) -> bool {
     primary.is_some_and(|n| n.state == ProcessState::Running && !n.unresponsive)
 }
 
-/// The new process answers more of its commands by errors than the old one did.
+/// The new process answers more of its commands by errors than the old one did. Where it is not known
+/// what the old one did (its host was lost), clients' own mistakes could be all of it.
 fn more_errors(before: Counted, seen: &ProxyView) -> Option<String> {
-    if seen.commands < COMMANDS_MIN {
+    if seen.commands < COMMANDS_MIN || before.commands < COMMANDS_MIN {
         return None;
     }
     let per_mille = |c: Counted| c.errors.saturating_mul(1_000) / c.commands.max(1);

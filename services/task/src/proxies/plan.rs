@@ -3,12 +3,16 @@
 //! Invariant: what is refused here is refused before anything is written; what can only be known when a
 //! proxy's turn comes is looked at then.
 
-use slotmesh_topology::{Instance, InstanceState, Placement};
+use slotmesh_topology::{
+    HostId, Instance, InstanceState, Placement,
+    instance::{PROXIES_MAX, WORKERS_MAX},
+};
 
-use super::{Change, Changes, Counted, ProxyPhase};
+use super::{Change, Changes, Counted, DRAIN_MS_MAX, ProxyPhase, Rebuild};
 use crate::{
     admit::{Refusal, RefusalKind, refuse},
     observe::Fleet,
+    place::{self, Candidate},
 };
 
 /// How long each proxy is watched where nothing else is said: clients of all kinds have come by.
@@ -27,6 +31,10 @@ pub struct Options {
     pub bake_ms: u64,
     /// In the maintenance window only.
     pub in_window: bool,
+    /// On other hosts; of a restart only.
+    pub rebuild: Option<Rebuild>,
+    /// Workers of each from then on, of a restart only; 0: as before.
+    pub workers: u32,
 }
 
 /// What would be done.
@@ -34,6 +42,8 @@ pub struct Options {
 pub struct Planned {
     /// The task's part.
     pub changes: Changes,
+    /// Of a rebuild: where each would go, as things are now.
+    pub to_hosts: Vec<HostId>,
     /// What to know before.
     pub remarks: Vec<String>,
     /// All of them run it already.
@@ -47,6 +57,7 @@ pub struct Planned {
 pub fn plan(
     instance: &Instance,
     fleet: &Fleet,
+    candidates: &[Candidate],
     options: &Options,
     now_ms: u64,
 ) -> Result<Planned, Refusal> {
@@ -67,12 +78,22 @@ pub fn plan(
             ),
         );
     }
+    if options.workers > WORKERS_MAX {
+        let why = format!("workers of a proxy are 1 to {WORKERS_MAX}; 0 leaves them as they are");
+        return refuse(RefusalKind::Invalid, "WORKERS_INVALID", why);
+    }
     let chosen = chosen(instance, options)?;
+    let to_hosts = match &options.rebuild {
+        Some(rebuild) => where_to(instance, fleet, candidates, rebuild, &chosen)?,
+        None => Vec::new(),
+    };
     let changes = Changes {
         program: options.program.clone().unwrap_or_default(),
         restart: options.program.is_none(),
         bake_ms: options.bake_ms,
         in_window: options.in_window,
+        rebuild: options.rebuild.clone(),
+        workers: options.workers,
         paused: false,
         proxies: chosen
             .iter()
@@ -83,7 +104,7 @@ pub fn plan(
         let process = fleet.proxy_processes.get(&p.proxy);
         process.is_none_or(|process| process.program.is_some())
     };
-    if chosen.iter().find(is_able).is_none() {
+    if options.rebuild.is_none() && chosen.iter().find(is_able).is_none() {
         return refuse(
             RefusalKind::Precondition,
             "AGENTS_TOO_OLD",
@@ -93,6 +114,7 @@ pub fn plan(
     }
     Ok(Planned {
         remarks: remarks(&changes, &chosen, instance, fleet),
+        to_hosts,
         nothing_to_do: changes.proxies.iter().all(|p| p.phase == ProxyPhase::Done),
         changes,
     })
@@ -152,6 +174,7 @@ fn change(placement: &Placement, fleet: &Fleet, program: Option<&str>, now_ms: u
         },
         from_program: placement.program.clone(),
         from_generation: placement.generation,
+        from_workers: placement.workers,
         from_version: process.map(|p| p.version.clone()).unwrap_or_default(),
         to_version: String::new(),
         generation: 0,
@@ -162,7 +185,81 @@ fn change(placement: &Placement, fleet: &Fleet, program: Option<&str>, now_ms: u
         handover_us: 0,
         clients: 0,
         finalize: false,
+        successor: None,
     }
+}
+
+/// Where each would go, one after the other: the host of the one before is free by then.
+fn where_to(
+    instance: &Instance,
+    fleet: &Fleet,
+    candidates: &[Candidate],
+    rebuild: &Rebuild,
+    chosen: &[&Placement],
+) -> Result<Vec<HostId>, Refusal> {
+    if rebuild.drain_ms > DRAIN_MS_MAX {
+        let why = format!("drain_seconds is at most {}", DRAIN_MS_MAX / 1_000);
+        return refuse(RefusalKind::Invalid, "DRAIN_INVALID", why);
+    }
+    if instance.proxies.len() >= PROXIES_MAX as usize {
+        let why = format!(
+            "the instance has {PROXIES_MAX} proxies, and a rebuild needs one more for a while"
+        );
+        return refuse(RefusalKind::Precondition, "TOO_MANY_PROXIES", why);
+    }
+    let mut taken: Vec<HostId> = instance.proxies.iter().map(|p| p.host.clone()).collect();
+    if let Some(host) = &rebuild.host {
+        return named(host, &taken, candidates, chosen).map(|()| vec![host.clone()]);
+    }
+    let mut to_hosts = Vec::with_capacity(chosen.len());
+    for placement in chosen {
+        let Some(host) = place::proxy(candidates, &taken, &placement.host, &fleet.zones) else {
+            return refuse(
+                RefusalKind::Precondition,
+                "NO_OTHER_HOST",
+                format!(
+                    "proxy {} is on {}, and every other live host has a proxy of the instance                      already: start an agent on one more host, or restart it where it is",
+                    placement.proxy, placement.host
+                ),
+            );
+        };
+        if let Some(one) = taken.iter_mut().find(|h| **h == placement.host) {
+            one.clone_from(&host);
+        }
+        to_hosts.push(host);
+    }
+    Ok(to_hosts)
+}
+
+/// Whether a proxy may go to the host that an operator names.
+fn named(
+    host: &HostId,
+    taken: &[HostId],
+    candidates: &[Candidate],
+    chosen: &[&Placement],
+) -> Result<(), Refusal> {
+    if chosen.len() > 1 {
+        let why = "a host can be named for one proxy; name one, or leave the host out";
+        return refuse(RefusalKind::Invalid, "HOST_FOR_ONE", why);
+    }
+    if chosen.iter().any(|p| p.host == *host) {
+        let why =
+            format!("it is on {host} already; to have another process there, restart it in place");
+        return refuse(RefusalKind::Invalid, "HOST_IS_ITS_OWN", why);
+    }
+    if taken.contains(host) {
+        let why = format!(
+            "host {host} has a proxy of the instance already; one host lost would take both"
+        );
+        return refuse(RefusalKind::Precondition, "HOST_HAS_PROXY", why);
+    }
+    if !candidates.iter().any(|c| c.host == *host) {
+        let why = format!(
+            "no agent of host {host} is connected; ListHosts names those that are (slotmesh host list)"
+        );
+        return refuse(RefusalKind::Precondition, "HOST_NOT_LIVE", why);
+    }
+    Ok(())
 }
 
 /// What an operator should know before.
@@ -172,12 +269,24 @@ fn remarks(
     instance: &Instance,
     fleet: &Fleet,
 ) -> Vec<String> {
-    let mut said = vec![format!(
-        "one proxy after the other; each is watched for {} s, and goes back by itself when it is bad, \
-         which ends the task",
-        changes.bake_ms / 1_000
-    )];
-    for placement in chosen {
+    let mut said = vec![match &changes.rebuild {
+        None => format!(
+            "one proxy after the other; each is watched for {} s, and goes back by itself when it is \
+             bad, which ends the task",
+            changes.bake_ms / 1_000
+        ),
+        Some(rebuild) => format!(
+            "one proxy after the other; its successor has another id and address, and is watched for \
+             {} s before clients are sent there: those that asked for it (CLIENT MAINT_NOTIFICATIONS) \
+             are told where, all are closed between two commands, and who is left after {} s is closed",
+            changes.bake_ms / 1_000,
+            rebuild.drain_ms / 1_000
+        ),
+    }];
+    if changes.workers > 0 {
+        said.push(format!("each has {} workers from then on", changes.workers));
+    }
+    for placement in chosen.iter().filter(|_| changes.rebuild.is_none()) {
         let process = fleet.proxy_processes.get(&placement.proxy);
         let why = match process.map(|p| p.program.is_some()) {
             None => "its agent has not reported it",
@@ -190,7 +299,7 @@ fn remarks(
             placement.proxy
         ));
     }
-    if instance.proxies.len() == 1 {
+    if instance.proxies.len() == 1 && changes.rebuild.is_none() {
         said.push(
             "it is the instance's only proxy: clients have no other to go to meanwhile".into(),
         );

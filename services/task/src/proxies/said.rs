@@ -71,6 +71,7 @@ pub fn retried(mut task: Task, now_ms: u64) -> Task {
                     part.phase = ProxyPhase::Ready;
                     part.generation = 0;
                     (part.why_back, part.on_request) = (None, false);
+                    part.successor = None;
                 }
                 _ => continue,
             }

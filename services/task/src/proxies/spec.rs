@@ -15,10 +15,32 @@ pub struct Changes {
     pub bake_ms: u64,
     /// Hand-overs begin in the maintenance window only.
     pub in_window: bool,
+    /// Each gets a successor on another host, to which its clients go.
+    pub rebuild: Option<Rebuild>,
+    /// Of a restart: workers that each has in the end; 0: as before.
+    pub workers: u32,
     /// No further one begins.
     pub paused: bool,
     /// In their order; the first is the canary.
     pub proxies: Vec<Change>,
+}
+
+/// How proxies are built anew on other hosts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rebuild {
+    /// Where; `None`: chosen when its turn comes.
+    pub host: Option<HostId>,
+    /// How long clients of the old one are given to go.
+    pub drain_ms: u64,
+}
+
+/// The proxy that is to serve in the place of another one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Successor {
+    /// Which proxy.
+    pub proxy: ProxyId,
+    /// Where it runs.
+    pub host: HostId,
 }
 
 /// One proxy's part.
@@ -38,6 +60,8 @@ pub struct Change {
     pub from_program: String,
     /// As its placement had it.
     pub from_generation: u64,
+    /// As its placement had it.
+    pub from_workers: u32,
     /// That its agent reported; empty: it had not.
     pub from_version: String,
     /// That the new process reports; empty: it does not serve yet.
@@ -58,6 +82,8 @@ pub struct Change {
     pub clients: u32,
     /// An operator ends the bake, or leaves a parked one as it is.
     pub finalize: bool,
+    /// The last one that was placed for it.
+    pub successor: Option<Successor>,
 }
 
 /// What a proxy's process has counted since its start.
@@ -78,8 +104,12 @@ pub enum ProxyPhase {
     Check,
     /// The placement says what it should run; its agent sees to it.
     HandOver,
+    /// A successor is placed on another host; its agent starts it.
+    Build,
     /// The new process serves, and is watched.
     Bake,
+    /// The successor serves; clients of the old one go elsewhere.
+    Drain,
     /// The placement says again what it ran before.
     Back,
     /// It could not go back by itself. It serves.
@@ -94,11 +124,13 @@ pub enum ProxyPhase {
 
 impl ProxyPhase {
     /// Every phase, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Ready,
         Self::Check,
         Self::HandOver,
+        Self::Build,
         Self::Bake,
+        Self::Drain,
         Self::Back,
         Self::Parked,
         Self::Done,
@@ -115,6 +147,8 @@ impl ProxyPhase {
             Self::Ready => "Ready",
             Self::Check => "Check",
             Self::HandOver => "HandOver",
+            Self::Build => "Build",
+            Self::Drain => "Drain",
             Self::Bake => "Bake",
             Self::Back => "Back",
             Self::Parked => "Parked",
@@ -130,8 +164,8 @@ impl ProxyPhase {
         match self {
             Self::Ready => 0,
             Self::Check => 1,
-            Self::HandOver | Self::Back | Self::Parked => 2,
-            Self::Bake => 3,
+            Self::HandOver | Self::Build | Self::Back | Self::Parked => 2,
+            Self::Bake | Self::Drain => 3,
             Self::Done | Self::RolledBack | Self::Skipped => Self::STEPS,
         }
     }
@@ -173,7 +207,8 @@ impl Changes {
     /// A proxy has had its turn, and was changed.
     #[must_use]
     pub fn has_begun(&self) -> bool {
-        self.proxies.iter().any(|p| p.generation > 0)
+        let has_begun = |p: &Change| p.generation > 0 || p.successor.is_some();
+        self.proxies.iter().any(has_begun)
     }
 
     /// A proxy waits for an operator.

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use slotmesh_proto::{store::v1 as store, topology::v1 as topology};
-use slotmesh_topology::{ProxyId, wire as model};
+use slotmesh_topology::{HostId, ProxyId, wire as model};
 
 use super::*;
 use crate::{
@@ -23,6 +23,8 @@ pub(super) fn options() -> Options {
         proxies: Vec::new(),
         bake_ms: BAKE_MS,
         in_window: false,
+        rebuild: None,
+        workers: 0,
     }
 }
 
@@ -37,6 +39,10 @@ pub(super) struct Story {
     pub(super) fails: BTreeSet<(&'static str, &'static str)>,
     /// Proxies whose agents do nothing.
     pub(super) idle: BTreeSet<&'static str>,
+    /// Hosts that are away: nobody hears their agents and proxies.
+    pub(super) away: BTreeSet<&'static str>,
+    /// Clients of proxies that are told to leave do not go.
+    pub(super) stays: bool,
     pub(super) events: Vec<String>,
     pids: u32,
 }
@@ -92,6 +98,8 @@ impl Story {
             since_ms: 0,
             fails: BTreeSet::new(),
             idle: BTreeSet::new(),
+            away: BTreeSet::new(),
+            stays: false,
             events: Vec::new(),
             pids: 0,
         };
@@ -105,9 +113,40 @@ impl Story {
         plan(
             &self.instance,
             &self.stage.fleet,
+            &self.candidates(),
             options,
             self.stage.now_ms,
         )
+    }
+
+    /// Hosts with an agent.
+    fn candidates(&self) -> Vec<Candidate> {
+        let load = |host: &HostId| {
+            let here = self.instance.proxies.iter().filter(|p| p.host == *host);
+            here.count()
+        };
+        let hosts = self.stage.fleet.hosts.iter();
+        hosts
+            .map(|host| Candidate {
+                host: host.clone(),
+                load: load(host),
+            })
+            .collect()
+    }
+
+    /// A host, with all that runs there, is heard no more.
+    pub(super) fn lose(&mut self, host: &'static str) {
+        self.away.insert(host);
+        let fleet = &mut self.stage.fleet;
+        fleet.hosts.remove(&HostId::from(host));
+        for placement in self
+            .instance
+            .proxies
+            .iter()
+            .filter(|p| p.host.as_str() == host)
+        {
+            fleet.proxies.remove(&placement.proxy);
+        }
     }
 
     /// A process of the proxy serves, and says so.
@@ -137,6 +176,8 @@ impl Story {
             instance: "r".into(),
             fresh: true,
             pid: process.pid,
+            address: format!("{name}:6379"),
+            clients: Some(if NAMES.contains(&name) { 7 } else { 0 }),
             shards: [(shard.id.clone(), route)].into(),
             ..ProxyView::default()
         };
@@ -177,8 +218,8 @@ impl Story {
         self.changes().proxies.iter().map(|p| p.phase).collect()
     }
 
-    /// One decision, of the first proxy that has one; `false`: all of them wait.
-    pub(super) fn act(&mut self) -> bool {
+    /// The next write, of the first proxy that has one; `None`: all of them wait.
+    pub(super) fn decided(&self) -> Option<(ProxyId, Write)> {
         // Whoever leads next knows no more than this.
         let task = wire::task_from(&wire::task_to(&self.task, 1)).unwrap();
         let instance = model::instance_from(&model::instance_to(&self.instance)).unwrap();
@@ -187,7 +228,8 @@ impl Story {
             panic!("{task:?}")
         };
         let shards = [self.stage.shard.clone()];
-        for part in &changes.proxies {
+        let candidates = self.candidates();
+        changes.proxies.iter().find_map(|part| {
             let decision = decide(View {
                 task: &task,
                 changes,
@@ -195,29 +237,35 @@ impl Story {
                 instance: &instance,
                 shards: &shards,
                 fleet: &self.stage.fleet,
+                candidates: &candidates,
                 now_ms: self.stage.now_ms,
                 opens_ms: self.opens_ms,
                 since_ms: self.since_ms,
             });
-            if let Decision::Write(write) = decision {
-                self.commit(part.proxy.as_str(), *write);
-                return true;
+            match decision {
+                Decision::Write(write) => Some((part.proxy.clone(), *write)),
+                Decision::Wait { .. } => None,
             }
+        })
+    }
+
+    /// One decision, written; `false`: all proxies wait.
+    pub(super) fn act(&mut self) -> bool {
+        if let Some((proxy, write)) = self.decided() {
+            self.commit(proxy.as_str(), write);
+            return true;
         }
-        if let Some((state, message)) = ended(&task, changes) {
+        if let Some((state, message)) = ended(&self.task, self.changes()) {
             (self.task.state, self.task.message) = (state, message);
         }
         false
     }
 
-    fn commit(&mut self, proxy: &str, write: Write) {
+    pub(super) fn commit(&mut self, proxy: &str, write: Write) {
         self.events.push(format!("{proxy} {}", write.event));
         self.task = write.task;
-        if let Some(next) = write.placement {
-            let placements = self.instance.proxies.iter_mut();
-            for one in placements.filter(|p| p.proxy == next.proxy) {
-                *one = next.clone();
-            }
+        if let Some(next) = write.placed.on(&self.instance, self.stage.now_ms) {
+            self.instance = next;
         }
         let under_way = |p: &&Change| !p.phase.is_before() && !p.phase.is_ended();
         let changed = self.changes().proxies.iter().filter(under_way);
@@ -225,32 +273,60 @@ impl Story {
     }
 
     /// Agents do what placements say.
-    fn converge(&mut self) -> bool {
+    pub(super) fn converge(&mut self) -> bool {
         let mut acted = false;
+        for gone in &self.instance.gone_proxies {
+            let fleet = &mut self.stage.fleet;
+            if !self.away.contains(gone.host.as_str()) {
+                fleet.proxies.remove(&gone.proxy);
+                fleet.proxy_processes.remove(&gone.proxy);
+            }
+        }
         for placement in self.instance.proxies.clone() {
-            let name = NAMES.into_iter().find(|n| *n == placement.proxy.as_str());
-            let name = name.unwrap();
-            let (program, generation) = (placement.program.as_str(), placement.generation);
-            let process = self.process(name);
-            let asked = process.handover.as_ref();
-            let is_tried = asked.is_some_and(|h| h.generation == generation && h.failed.is_some());
-            if process.serves(program, generation) || is_tried || self.idle.contains(name) {
+            let name = placement.proxy.as_str();
+            if self.idle.contains(name) || self.away.contains(placement.host.as_str()) {
                 continue;
             }
-            acted = true;
-            match self.fails.iter().find(|f| f.0 == name && f.1 == program) {
-                None => self.start(name, program, generation),
-                Some(_) => {
-                    self.process(name).handover = Some(ProxyHandover {
-                        program: program.to_owned(),
-                        generation,
-                        failed: Some("the sum is another one".into()),
-                        ..ProxyHandover::default()
-                    });
-                }
+            acted |= self.converge_one(name, &placement);
+            if placement.leaving.is_some() && !self.stays {
+                acted |= self.heard(name).clients.replace(0) != Some(0);
             }
         }
         acted
+    }
+
+    fn converge_one(&mut self, name: &str, placement: &Placement) -> bool {
+        let (program, generation) = (placement.program.as_str(), placement.generation);
+        let Some(process) = self.stage.fleet.proxy_processes.get(&placement.proxy) else {
+            let fails = self.fails.iter().any(|f| f.0 == name);
+            self.start(name, program, generation);
+            if fails {
+                let process = self.process(name);
+                process.state = ProcessState::Failed;
+                process.error = "the sum is another one".into();
+                self.stage.fleet.proxies.remove(&placement.proxy);
+            }
+            return true;
+        };
+        let asked = process.handover.as_ref();
+        let is_tried = asked.is_some_and(|h| h.generation == generation && h.failed.is_some());
+        let is_well = process.serves(program, generation);
+        let never_ran = process.state == ProcessState::Failed && !NAMES.contains(&name);
+        if is_well || is_tried || never_ran {
+            return false;
+        }
+        match self.fails.iter().find(|f| f.0 == name && f.1 == program) {
+            None => self.start(name, program, generation),
+            Some(_) => {
+                self.process(name).handover = Some(ProxyHandover {
+                    program: program.to_owned(),
+                    generation,
+                    failed: Some("the sum is another one".into()),
+                    ..ProxyHandover::default()
+                });
+            }
+        }
+        true
     }
 
     /// Until nothing happens without time going by.

@@ -3,7 +3,7 @@
 //!
 //! Invariant: placement and phase change together, so that a successor finds them in step.
 
-use slotmesh_topology::Placement;
+use slotmesh_topology::{Instance, Placement, ProxyId};
 
 use super::{Change, Changes, Decision, ProxyPhase, View};
 use crate::{
@@ -19,12 +19,55 @@ pub(super) const HALTED: &str = "halted: ";
 pub struct Write {
     /// The task as it will be.
     pub task: Task,
-    /// The proxy's next placement.
-    pub placement: Option<Placement>,
+    /// What becomes of the instance's placements.
+    pub placed: Placed,
     /// The event's step.
     pub event: &'static str,
     /// Its words.
     pub message: String,
+}
+
+/// What becomes of an instance's placements.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Placed {
+    /// They stay.
+    Same,
+    /// The proxy's placement is this one now.
+    Changed(Placement),
+    /// Another proxy.
+    Added(Placement),
+    /// This one's agent is to remove it.
+    Removed(ProxyId),
+    /// The proxy's placement is this one now, and the other one's agent is to remove it.
+    Exchanged(Placement, ProxyId),
+}
+
+impl Placed {
+    /// The instance with that; `None`: its record stays as it is.
+    #[must_use]
+    pub fn on(&self, instance: &Instance, now_ms: u64) -> Option<Instance> {
+        let changed = |instance: &Instance, placement: &Placement| {
+            let mut next = instance.clone();
+            let proxies = next.proxies.iter_mut();
+            for one in proxies.filter(|p| p.proxy == placement.proxy) {
+                one.clone_from(placement);
+            }
+            next
+        };
+        Some(match self {
+            Self::Same => return None,
+            Self::Changed(placement) => changed(instance, placement),
+            Self::Added(placement) => {
+                let mut next = instance.clone();
+                next.proxies.push(placement.clone());
+                next
+            }
+            Self::Removed(proxy) => instance.without_proxy(proxy, now_ms),
+            Self::Exchanged(placement, proxy) => {
+                changed(instance, placement).without_proxy(proxy, now_ms)
+            }
+        })
+    }
 }
 
 /// Writes the placement of before.
@@ -35,20 +78,23 @@ pub(super) fn turn_back(
     on_request: bool,
 ) -> Decision {
     let part = view.part;
-    let next = placement.returned(&part.from_program, part.from_generation);
+    let next = Placement {
+        workers: part.from_workers,
+        ..placement.returned(&part.from_program, part.from_generation)
+    };
     let task = with(view, why, |part| {
         enter(part, ProxyPhase::Back, view.now_ms);
         part.why_back = Some(why.to_owned());
         part.on_request = on_request;
     });
-    write(task, Some(next), "Back", why.to_owned())
+    write(task, Placed::Changed(next), "Back", why.to_owned())
 }
 
 pub(super) fn park(view: &View<'_>, why: &str) -> Decision {
     let task = with(view, why, |part| {
         enter(part, ProxyPhase::Parked, view.now_ms)
     });
-    write(task, None, "NeedsOperator", why.to_owned())
+    write(task, Placed::Same, "NeedsOperator", why.to_owned())
 }
 
 pub(super) fn advance(
@@ -61,12 +107,12 @@ pub(super) fn advance(
         enter(part, phase, view.now_ms);
         change(part);
     });
-    write(task, None, phase.name(), message.to_owned())
+    write(task, Placed::Same, phase.name(), message.to_owned())
 }
 
 pub(super) fn end(view: &View<'_>, phase: ProxyPhase, message: &str) -> Decision {
     let task = with(view, message, |part| enter(part, phase, view.now_ms));
-    write(task, None, phase.name(), message.to_owned())
+    write(task, Placed::Same, phase.name(), message.to_owned())
 }
 
 /// As [`wait`], with a clock of its own for each kind of thing that is waited for.
@@ -82,7 +128,7 @@ pub(super) fn wait_at_most(
     let part = view.part;
     if !part.message.starts_with(&kind) {
         let task = with(view, &words, |part| enter(part, part.phase, view.now_ms));
-        return write(task, None, "Waiting", words);
+        return write(task, Placed::Same, "Waiting", words);
     }
     let until_ms = view.limit(part.phase_since_ms + limit_ms);
     if view.now_ms >= until_ms {
@@ -90,7 +136,7 @@ pub(super) fn wait_at_most(
     }
     match part.message == words {
         true => Decision::Wait { until_ms },
-        false => write(with(view, &words, |_| {}), None, "Waiting", words),
+        false => write(with(view, &words, |_| {}), Placed::Same, "Waiting", words),
     }
 }
 
@@ -100,18 +146,13 @@ pub(super) fn wait(view: &View<'_>, until_ms: u64, what: &str) -> Decision {
     if view.part.message == words {
         return Decision::Wait { until_ms };
     }
-    write(with(view, &words, |_| {}), None, "Waiting", words)
+    write(with(view, &words, |_| {}), Placed::Same, "Waiting", words)
 }
 
-pub(super) fn write(
-    task: Task,
-    placement: Option<Placement>,
-    event: &'static str,
-    message: String,
-) -> Decision {
+pub(super) fn write(task: Task, placed: Placed, event: &'static str, message: String) -> Decision {
     Decision::Write(Box::new(Write {
         task,
-        placement,
+        placed,
         event,
         message,
     }))
@@ -171,9 +212,10 @@ pub fn ended(task: &Task, changes: &Changes) -> Option<(State, String)> {
     if !changes.proxies.iter().all(|p| p.phase.is_ended()) {
         return None;
     }
-    let what = match changes.restart {
-        true => "run a new process",
-        false => "run it",
+    let what = match (&changes.rebuild, changes.restart) {
+        (Some(_), _) => "are on another host",
+        (None, true) => "run a new process",
+        (None, false) => "run it",
     };
     let others = changes
         .proxies

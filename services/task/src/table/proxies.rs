@@ -1,13 +1,14 @@
 //! The steps of a change of proxies.
 
 use super::{Cancel, OVER, Row, Undo, ended, rows};
-use crate::proxies::{Changes, HANDOVER_MS_MAX, ProxyPhase, UNFIT_MS_MAX};
+use crate::proxies::{Changes, DRAIN_MS_MAX, HANDOVER_MS_MAX, ProxyPhase, UNFIT_MS_MAX};
 
 const NOTHING: Undo = Undo::By("nothing was changed");
 const BACK: Undo = Undo::By(
     "the placement says again what the proxy ran before: the process of before takes the clients \
      back while it is warm, else another one of its program takes over",
 );
+const AWAY: Undo = Undo::By("the new proxy is taken away; the old one was not touched");
 const GOES_BACK: Cancel = Cancel::Refused("the proxy goes back already");
 
 /// Of a change of proxies.
@@ -47,6 +48,22 @@ pub fn of_proxy(phase: ProxyPhase) -> Row {
             None,
             Cancel::Honoured,
         ),
+        ProxyPhase::Build => row(
+            "a proxy is placed on another host",
+            "its agent fetches the program and starts a process of it",
+            "its agent and its stream say that it serves every shard",
+            AWAY,
+            Some(HANDOVER_MS_MAX),
+            Cancel::Honoured,
+        ),
+        ProxyPhase::Drain => row(
+            "the successor serves, and the placement says where clients are to go",
+            "the old proxy takes no more clients, tells those that it has, and closes each at a boundary",
+            "it has none left, or the time is over",
+            Undo::By("when the successor is lost, a new process takes the old one's place"),
+            Some(DRAIN_MS_MAX),
+            Cancel::Refused("its clients are on their way to the proxy that serves in its place"),
+        ),
         ProxyPhase::Back => row(
             "the new process is bad, or an operator wants it back",
             "its agent gives the clients to a process of the program of before",
@@ -71,6 +88,16 @@ pub fn of_proxy(phase: ProxyPhase) -> Row {
         ProxyPhase::RolledBack => ended(phase.name(), "it serves as before", NOTHING),
         ProxyPhase::Skipped => ended(phase.name(), "it was left alone", NOTHING),
     }
+}
+
+/// Of such a change of proxies.
+pub(super) fn of_proxies(changes: &Changes) -> Vec<Row> {
+    let other = match changes.rebuild {
+        Some(_) => [ProxyPhase::HandOver].as_slice(),
+        None => &[ProxyPhase::Build, ProxyPhase::Drain],
+    };
+    let phases = ProxyPhase::ALL.iter().filter(|p| !other.contains(p));
+    phases.map(|phase| of_proxy(*phase)).collect()
 }
 
 /// A cancel is for every proxy that it can still be for; those that are done stay so.

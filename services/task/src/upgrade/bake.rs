@@ -6,7 +6,7 @@
 
 use slotmesh_topology::{Member, NodeId, Older};
 
-use super::{Decision, Rollback, View, given_up, wait};
+use super::{Decision, Rollback, View, gate, given_up, wait};
 use crate::{detect, switchover::REPORT_AGE_MS_MAX};
 
 /// For so long the old primary may not be in sync, after the switch or later: a link that breaks comes
@@ -15,6 +15,10 @@ use crate::{detect, switchover::REPORT_AGE_MS_MAX};
 pub const FOLLOW_MS_MAX: u64 = 10_000;
 /// A proxy that has had trouble with the new primary for so long is a reason to go back.
 pub const TROUBLE_MS_MAX: u64 = 5_000;
+
+/// Changes between open and unknown that are written down: each is an event of the task, and a link may come
+/// and go all through a bake of days.
+pub(super) const DOUBTS_MAX: u32 = 100;
 
 /// How far back proxies' counts of faults go at most.
 pub const FAULTS_WINDOW_MS: u64 = 10_000;
@@ -44,8 +48,10 @@ pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
         new_sync_full: new_seen.map_or(0, |n| n.sync_full),
         diverged: false,
         doubt: String::new(),
+        doubts: 0,
         behind_since_ms: 0,
         faults_before: Some(faults(view)),
+        costs_before: gate::costs(view),
     }
 }
 
@@ -82,9 +88,19 @@ pub(super) fn doubt(view: &View<'_>) -> Option<Decision> {
         (None, true) => String::new(),
     };
     let is_new = doubt != rollback.doubt || behind_since_ms != rollback.behind_since_ms;
-    is_new.then_some(Decision::Doubt {
-        doubt,
-        behind_since_ms,
+    if !is_new || rollback.doubts >= DOUBTS_MAX {
+        return None;
+    }
+    Some(match rollback.doubts + 1 {
+        // What is never taken back must not close the way back later.
+        DOUBTS_MAX => Decision::Doubt {
+            doubt: format!("it was open and unknown in turn, {DOUBTS_MAX} times: no more is said"),
+            behind_since_ms: 0,
+        },
+        _ => Decision::Doubt {
+            doubt,
+            behind_since_ms,
+        },
     })
 }
 
@@ -216,8 +232,11 @@ fn breach(view: &View<'_>) -> Option<String> {
     };
     let fresh = view.scene.fleet.fresh_proxies(&shard.instance);
     let troubled = fresh.filter(is_in_trouble).count();
-    (troubled > 0).then(|| {
+    if troubled > 0 {
         let primary = &shard.primary;
-        format!("{troubled} proxies have had trouble with {primary} for {TROUBLE_MS_MAX} ms")
-    })
+        return Some(format!(
+            "{troubled} proxies have had trouble with {primary} for {TROUBLE_MS_MAX} ms"
+        ));
+    }
+    gate::too_slow(view)
 }

@@ -5,7 +5,7 @@
 
 use slotmesh_topology::{InstanceState, Mode, assignment};
 
-use super::{Decision, Owner, Upgrade, UpgradePhase, View, nodes, wait};
+use super::{Decision, Method, Owner, Upgrade, UpgradePhase, View, nodes, plan, wait};
 use crate::{
     parts,
     spec::{State, Task},
@@ -33,11 +33,26 @@ pub(super) fn before(view: &View<'_>) -> Decision {
     }
 }
 
+fn failed(upgrade: &Upgrade) -> Option<&super::ShardUpgrade> {
+    let shards = &mut upgrade.shards.iter();
+    shards.find(|s| s.phase == UpgradePhase::RolledBack)
+}
+
 /// Why no further shard begins for good.
 fn halted(upgrade: &Upgrade) -> Option<String> {
-    let failed = |s: &&super::ShardUpgrade| s.phase == UpgradePhase::RolledBack;
-    let shard = upgrade.shards.iter().find(failed)?;
+    let shard = failed(upgrade)?;
     Some(format!("halted: shard {}: {}", shard.shard, shard.message))
+}
+
+/// Whether what ends a shard's part says nothing about the engine.
+pub(super) fn is_blameless(view: &View<'_>) -> bool {
+    match (failed(view.upgrade), view.part.phase) {
+        _ if !view.part.phase.is_before() => view.part.blameless,
+        (Some(other), _) => other.blameless,
+        // Its agent was not heard; one that has tried it says so.
+        (None, UpgradePhase::Stage) => matches!(view.stage, StepStatus::Uncertain(_)),
+        (None, _) => true,
+    }
 }
 
 fn unstaged<'a>(view: &View<'a>) -> Option<&'a slotmesh_topology::Member> {
@@ -89,7 +104,11 @@ fn ready(view: &View<'_>) -> Decision {
         return closed;
     }
     if upgrade.paused {
-        return wait(u64::MAX, "an operator to resume");
+        let why = match upgrade.paused_why.as_str() {
+            "" => "an operator to resume".to_owned(),
+            why => format!("an operator to resume: {why}"),
+        };
+        return wait(u64::MAX, why);
     }
     if let Some(what) = not_its_turn(view) {
         return wait(u64::MAX, what);
@@ -108,11 +127,33 @@ fn ready(view: &View<'_>) -> Decision {
     if view.shard.members.iter().all(runs_it) {
         return Decision::End(UpgradePhase::Done, "every node runs it already".into());
     }
+    if let Some(decision) = changed(view) {
+        return decision;
+    }
     if !view.part.moved && nodes::others(view.shard).next().is_none() {
         let why = "it has no replica: nobody could take its primary's place meanwhile";
         return Decision::End(UpgradePhase::RolledBack, why.into());
     }
     Decision::Begin
+}
+
+/// Nodes have joined or left since it was admitted, or are to be something else: how they get the engine
+/// is decided anew, or it is not begun.
+fn changed(view: &View<'_>) -> Option<Decision> {
+    let (part, method) = (view.part, view.upgrade.method);
+    if part.moved != plan::is_moved(view.shard, method) {
+        let why = match part.moved {
+            true => "it has a replica by now: its nodes get the engine in place",
+            false => "it has one node by now: a new one takes its place",
+        };
+        return Some(Decision::Advance(UpgradePhase::Stage, why.into()));
+    }
+    let are_alike = match method {
+        Method::CrossHost => plan::check_alike(view.shard),
+        _ => Ok(()),
+    };
+    let refused = are_alike.err()?;
+    Some(Decision::End(UpgradePhase::RolledBack, refused.message))
 }
 
 fn not_its_turn(view: &View<'_>) -> Option<String> {
@@ -199,7 +240,10 @@ pub fn summary(upgrade: &Upgrade) -> String {
         }
     }
     if upgrade.paused {
-        parts.push("paused".into());
+        parts.push(match upgrade.paused_why.as_str() {
+            "" => "paused".into(),
+            why => format!("paused: {why}"),
+        });
     }
     parts.join(", ")
 }

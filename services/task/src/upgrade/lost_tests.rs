@@ -137,10 +137,13 @@ fn the_record_says_who_is_older_from_before_the_switch_until_nobody_is() {
     let mut story = Story::new(&options());
     story.run_to(UpgradePhase::Switch);
     assert!(story.act(), "planned");
-    assert!(story.stage.shard.older(&"a".into()).is_some());
+    assert_eq!(story.stage.shard.roster.foreseen.len(), 1);
     story.switches = Phase::RolledBack;
+    story.run_to(UpgradePhase::UndoNodes);
+    let given_up = story.stage.shard.older(&"a".into());
+    assert_eq!(given_up, None, "it has followed nobody");
     story.run_to(UpgradePhase::RolledBack);
-    assert!(story.stage.shard.roster.older.is_empty());
+    assert_eq!(story.stage.shard, story.stage.shard.none_older());
 }
 
 #[test]
@@ -184,9 +187,7 @@ fn an_old_primary_that_was_lost_is_not_emptied_before_it_has_come_back_to_follow
     let old = story.stage.node("a");
     (old.role, old.following) = (Some(NodeRole::Primary), String::new());
     for _ in 0..300 {
-        if !story.act() {
-            story.agents();
-        }
+        story.step();
         assert_eq!(story.stage.member("a").exchange, None);
     }
     story.follow(&"b".into());
@@ -201,9 +202,7 @@ fn a_failover_to_an_upgraded_node_is_a_switch_without_a_way_back() {
         story.run_to(phase);
         if phase == UpgradePhase::Replicas {
             while story.engines()[1] != NEW || !story.stage.member("b").in_sync {
-                if !story.act() {
-                    story.agents();
-                }
+                story.step();
             }
         } else {
             assert!(story.act(), "the switch is planned");
@@ -259,6 +258,22 @@ fn an_old_primary_that_refuses_a_command_after_its_bake_is_not_kept_either() {
 }
 
 #[test]
+fn what_an_old_primary_refuses_while_the_task_waits_for_an_operator_is_not_kept() {
+    let mut story = Story::new(&options());
+    story.run_to(UpgradePhase::Finalize);
+    assert!(story.act() && story.act());
+    assert_eq!(story.stage.member("a").exchange, Some(Exchange::Keep));
+    story.stage.node("a").trouble = Some(crate::observe::EngineTrouble {
+        engine: NEW.into(),
+        starts: STARTS_MAX,
+        why: "not enough disk".into(),
+    });
+    story.run_to(UpgradePhase::Parked);
+    let told = story.stage.member("a");
+    assert_eq!(told.exchange, Some(Exchange::Discard));
+}
+
+#[test]
 fn a_replica_that_is_still_old_behind_a_new_primary_is_kept_only_if_its_refusals_are_counted() {
     let old_behind_new = |counted: bool| {
         let mut story = Story::new(&options());
@@ -287,12 +302,28 @@ fn a_replica_that_is_still_old_behind_a_new_primary_is_kept_only_if_its_refusals
             if story.stage.member("c").exchange.is_some() {
                 break;
             }
-            if !story.act() {
-                story.agents();
-            }
+            story.step();
         }
         story.stage.member("c").exchange
     };
     assert_eq!(old_behind_new(true), Some(Exchange::Keep));
     assert_eq!(old_behind_new(false), Some(Exchange::Discard));
+}
+
+#[test]
+fn a_link_that_comes_and_goes_all_the_time_leaves_a_bounded_number_of_events_and_one_can_go_back() {
+    let mut story = Story::new(&options());
+    story.run_to(UpgradePhase::Bake);
+    settle(&mut story);
+    for turn in 0..2 * bake::DOUBTS_MAX {
+        story.stage.member("a").in_sync = turn % 2 == 1;
+        while story.act() {}
+    }
+    let said = story.events.iter().filter(|e| *e == "Rollback").count();
+    assert_eq!(said, bake::DOUBTS_MAX as usize);
+    assert_eq!(shown(&story).0, "Unknown");
+    story.keep();
+    story.task.cancel_requested = true;
+    story.run_to(UpgradePhase::RolledBack);
+    assert_eq!(story.stage.shard.primary.as_str(), "a");
 }

@@ -7,12 +7,13 @@
 //!
 //! **Invariants.** An old node leaves only when as many new ones as there were are whole, a new one only
 //! while an old one is the primary. Whoever leaves is a member until its right to follow is gone and,
-//! with durability, until those that stay have what may have been confirmed with its help.
+//! with durability, until those that stay have what may have been confirmed with its help. Of one host's
+//! primaries one at a time copies everything to a new node, unless that one does not get to its end.
 
-use slotmesh_topology::{HostId, Member, NodeId, Shard, TransitionError};
+use slotmesh_topology::{HostId, Member, NodeId, NodeRole, Shard, TransitionError};
 
 use super::{
-    Decision, Drain, Lock, View, Write,
+    Decision, Drain, Lock, UpgradePhase, View, Write,
     nodes::{self, Converged},
     write::{since, with},
 };
@@ -21,6 +22,10 @@ use crate::{
     replace::{NEW_HOST_GONE_MS, leave},
 };
 
+/// For so long a new node that is to leave stays because no old replica is in sync: an old one that was
+/// started again has copied everything by then, unless it can't.
+pub const REPLICA_MS_MAX: u64 = 10 * 60 * 1_000;
+
 impl View<'_> {
     /// Of a moved shard: the node was of it before, or has taken the place of such a one since, with the
     /// engine that that one had. Who joins for the upgrade is assigned its engine from the first moment.
@@ -28,6 +33,47 @@ impl View<'_> {
         let member = self.shard.member(node);
         self.part.node(node).is_some() || member.is_some_and(|m| m.engine != self.upgrade.engine)
     }
+
+    /// Its host has been without a lease for so long that nobody waits for it to copy anything.
+    fn is_away(&self, member: &Member) -> bool {
+        let gone_since = self.scene.sightings.lease_gone_since(&member.host);
+        gone_since.is_some_and(|since| self.scene.now_ms >= since + NEW_HOST_GONE_MS)
+    }
+
+    /// Its host is gone for so long that it would be replaced, or an operator knows it and has said to
+    /// try again.
+    fn is_lost(&self, member: &Member) -> bool {
+        let after_ms = u64::from(self.instance.replace_after_s) * 1_000;
+        let gone_since = self.scene.sightings.lease_gone_since(&member.host);
+        let is_late = gone_since.is_some_and(|s| self.scene.now_ms >= s + after_ms);
+        let is_said = self.part.retried && self.is_away(member);
+        is_said || after_ms > 0 && is_late
+    }
+
+    /// It has never had anything.
+    fn is_blank(&self, member: &Member) -> bool {
+        self.shard.roster.newcomers.contains(&member.node)
+    }
+
+    /// No primary of the shard was lost since its nodes began to be moved: so each of those that were one
+    /// has handed over all that it had.
+    fn none_was_lost(&self) -> bool {
+        let began = self.part.began_epoch;
+        let mut departures = self.shard.departures.iter();
+        began.0 > 0 && departures.all(|d| d.epoch <= began)
+    }
+}
+
+/// What can be done about a member whose host is gone and that nobody replaces by itself.
+fn waits_for_word(view: &View<'_>, member: &Member) -> Option<Converged> {
+    let is_never = view.instance.replace_after_s == 0;
+    (is_never && view.is_away(member)).then(|| {
+        let (node, host) = (&member.node, &member.host);
+        Converged::Lost(format!(
+            "{host}, the host of {node}, is lost, and the instance's nodes are not replaced by \
+             themselves: start its agent again, or retry to go on without {node}"
+        ))
+    })
 }
 
 fn followers<'a>(view: &View<'a>) -> impl Iterator<Item = &'a Member> {
@@ -52,40 +98,78 @@ pub(super) fn gather(view: &View<'_>) -> Converged {
     if let Some(member) = new().find(is_behind) {
         return catch_up(view, member);
     }
-    if new().count() >= view.part.nodes.len() {
-        return Converged::Done;
-    }
-    // One that was about to leave when a failover led forward is fed again before another one joins.
+    // Before another one joins: one that was about to leave when a failover led forward is fed again,
+    // one whose host is lost is let go of.
     let mut leaving = followers(view).filter(|m| m.leaving && !view.is_old(&m.node));
-    if let Some(member) = leaving.next() {
-        return Converged::Act(Decision::Retain(member.node.clone()));
+    match leaving.next() {
+        Some(member) if view.is_away(member) => return let_go(view, member),
+        Some(member) if new().count() < view.part.nodes.len() => {
+            return Converged::Act(Decision::Retain(member.node.clone()));
+        }
+        _ => {}
+    }
+    match new().count() >= view.part.nodes.len() {
+        true => Converged::Done,
+        false => join(view, "for the new one"),
+    }
+}
+
+/// Another node joins, once no other primary of its host is being copied from: each copy is a fork, and
+/// may take as much memory as is written meanwhile. A copy that takes longer than one may is not waited
+/// for: two forks are better than a shard that gets no further.
+fn join(view: &View<'_>, what_for: &str) -> Converged {
+    if let Some(shard) = view.copied {
+        let host = view.shard.primary_member().map(|m| m.host.as_str());
+        let host = host.unwrap_or_default();
+        let what = format!("the copy of shard {shard}, which {host} serves, too");
+        if let wait @ Converged::Wait(..) = nodes::patience(view, what) {
+            return wait;
+        }
     }
     match view.room {
         Some(host) => Converged::Act(Decision::Recruit(host.clone())),
-        None => Converged::Trouble(
-            "every live host has a node of the shard: start an agent on another host for the new one"
-                .into(),
-        ),
+        None => Converged::Lost(format!(
+            "every live host has a node of the shard: start an agent on another host {what_for}"
+        )),
     }
+}
+
+/// As many old ones as there were that are to stay.
+fn are_enough(view: &View<'_>, meant: impl Fn(&Member) -> bool) -> bool {
+    let old = view.shard.members.iter();
+    let old = old.filter(|m| !m.leaving && view.is_old(&m.node) && meant(m));
+    old.count() >= view.part.nodes.len()
 }
 
 /// An old one was about to leave when a failover led back.
 fn stays_after_all(view: &View<'_>) -> Option<Decision> {
-    let old = followers(view).find(|m| m.leaving && view.is_old(&m.node));
+    if are_enough(view, |_| true) {
+        return None;
+    }
+    let may_stay = |m: &&Member| m.leaving && view.is_old(&m.node) && !view.is_blank(m);
+    let old = followers(view).find(may_stay);
     old.map(|m| Decision::Retain(m.node.clone()))
 }
 
 fn catch_up(view: &View<'_>, member: &Member) -> Converged {
-    let scene = view.scene;
-    if let Some(why) = nodes::trouble(view, &member.node, &view.upgrade.engine) {
+    let node = &member.node;
+    if let Some(why) = nodes::trouble(view, node, &view.upgrade.engine) {
         return Converged::Trouble(why);
     }
-    let gone_since = scene.sightings.lease_gone_since(&member.host);
-    if gone_since.is_some_and(|since| scene.now_ms >= since + NEW_HOST_GONE_MS) {
-        let (node, host) = (&member.node, &member.host);
-        return Converged::Trouble(format!("{host}, the host of {node}, is lost"));
+    if !view.is_away(member) {
+        return nodes::settle(view, member);
     }
-    nodes::settle(view, member)
+    if !view.primary_is_upgraded() {
+        let host = &member.host;
+        return Converged::Lost(format!("{host}, the host of {node}, is lost"));
+    }
+    // The shard's new primary is well, and nothing leads back: another one takes its place, later.
+    let is_spare = view.is_blank(member) || view.is_lost(member);
+    if is_spare && expelled(view, node).is_ok() {
+        return Converged::Act(Decision::Expel(node.clone()));
+    }
+    let patience = || nodes::patience(view, format!("the host of {node}"));
+    waits_for_word(view, member).unwrap_or_else(patience)
 }
 
 /// Until no old node follows any more, nor a new one too many: who took a place in the bake, or was about
@@ -114,23 +198,22 @@ fn dismiss(view: &View<'_>, whom: impl Fn(&Member) -> bool) -> Converged {
         return Converged::Done;
     };
     let mut ready = those().filter(|m| may_go(view, m));
-    match ready.find(|m| expelled(view, &m.node).is_ok()) {
-        Some(member) => Converged::Act(Decision::Expel(member.node.clone())),
-        None => {
-            let what = "to follow the primary, and the others to be in sync, before it leaves";
-            nodes::patience(view, format!("{node} {what}"))
-        }
+    if let Some(member) = ready.find(|m| expelled(view, &m.node).is_ok()) {
+        return Converged::Act(Decision::Expel(member.node.clone()));
     }
+    if let Some(word) = those().find_map(|m| waits_for_word(view, m)) {
+        return word;
+    }
+    let what = "to follow the primary, and the others to be in sync, before it leaves";
+    nodes::patience(view, format!("{node} {what}"))
 }
 
-/// What only it had, if it was a primary that was lost, has been kept; or its host is gone for so long
-/// that it would be replaced.
+/// What only it had, if it was a primary that was lost, has been kept, or it was none; or its host is
+/// gone for good.
 fn may_go(view: &View<'_>, member: &Member) -> bool {
-    let after_ms = u64::from(view.instance.replace_after_s) * 1_000;
-    let gone_since = view.scene.sightings.lease_gone_since(&member.host);
-    let is_lost = after_ms > 0 && gone_since.is_some_and(|s| view.scene.now_ms >= s + after_ms);
-    let is_blank = view.shard.roster.newcomers.contains(&member.node);
-    member.in_sync || is_blank || is_lost || nodes::follows(view, member)
+    let is_known = member.in_sync || nodes::follows(view, member);
+    let had_nothing = view.is_blank(member) || view.is_away(member) && view.none_was_lost();
+    is_known || had_nothing || view.is_lost(member)
 }
 
 /// It leaves: once nobody feeds it, and nobody needs what it has.
@@ -157,55 +240,70 @@ fn let_go(view: &View<'_>, member: &Member) -> Converged {
     }
 }
 
-/// Until the new nodes have left, and those that stay are known to be what they were.
+/// Until the new nodes have left, and those that stay are known to be what they were, as many as before.
 pub(super) fn undo(view: &View<'_>) -> Converged {
     if let Some(old) = stays_after_all(view) {
         return Converged::Act(old);
     }
-    if let Some(why) = too_few_old(view) {
-        return Converged::Trouble(why);
+    match complete(view, |_| true) {
+        Converged::Done => {}
+        // Where all hosts are taken, and nobody would be missed.
+        Converged::Lost(_) if followers(view).all(|m| view.is_old(&m.node)) => {}
+        not_yet => return not_yet,
     }
-    match dismiss(view, |m| !view.is_old(&m.node)) {
-        Converged::Done => sound(view),
+    match dismiss(view, |m| m.leaving || !view.is_old(&m.node)) {
+        Converged::Done => renew(view),
         not_yet => not_yet,
     }
 }
 
-/// Without the new ones the shard would have fewer nodes than before: one of the old ones has left.
-fn too_few_old(view: &View<'_>) -> Option<String> {
-    let members = &view.shard.members;
-    let (old, before) = (
-        members.iter().filter(|m| view.is_old(&m.node)).count(),
-        view.part.nodes.len(),
-    );
-    let new = followers(view).find(|m| !view.is_old(&m.node))?;
-    (old < before).then(|| {
-        format!(
-            "{old} of the {before} nodes with the old engine are left, and the new ones would leave: \
-             replace {} of those, such as {} (slotmesh node replace), whose successor gets its \
-             primary's engine, then retry",
-            before - old,
-            new.node
-        )
-    })
+/// Until there are as many old ones as there were, of those that are meant: who joins has the primary's
+/// engine, and copies everything from it.
+fn complete(view: &View<'_>, meant: impl Fn(&Member) -> bool) -> Converged {
+    let mut joining = followers(view).filter(|m| !m.leaving && view.is_old(&m.node));
+    let Some(member) = joining.find(|m| view.is_blank(m)) else {
+        return match are_enough(view, &meant) {
+            true => Converged::Done,
+            false => join(
+                view,
+                "for one with the old engine, or replace one of the new ones there is",
+            ),
+        };
+    };
+    let node = &member.node;
+    match view.is_away(member) {
+        true => Converged::Act(Decision::Expel(node.clone())),
+        false => nodes::patience(view, format!("{node} to be in sync")),
+    }
 }
 
-/// They followed the new engine: who has refused a command of it is not what its primary is.
-fn sound(view: &View<'_>) -> Converged {
+/// Some followed the new engine. Who has refused a command of it, or was started again meanwhile, may not
+/// be what its primary is: one that copies everything takes its place.
+fn renew(view: &View<'_>) -> Converged {
+    let mut doubtful = Vec::new();
     for member in followers(view).filter(|m| view.shard.older(&m.node).is_some()) {
         let node = &member.node;
         match detect::alive(member, view.scene) {
-            None => return nodes::patience(view, format!("{node} to be heard")),
             Some(seen) if detect::is_sound(view.shard, member, seen) => {}
-            Some(_) => {
-                return Converged::Trouble(format!(
-                    "it is not known that {node} has all that its primary has, since it followed \
-                     the new engine: replace it (slotmesh node replace)"
-                ));
+            None if !view.is_lost(member) => {
+                let patience = || nodes::patience(view, format!("{node} to be heard"));
+                return waits_for_word(view, member).unwrap_or_else(patience);
             }
+            _ => doubtful.push(node),
         }
     }
-    Converged::Done
+    let is_doubtful = |m: &Member| doubtful.contains(&&m.node);
+    let Some(first) = doubtful.first() else {
+        return Converged::Done;
+    };
+    match complete(view, |m| !is_doubtful(m)) {
+        Converged::Done => dismiss(view, is_doubtful),
+        Converged::Lost(why) => Converged::Lost(format!(
+            "it is not known that {first} has all that its primary has, since it followed the new \
+             engine: {why}, or replace it (slotmesh node replace)"
+        )),
+        not_yet => not_yet,
+    }
 }
 
 /// The record with what the old nodes that follow have refused before the switch.
@@ -214,16 +312,19 @@ pub(super) fn note_older(view: &View<'_>, mut told: Shard) -> Result<Shard, Tran
         return Ok(told);
     }
     for member in followers(view).filter(|m| view.is_old(&m.node)) {
-        told = told.is_older(detect::older(member, view.scene))?;
+        told = told.foresee(detect::older(member, view.scene))?;
     }
     Ok(told)
 }
 
-/// The record in which it leaves: the only replica, too, of a shard that had none.
+/// The record in which it leaves: the only replica, too, of a shard that had none, or whose others were
+/// not in sync for too long.
 pub(super) fn expelled(view: &View<'_>, node: &NodeId) -> Result<Shard, TransitionError> {
-    match view.part.nodes.len() {
-        1 => view.shard.dismiss(node),
-        _ => view.shard.expel(node),
+    let is_late = view.scene.now_ms >= view.part.phase_since_ms + REPLICA_MS_MAX;
+    let is_back = view.part.phase == UpgradePhase::UndoNodes && !view.is_old(node);
+    match view.part.nodes.len() == 1 || is_back && (is_late || view.part.retried) {
+        true => view.shard.dismiss(node),
+        false => view.shard.expel(node),
     }
 }
 
@@ -268,6 +369,13 @@ fn recruit(
 ) -> Result<(Shard, &'static str, String), TransitionError> {
     let (shard, engine) = (view.shard, &view.upgrade.engine);
     let node = shard.next_node();
+    let (next, engine) = match view.part.phase {
+        UpgradePhase::UndoNodes => (
+            shard.join(&node, host, NodeRole::Replica)?,
+            "the old engine",
+        ),
+        _ => (shard.recruit(host, engine)?, engine.as_str()),
+    };
     let message = format!("{node} joins on {host} with {engine}");
-    Ok((shard.recruit(host, engine)?, "Join", message))
+    Ok((next, "Join", message))
 }

@@ -16,7 +16,7 @@ use crate::{
 /// The first node that joins a shard of one.
 const FIRST: &str = "r-0-1";
 
-fn alone() -> Story {
+pub(super) fn alone() -> Story {
     let mut stage = Stage::new();
     stage.shard.members.truncate(1);
     stage.fleet.nodes.retain(|node, _| node.as_str() == "a");
@@ -24,7 +24,7 @@ fn alone() -> Story {
 }
 
 /// Three nodes that go to other hosts.
-fn cross_host(durability: u32) -> Story {
+pub(super) fn cross_host(durability: u32) -> Story {
     let mut stage = Stage::new();
     stage.durability = durability;
     for host in ["x", "y", "z"] {
@@ -42,13 +42,13 @@ fn cross_host(durability: u32) -> Story {
     story
 }
 
-fn members(story: &Story) -> Vec<&str> {
+pub(super) fn members(story: &Story) -> Vec<&str> {
     let members = story.stage.shard.members.iter();
     members.map(|m| m.node.as_str()).collect()
 }
 
 /// As it was before: who is of the shard, and who is its primary.
-fn is_as_before(story: &Story, all: &[&str]) {
+pub(super) fn is_as_before(story: &Story, all: &[&str]) {
     assert_eq!(members(story), all);
     assert_eq!(story.stage.shard.primary.as_str(), "a");
     assert_eq!(
@@ -166,8 +166,20 @@ fn without_room_nothing_is_begun_and_in_place_it_is_refused() {
         ..options()
     };
     let shards = [story.stage.shard.clone()];
-    let refused = plan(&story.instance, &shards, &story.stage.fleet, &in_place, 1);
-    assert_eq!(refused.unwrap_err().reason, "NO_REPLICA");
+    for allow_downtime in [false, true] {
+        let in_place = Options {
+            allow_downtime,
+            ..in_place.clone()
+        };
+        let refused = plan(&story.instance, &shards, &story.stage.fleet, &in_place, 1);
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.reason, "NO_REPLICA");
+        assert!(
+            refused.message.contains("method auto"),
+            "{}",
+            refused.message
+        );
+    }
     let elsewhere = Options {
         method: Method::CrossHost,
         ..options()
@@ -229,24 +241,13 @@ fn all_nodes_go_to_other_hosts_and_never_fewer_are_in_sync_than_before() {
     for durability in [0, 1] {
         let mut story = cross_host(durability);
         let mut most = 0;
-        for _ in 0..2_000 {
-            if story.part().phase.is_ended() {
-                break;
-            }
-            if !story.act() {
-                story.agents();
-            }
+        story.run_to_end(|story| {
             let stay = story.stage.shard.members.iter().filter(|m| !m.leaving);
             // After a switch each proves anew that it follows.
             assert!(stay.count() >= 3, "{:?}", story.stage.shard);
             most = most.max(story.stage.shard.members.len());
-        }
-        assert_eq!(
-            story.part().phase,
-            UpgradePhase::Done,
-            "{:?}",
-            story.decide()
-        );
+        });
+        assert_eq!(story.part().phase, UpgradePhase::Done);
         assert_eq!(most, 6);
         assert_eq!(members(&story), ["r-0-3", "r-0-4", "r-0-5"]);
         let hosts = story.stage.shard.members.iter().map(|m| m.host.as_str());
@@ -262,9 +263,7 @@ fn all_nodes_go_to_other_hosts_and_never_fewer_are_in_sync_than_before() {
 fn with_durability_an_old_node_is_left_out_when_the_others_have_what_it_may_have_confirmed() {
     let mut story = cross_host(1);
     while !story.events.contains(&"Drain".to_owned()) {
-        if !story.act() {
-            story.agents();
-        }
+        story.step();
     }
     let drain = story.part().drain.unwrap();
     assert_eq!(drain.epoch, Epoch(5));
@@ -279,7 +278,7 @@ fn with_durability_an_old_node_is_left_out_when_the_others_have_what_it_may_have
 }
 
 #[test]
-fn who_goes_back_keeps_every_old_node_and_asks_about_one_that_refused_something() {
+fn who_goes_back_keeps_every_old_node_and_without_room_asks_about_one_that_refused_something() {
     let mut story = cross_host(0);
     story.run_to(UpgradePhase::Bake);
     story.keep();
@@ -297,7 +296,7 @@ fn who_goes_back_keeps_every_old_node_and_asks_about_one_that_refused_something(
     story.run_to(UpgradePhase::Bake);
     story.keep();
     story.stage.node("b").unexpected_errors = Some(1);
-    story.task.cancel_requested = true;
+    (story.task.cancel_requested, story.room) = (true, None);
     story.run_to(UpgradePhase::Parked);
     assert!(
         story.part().message.contains("replace it"),
@@ -313,7 +312,7 @@ fn a_node_that_was_replaced_after_going_back_is_one_of_the_old_ones() {
     story.run_to(UpgradePhase::Bake);
     story.keep();
     story.stage.node("b").unexpected_errors = Some(1);
-    story.task.cancel_requested = true;
+    (story.task.cancel_requested, story.room) = (true, None);
     story.run_to(UpgradePhase::Parked);
     // As its operator is told.
     let put = story.stage.shard.next_node();
@@ -355,15 +354,15 @@ fn a_new_node_too_many_leaves_in_the_end() {
 }
 
 #[test]
-fn who_would_go_back_to_fewer_nodes_than_there_were_waits_for_an_operator() {
+fn who_would_go_back_to_fewer_nodes_than_there_were_waits_for_room_or_an_operator() {
     let mut story = cross_host(0);
     story.run_to(UpgradePhase::Bake);
     story.keep();
     exchange_for_a_newcomer(&mut story, "c");
-    story.task.cancel_requested = true;
+    (story.task.cancel_requested, story.room) = (true, None);
     story.run_to(UpgradePhase::Parked);
     let words = &story.part().message;
-    assert!(words.contains("2 of the 3 nodes"), "{words}");
+    assert!(words.contains("for one with the old engine"), "{words}");
     assert_eq!(story.stage.shard.primary.as_str(), "a");
     assert_eq!(story.stage.shard.members.len(), 6, "nobody has left");
     // As he is told.
@@ -375,7 +374,7 @@ fn who_would_go_back_to_fewer_nodes_than_there_were_waits_for_an_operator() {
 }
 
 /// A replacement, all at once: with the engine that the primary has now.
-fn exchange_for_a_newcomer(story: &mut Story, node: &str) {
+pub(super) fn exchange_for_a_newcomer(story: &mut Story, node: &str) {
     let shard = &story.stage.shard;
     let (put, host) = (shard.next_node(), format!("for-{node}").into());
     story.stage.shard = shard.join(&put, &host, NodeRole::Replica).unwrap();

@@ -31,6 +31,8 @@ pub(super) enum Converged {
     Wait(u64, String),
     /// It does not get there.
     Trouble(String),
+    /// Nor does it here: a host is lost, or there is none. That says nothing about the engine.
+    Lost(String),
 }
 
 /// Everybody but the primary and those who leave.
@@ -235,6 +237,16 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
         engine: engine.to_owned(),
         data,
     })
+}
+
+/// The record in which one that follows a newer engine and makes way copies everything: nobody looks from
+/// here on at what its process refuses until that ends.
+pub(super) fn unwatched(view: &View<'_>) -> Option<Shard> {
+    let is_kept =
+        |m: &&Member| m.exchange == Some(Exchange::Keep) && view.shard.older(&m.node).is_some();
+    let member = others(view.shard).find(is_kept)?;
+    let next = (view.shard).exchange(&member.node, &member.engine, Exchange::Discard);
+    next.ok()
 }
 
 pub(super) fn patience(view: &View<'_>, what: String) -> Converged {

@@ -174,3 +174,44 @@ fn an_operator_who_takes_one_back_takes_all() {
         Decision::End(UpgradePhase::RolledBack, _)
     ));
 }
+
+#[test]
+fn a_switch_that_holds_for_too_long_lets_no_further_shard_begin_until_an_operator_resumes() {
+    for (max_hold_ms, held_ms, halts) in [
+        (1_000, 1_000, false),
+        (1_000, 1_001, true),
+        (0, 9_000, false),
+    ] {
+        let mut story = shards(
+            2,
+            &Options {
+                max_hold_ms,
+                ..options()
+            },
+        );
+        story.run_to(UpgradePhase::Switch);
+        while story.part().switch.is_none() {
+            assert!(story.act(), "{:?}", story.decide());
+        }
+        story.switch();
+        edit(&mut story, |upgrade| {
+            upgrade.shards[0].switch.as_mut().unwrap().hold_us = held_ms * 1_000;
+        });
+        story.run_to(UpgradePhase::Bake);
+        assert_eq!(
+            story.upgrade().paused,
+            halts,
+            "{held_ms} of {max_hold_ms} ms"
+        );
+        assert_eq!(
+            story.task.message.contains("held commands for 1001 ms"),
+            halts
+        );
+        let read = crate::wire::task_from(&crate::wire::task_to(&story.task, 1)).unwrap();
+        assert_eq!(read.spec, story.task.spec);
+        set(&mut story, 0, UpgradePhase::Done);
+        assert_eq!(begin(&story).is_empty(), halts);
+        story.task = resolved(&story.task, Choice::Resume, NOW);
+        assert_eq!(begin(&story), [1], "{:?}", story.upgrade().paused_why);
+    }
+}

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use slotmesh_topology::{
-    HostId, Instance, Member, Mode, NodeId, NodeRole, PRIORITY, Shard,
+    Epoch, HostId, Instance, Member, Mode, NodeId, NodeRole, PRIORITY, Shard,
     artifact::{parse_name, parse_reported},
     assignment,
     compatibility::{self, Engine, WayBack},
@@ -50,6 +50,8 @@ pub struct Options {
     pub automatic: bool,
     /// How nodes get it.
     pub method: Method,
+    /// A switch that holds commands for longer pauses it; 0: none does.
+    pub max_hold_ms: u32,
 }
 
 /// What would be done.
@@ -120,6 +122,8 @@ pub fn plan(
         preserve_roles: options.preserve_roles,
         in_window: options.in_window,
         paused: false,
+        paused_why: String::new(),
+        max_hold_ms: options.max_hold_ms,
         automatic: options.automatic,
         allow_downtime: options.allow_downtime,
         method: options.method,
@@ -181,7 +185,7 @@ fn runs_it(instance: &Instance, shard: &Shard, fleet: &Fleet, to: Engine, name: 
 }
 
 /// New nodes take the places of its nodes.
-fn is_moved(shard: &Shard, method: Method) -> bool {
+pub(super) fn is_moved(shard: &Shard, method: Method) -> bool {
     match method {
         Method::Auto => shard.members.len() == 1,
         Method::InPlace => false,
@@ -232,7 +236,7 @@ fn check_moved(shard: &Shard, fleet: &Fleet, options: &Options) -> Result<(), Re
 }
 
 /// New nodes may be promoted, and have the default priority.
-fn check_alike(shard: &Shard) -> Result<(), Refusal> {
+pub(super) fn check_alike(shard: &Shard) -> Result<(), Refusal> {
     let is_plain = |m: &Member| m.role != NodeRole::ReadOnly && m.priority == PRIORITY;
     let Some(member) = shard.members.iter().find(|m| !is_plain(m)) else {
         return Ok(());
@@ -259,9 +263,11 @@ fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(
         return unfit(
             "NO_REPLICA",
             format!(
-                "shard {id} has no replica that could take its primary's place: in place its only \
-                 node would have to be stopped, loaded again and waited for by clients, which is not \
-                 done even with allow_downtime. With method auto a new node takes its place"
+                "shard {id} has one node: in place it would be stopped, and clients would get errors \
+                 for as long as it saves and loads all data. That is never done, with allow_downtime \
+                 neither: it lets writes wait for a replica that restarts, where durability needs all \
+                 of them. Take method auto: a new node copies the data and takes the only one's place, \
+                 on the same host where there is no other"
             ),
         );
     }
@@ -315,9 +321,13 @@ fn part(shard: &Shard, fleet: &Fleet, moved: bool, now_ms: u64) -> ShardUpgrade 
         why_back: None,
         on_request: false,
         hold_us: 0,
+        held_us: 0,
         tries: 0,
         finalize: false,
         parked_in: None,
+        retried: false,
+        blameless: false,
+        began_epoch: Epoch(0),
     }
 }
 
@@ -346,6 +356,12 @@ fn remarks(upgrade: &Upgrade, by_stream: &BTreeSet<String>, instance: &Instance)
                          can't load what the new engine has saved";
             said.push(words.into());
         }
+    }
+    if upgrade.max_hold_ms > 0 && upgrade.shards.len() > 1 {
+        said.push(format!(
+            "a switch that holds commands for more than {} ms pauses it before the next shard begins",
+            upgrade.max_hold_ms
+        ));
     }
     said.extend(of_moved(upgrade));
     if upgrade.in_window && instance.maintenance_window.is_empty() {

@@ -25,6 +25,7 @@ fn options(to: &str) -> Options {
         allow_downtime: false,
         automatic: false,
         method: Method::InPlace,
+        max_hold_ms: crate::upgrade::HOLD_MS,
     }
 }
 

@@ -48,7 +48,10 @@ pub fn resolved(task: &Task, choice: Choice, now_ms: u64) -> Task {
         }
         _ => edit(&mut next, |upgrade| match choice {
             Choice::Pause => upgrade.paused = true,
-            Choice::Resume => upgrade.paused = false,
+            Choice::Resume => {
+                upgrade.paused = false;
+                upgrade.paused_why.clear();
+            }
             Choice::Finalize => {
                 let baking = |s: &&mut super::ShardUpgrade| s.phase == UpgradePhase::Bake;
                 upgrade
@@ -79,8 +82,9 @@ pub fn retried(mut task: Task, now_ms: u64) -> Task {
                 _ => continue,
             };
             if is_over {
+                part.held_us = part.total_hold_us();
                 (part.switch, part.rollback) = (None, None);
-                (part.why_back, part.on_request) = (None, false);
+                (part.why_back, part.on_request, part.blameless) = (None, false, false);
                 // What they run now is noted when their hosts have tried the engine.
                 part.nodes.clear();
                 part.drain = None;
@@ -89,6 +93,7 @@ pub fn retried(mut task: Task, now_ms: u64) -> Task {
             part.phase_since_ms = now_ms.max(part.phase_since_ms + 1);
             part.message = "an operator says: try again".into();
             (part.tries, part.parked_in) = (0, None);
+            part.retried = !is_over;
         }
     });
     task.state = State::Running;

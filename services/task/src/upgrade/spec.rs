@@ -4,7 +4,7 @@
 
 use slotmesh_topology::{Epoch, NodeId, ShardId};
 
-use crate::spec::ShardSwitch;
+use crate::{observe::CommandCost, spec::ShardSwitch};
 
 /// Another engine for an instance's nodes.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -27,6 +27,10 @@ pub struct Upgrade {
     pub in_window: bool,
     /// No further shard begins.
     pub paused: bool,
+    /// Why, when it was not an operator who paused it; empty: it was.
+    pub paused_why: String,
+    /// A switch that holds commands for longer pauses it; 0: none does.
+    pub max_hold_ms: u32,
     /// Nobody asked for it but the instance's setting.
     pub automatic: bool,
     /// Agreed to: writes may wait for a node that restarts.
@@ -78,12 +82,20 @@ pub struct ShardUpgrade {
     pub on_request: bool,
     /// Longest hold of its switches, in microseconds.
     pub hold_us: u64,
+    /// Holds of its switches before the last one, together, in microseconds.
+    pub held_us: u64,
     /// Switches that were given up in this phase.
     pub tries: u32,
     /// An operator ends the bake.
     pub finalize: bool,
     /// Of a parked one: where it goes on.
     pub parked_in: Option<UpgradePhase>,
+    /// An operator has said, in this phase, to try again: whoever is away is not waited for.
+    pub retried: bool,
+    /// Why it goes back, or went, says nothing about the engine: a host was lost, or there was none.
+    pub blameless: bool,
+    /// Of the shard, when it began; 0: it has not, or under a release that did not note it.
+    pub began_epoch: Epoch,
 }
 
 /// What those that stay must have of a primary's stream.
@@ -131,11 +143,15 @@ pub struct Rollback {
     pub diverged: bool,
     /// Of an open one: why it is not known to be open at this moment; empty: it is.
     pub doubt: String,
+    /// Changes of that doubt that were written down.
+    pub doubts: u32,
     /// Since when the old primary has not been in sync; 0: it is.
     pub behind_since_ms: u64,
     /// What proxies said in the seconds before the switch: how many requests of the shard were answered
     /// by errors that are no client's fault; `None`: it was not counted.
     pub faults_before: Option<u64>,
+    /// What commands cost the old primary in the seconds before the switch; empty: it was not counted.
+    pub costs_before: Vec<CommandCost>,
 }
 
 /// Phases of one shard's upgrade.
@@ -286,6 +302,12 @@ impl ShardUpgrade {
     #[must_use]
     pub fn node(&self, node: &NodeId) -> Option<&NodeUpgrade> {
         self.nodes.iter().find(|n| n.node == *node)
+    }
+
+    /// Holds of all its switches together, in microseconds.
+    #[must_use]
+    pub fn total_hold_us(&self) -> u64 {
+        self.held_us + self.switch.as_ref().map_or(0, |s| s.hold_us)
     }
 
     /// The engine that the node had; empty: the instance's.

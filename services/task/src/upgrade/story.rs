@@ -29,6 +29,7 @@ pub(crate) fn instance() -> Instance {
         password_sha256: Vec::new(),
         state: InstanceState::Running,
         proxies: Vec::new(),
+        gone_proxies: Vec::new(),
         workers_per_proxy: 1,
         created_unix_ms: 0,
         parameters: Default::default(),
@@ -60,6 +61,7 @@ pub(super) fn options() -> Options {
         allow_downtime: false,
         automatic: false,
         method: Method::Auto,
+        max_hold_ms: HOLD_MS,
     }
 }
 
@@ -72,8 +74,13 @@ pub(super) struct Story {
     pub(super) trial: StepStatus,
     pub(super) opens_ms: Option<u64>,
     pub(super) room: Option<HostId>,
+    pub(super) copied: Option<ShardId>,
     /// Switches come to this end.
     pub(super) switches: Phase,
+    /// For how long each holds.
+    pub(super) hold_us: u64,
+    /// Hosts that are lost.
+    pub(super) dead: Vec<HostId>,
     /// What was written, in order.
     pub(super) events: Vec<String>,
 }
@@ -119,7 +126,10 @@ impl Story {
             trial: StepStatus::NotStarted,
             opens_ms: None,
             room: Some("spare".into()),
+            copied: None,
             switches: Phase::Done,
+            hold_us: 0,
+            dead: Vec::new(),
             events: Vec::new(),
         }
     }
@@ -147,6 +157,7 @@ impl Story {
             stage: &self.trial,
             opens_ms: self.opens_ms,
             room: self.room.as_ref(),
+            copied: self.copied.as_ref(),
         }
     }
 
@@ -191,6 +202,25 @@ impl Story {
         true
     }
 
+    /// Acts, or else time passes and agents do.
+    pub(super) fn step(&mut self) {
+        if !self.act() {
+            self.agents();
+        }
+    }
+
+    /// To the end of the shard's part, with a look after each step.
+    pub(super) fn run_to_end(&mut self, mut look: impl FnMut(&Self)) {
+        for _ in 0..2_000 {
+            if self.part().phase.is_ended() {
+                return;
+            }
+            self.step();
+            look(self);
+        }
+        panic!("not at its end: {:?}, {:?}", self.part(), self.decide());
+    }
+
     /// The machine of switchovers, all at once.
     pub(super) fn switch(&mut self) {
         let switch = self.part().switch.clone().unwrap();
@@ -201,6 +231,9 @@ impl Story {
         if self.switches != Phase::Done {
             return;
         }
+        let hold_us = self.hold_us;
+        self.task
+            .edit_switch(&switch.shard, |s| s.hold_us = hold_us);
         let handover = Handover {
             task: "t".into(),
             target: switch.to.clone(),
@@ -233,7 +266,11 @@ impl Story {
     pub(super) fn agents(&mut self) {
         let shard = self.stage.shard.clone();
         let primary = self.stage.node(shard.primary.as_str()).clone();
-        for member in &shard.members {
+        for member in shard
+            .members
+            .iter()
+            .filter(|m| !self.dead.contains(&m.host))
+        {
             let spec = assignment::node(&self.instance, &shard, member);
             let new = || started(&member.node, &spec, &primary);
             let nodes = &mut self.stage.fleet.nodes;
@@ -261,6 +298,25 @@ impl Story {
         self.keep();
     }
 
+    /// The host of a node is lost, with all that it had to say.
+    pub(super) fn lose(&mut self, node: &str) {
+        let host = self.stage.member(node).host.clone();
+        self.stage.fleet.hosts.remove(&host);
+        self.stage.fleet.leases.remove(&host);
+        self.stage.member(node).in_sync = false;
+        self.stage.cut(node);
+        self.dead.push(host);
+        self.stage.pass(1);
+    }
+
+    /// Time passes, and whatever can be done is done.
+    pub(super) fn settle(&mut self, looks: usize) {
+        for _ in 0..looks {
+            while self.act() {}
+            self.agents();
+        }
+    }
+
     pub(super) fn keep(&mut self) {
         self.stage.pass(100);
         while let Some((next, _)) = upkeep::decide(&self.stage.shard, self.stage.scene()) {
@@ -274,9 +330,7 @@ impl Story {
             if self.part().phase == phase {
                 return self;
             }
-            if !self.act() {
-                self.agents();
-            }
+            self.step();
         }
         panic!("not in {phase:?}: {:?}, {:?}", self.part(), self.decide());
     }

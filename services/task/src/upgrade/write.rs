@@ -6,7 +6,8 @@
 use slotmesh_topology::{Exchange, Mode, Shard, ShardId, TransitionError};
 
 use super::{
-    Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, bake, fleet, moves, nodes, plan,
+    Decision, NodeUpgrade, Owner, ShardUpgrade, UpgradePhase, View, bake, fleet, gate, moves,
+    nodes, plan,
 };
 use crate::spec::{Phase, Spec, State, Task};
 
@@ -44,6 +45,7 @@ pub(super) fn with(view: &View<'_>, message: &str, change: impl FnOnce(&mut Shar
             message.clone_into(&mut part.message);
             change(part);
         }
+        gate::pause(upgrade, &view.part.shard, view.part.hold_us);
         task.message = fleet::summary(upgrade);
     }
     task.state = match task.is_parked_upgrade() {
@@ -64,13 +66,16 @@ pub(super) fn since(part: &mut ShardUpgrade, now_ms: u64) {
     part.phase_since_ms = now_ms.max(part.phase_since_ms + 1);
 }
 
+fn note_hold(part: &mut ShardUpgrade) {
+    let last_us = part.switch.as_ref().map_or(0, |s| s.hold_us);
+    part.hold_us = part.hold_us.max(last_us);
+}
+
 fn enter(part: &mut ShardUpgrade, phase: UpgradePhase, now_ms: u64) {
     if part.phase != phase {
-        part.tries = 0;
+        (part.tries, part.retried) = (0, false);
     }
-    part.hold_us = part
-        .hold_us
-        .max(part.switch.as_ref().map_or(0, |s| s.hold_us));
+    note_hold(part);
     part.phase = phase;
     since(part, now_ms);
 }
@@ -96,8 +101,19 @@ pub fn say(view: View<'_>, what: &str) -> Option<Write> {
 /// # Errors
 /// When the record does not allow it: it has moved on since.
 pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, TransitionError> {
+    let mut written = written(view, decision)?;
+    if let Some(write) = &mut written
+        && let Spec::Upgrade(next) = &write.task.spec
+        && next.paused_why != view.upgrade.paused_why
+    {
+        let why = format!("; no further shard begins: {}", next.paused_why);
+        write.message.push_str(&why);
+    }
+    Ok(written)
+}
+
+fn written(view: View<'_>, decision: &Decision) -> Result<Option<Write>, TransitionError> {
     let now_ms = view.scene.now_ms;
-    let phased = |phase, message: &str| with(&view, message, |part| enter(part, phase, now_ms));
     let written = |task, shard, lock, event, message: String| Write {
         task,
         shard,
@@ -120,6 +136,7 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                     // Whoever joins from here on is new.
                     part.nodes = plan::nodes(view.shard, view.scene.fleet);
                 }
+                part.began_epoch = view.shard.epoch;
                 enter(part, UpgradePhase::Replicas, now_ms);
             });
             written(task, None, Lock::Take, "Begin", message)
@@ -151,11 +168,13 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
             let task = with(&view, &message, |part| {
                 let last = part.switch.as_ref();
                 part.tries += u32::from(last.is_some_and(|s| s.phase == Phase::RolledBack));
+                note_hold(part);
+                part.held_us = part.total_hold_us();
                 part.switch = Some((**switch).clone());
                 part.rollback = rollback.clone().or(part.rollback.take());
             });
             let next = rollback.as_ref().map(|rollback| {
-                let told = view.shard.is_older(bake::older(rollback))?;
+                let told = view.shard.foresee(bake::older(rollback))?;
                 moves::note_older(&view, told)
             });
             let next = next.transpose()?;
@@ -173,17 +192,26 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 if let Some(rollback) = &mut part.rollback {
                     doubt.clone_into(&mut rollback.doubt);
                     rollback.behind_since_ms = *behind_since_ms;
+                    rollback.doubts += 1;
                 }
             });
             written(task, None, Lock::Keep, "Rollback", message)
         }
         Decision::Close { why, diverged } => close(&view, why, *diverged),
-        Decision::TurnBack { why, on_request } => turn_back(&view, why, *on_request),
+        Decision::TurnBack {
+            why,
+            on_request,
+            blameless,
+        } => turn_back(&view, why, (*on_request, *blameless)),
         Decision::Advance(phase, message) => {
             let task = with(&view, message, |part| {
                 enter(part, *phase, now_ms);
                 if *phase == UpgradePhase::Replicas {
                     (part.why_back, part.on_request) = (None, false);
+                    part.blameless = false;
+                }
+                if *phase == UpgradePhase::Stage {
+                    part.moved = plan::is_moved(view.shard, view.upgrade.method);
                 }
             });
             let lock = match phase {
@@ -198,9 +226,12 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 false => Lock::Free,
             };
             // Nobody follows a newer engine any more.
-            let is_told = !view.part.phase.is_before() && !view.shard.roster.older.is_empty();
-            let next = is_told.then(|| view.shard.none_older());
-            let task = phased(*phase, message);
+            let next = Some(view.shard.none_older());
+            let next = next.filter(|n| !view.part.phase.is_before() && n != view.shard);
+            let task = with(&view, message, |part| {
+                part.blameless = fleet::is_blameless(&view);
+                enter(part, *phase, now_ms);
+            });
             written(task, next, lock, phase.name(), message.clone())
         }
         Decision::Park(why) => {
@@ -216,7 +247,7 @@ pub fn write(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Trans
                 true => Lock::Free,
                 false => Lock::Keep,
             };
-            written(task, None, lock, "Parked", words)
+            written(task, nodes::unwatched(&view), lock, "Parked", words)
         }
     }))
 }
@@ -276,7 +307,7 @@ fn close(view: &View<'_>, why: &str, diverged: bool) -> Write {
             switch.phase = Phase::RolledBack;
             why.clone_into(&mut switch.message);
         }
-        (part.why_back, part.on_request) = (None, false);
+        (part.why_back, part.on_request, part.blameless) = (None, false, false);
         enter(part, UpgradePhase::Finalize, view.scene.now_ms);
     });
     // Nobody may count on what it has from the moment on that this is known.
@@ -303,7 +334,7 @@ fn close(view: &View<'_>, why: &str, diverged: bool) -> Write {
     }
 }
 
-fn turn_back(view: &View<'_>, why: &str, on_request: bool) -> Write {
+fn turn_back(view: &View<'_>, why: &str, (on_request, blameless): (bool, bool)) -> Write {
     let phase = match view.primary_is_upgraded() {
         true => UpgradePhase::SwitchBack,
         false => UpgradePhase::UndoNodes,
@@ -311,7 +342,7 @@ fn turn_back(view: &View<'_>, why: &str, on_request: bool) -> Write {
     let message = format!("goes back: {why}");
     let task = with(view, &message, |part| {
         part.why_back = Some(why.to_owned());
-        part.on_request = on_request;
+        (part.on_request, part.blameless) = (on_request, blameless);
         enter(part, phase, view.scene.now_ms);
     });
     Write {

@@ -1,10 +1,13 @@
 //! Records of upgrades, and how the API shows one.
 
-use slotmesh_proto::{store::v1 as store, task::v1 as api};
+use slotmesh_proto::{agent::v1 as agent, store::v1 as store, task::v1 as api};
 use slotmesh_topology::Epoch;
 
 use super::{switch_from, switch_to};
-use crate::upgrade::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase};
+use crate::{
+    observe::{CommandCost, ServedWindow},
+    upgrade::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase},
+};
 
 pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
     Some(Upgrade {
@@ -19,6 +22,8 @@ pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
         paused: record.paused,
         automatic: record.automatic,
         allow_downtime: record.allow_downtime,
+        max_hold_ms: record.max_hold_ms,
+        paused_why: record.paused_why.clone(),
         method: match record.method() {
             store::UpgradeMethod::Unspecified => Method::Auto,
             store::UpgradeMethod::InPlace => Method::InPlace,
@@ -45,6 +50,8 @@ pub(super) fn to(upgrade: &Upgrade) -> store::UpgradeSpec {
         paused: upgrade.paused,
         automatic: upgrade.automatic,
         allow_downtime: upgrade.allow_downtime,
+        max_hold_ms: upgrade.max_hold_ms,
+        paused_why: upgrade.paused_why.clone(),
         method: match upgrade.method {
             Method::Auto => store::UpgradeMethod::Unspecified,
             Method::InPlace => store::UpgradeMethod::InPlace,
@@ -71,6 +78,7 @@ fn shard_from(record: &store::ShardUpgrade) -> Option<ShardUpgrade> {
         why_back: Some(record.why_back.clone()).filter(|why| !why.is_empty()),
         on_request: record.on_request,
         hold_us: record.hold_us,
+        held_us: record.held_us,
         tries: record.tries,
         finalize: record.finalize,
         parked_in: phase_from(record.parked_in()),
@@ -79,6 +87,9 @@ fn shard_from(record: &store::ShardUpgrade) -> Option<ShardUpgrade> {
             epoch: Epoch(record.drain_epoch),
             offset: record.drain_offset,
         }),
+        retried: record.retried,
+        blameless: record.blameless,
+        began_epoch: Epoch(record.began_epoch),
     })
 }
 
@@ -94,6 +105,7 @@ fn shard_to(part: &ShardUpgrade) -> store::ShardUpgrade {
         why_back: part.why_back.clone().unwrap_or_default(),
         on_request: part.on_request,
         hold_us: part.hold_us,
+        held_us: part.held_us,
         tries: part.tries,
         finalize: part.finalize,
         parked_in: part
@@ -103,6 +115,9 @@ fn shard_to(part: &ShardUpgrade) -> store::ShardUpgrade {
         moved: part.moved,
         drain_epoch: part.drain.map_or(0, |d| d.epoch.0),
         drain_offset: part.drain.map_or(0, |d| d.offset),
+        retried: part.retried,
+        blameless: part.blameless,
+        began_epoch: part.began_epoch.0,
     }
 }
 
@@ -136,8 +151,34 @@ fn rollback_from(record: &store::RollbackRecord) -> Rollback {
         new_sync_full: record.new_sync_full,
         diverged: record.diverged,
         doubt: record.doubt.clone(),
+        doubts: record.doubts,
         behind_since_ms: record.behind_since_unix_ms,
         faults_before: record.faults_before,
+        costs_before: record.costs_before.iter().map(cost_from).collect(),
+    }
+}
+
+pub(super) fn window_from(window: &agent::ServedWindow) -> ServedWindow {
+    ServedWindow {
+        epoch: Epoch(window.epoch),
+        number: window.number,
+        commands: window.commands.iter().map(cost_from).collect(),
+    }
+}
+
+fn cost_from(cost: &store::CommandCost) -> CommandCost {
+    CommandCost {
+        name: cost.name.clone(),
+        calls: cost.calls,
+        usec: cost.usec,
+    }
+}
+
+fn cost_to(cost: &CommandCost) -> store::CommandCost {
+    store::CommandCost {
+        name: cost.name.clone(),
+        calls: cost.calls,
+        usec: cost.usec,
     }
 }
 
@@ -153,8 +194,10 @@ fn rollback_to(rollback: &Rollback) -> store::RollbackRecord {
         new_sync_full: rollback.new_sync_full,
         diverged: rollback.diverged,
         doubt: rollback.doubt.clone(),
+        doubts: rollback.doubts,
         behind_since_unix_ms: rollback.behind_since_ms,
         faults_before: rollback.faults_before,
+        costs_before: rollback.costs_before.iter().map(cost_to).collect(),
     }
 }
 
@@ -204,6 +247,7 @@ pub(super) fn progress(part: &ShardUpgrade) -> api::ShardProgress {
         phase: part.phase.name().to_owned(),
         message: part.message.clone(),
         hold_ms: part.hold_us as f64 / 1000.0,
+        total_hold_ms: part.total_hold_us() as f64 / 1000.0,
         critical_ms: switch.map_or(0.0, |s| s.critical_us as f64 / 1000.0),
         rollback: rollback.to_owned(),
         rollback_why: why.to_owned(),

@@ -3,7 +3,10 @@
 //! Invariant: from the first word of it until its last the member is not in sync, so nobody counts on
 //! what it has, and it is never the primary's: that one has to become a replica first.
 
-use super::{NodeRole, Shard, TransitionError, membership::refusal};
+use super::{
+    NodeRole, Shard, TransitionError,
+    membership::{Roster, refusal},
+};
 use crate::id::NodeId;
 
 /// What becomes of the data in between.
@@ -78,7 +81,7 @@ impl Shard {
             return Err(refusal(node, "is not of this shard"));
         }
         let mut next = self.with_member(node, |m| m.exchange = None);
-        next.roster.older.retain(|o| o.node != *node);
+        next.roster.counts_no_more(node);
         Ok(next.risen())
     }
 
@@ -97,11 +100,28 @@ impl Shard {
         Ok(next)
     }
 
-    /// Nobody follows a newer engine any more.
+    /// Says the same of a switch that is planned. It is true from the transaction on that makes a node
+    /// the primary of which it has not been said; until then the member follows its like, whatever
+    /// becomes of the switch.
+    ///
+    /// # Errors
+    /// When the node is not of this shard.
+    pub fn foresee(&self, older: Older) -> Result<Self, TransitionError> {
+        if self.member(&older.node).is_none() {
+            return Err(refusal(&older.node, "is not of this shard"));
+        }
+        let mut next = self.clone();
+        next.roster.foreseen.retain(|o| o.node != older.node);
+        next.roster.foreseen.push(older);
+        Ok(next)
+    }
+
+    /// Nobody follows a newer engine any more, nor is to.
     #[must_use]
     pub fn none_older(&self) -> Self {
         let mut next = self.clone();
         next.roster.older.clear();
+        next.roster.foreseen.clear();
         next
     }
 
@@ -109,6 +129,29 @@ impl Shard {
     #[must_use]
     pub fn older(&self, node: &NodeId) -> Option<&Older> {
         self.roster.older.iter().find(|o| o.node == *node)
+    }
+}
+
+impl Roster {
+    /// Nobody asks any more what the node has refused.
+    pub(super) fn counts_no_more(&mut self, node: &NodeId) {
+        self.older.retain(|o| o.node != *node);
+        self.foreseen.retain(|o| o.node != *node);
+    }
+
+    /// `next` becomes the primary: what was foreseen comes true, unless it is one of those itself. What
+    /// is true already was counted from earlier on.
+    pub(super) fn led_by(&mut self, next: &NodeId) {
+        let is_alike = self.foreseen.iter().any(|o| o.node == *next);
+        self.counts_no_more(next);
+        if is_alike {
+            return;
+        }
+        for older in std::mem::take(&mut self.foreseen) {
+            if !self.older.iter().any(|o| o.node == older.node) {
+                self.older.push(older);
+            }
+        }
     }
 }
 
@@ -179,6 +222,58 @@ mod tests {
         let committed = declared.commit(declared.epoch, "once").unwrap();
         assert_eq!(committed.older(&"b".into()), None);
         assert!(told.none_older().roster.older.is_empty());
+    }
+
+    #[test]
+    fn what_is_foreseen_is_true_once_somebody_else_is_the_primary_and_not_before() {
+        let older = |node: &str, run_id: &str| Older {
+            node: node.into(),
+            run_id: run_id.into(),
+            refused: 0,
+        };
+        assert!(shard().foresee(older("z", "x")).is_err());
+        let told = shard().foresee(older("a", "old")).unwrap();
+        let told = told.foresee(older("a", "run-a")).unwrap();
+        let told = told.foresee(older("c", "run-c")).unwrap();
+        assert_eq!(told.roster.foreseen.len(), 2, "said twice");
+        assert!(told.roster.older.is_empty(), "nobody follows it yet");
+        let declared = told.declare(handover("b")).unwrap();
+        let cancelled = declared.cancel(&"t".into()).unwrap();
+        assert_eq!(cancelled, told, "given up");
+        let committed = declared.commit(declared.epoch, "once").unwrap();
+        assert_eq!(
+            committed.roster.older,
+            [older("a", "run-a"), older("c", "run-c")]
+        );
+        assert!(committed.roster.foreseen.is_empty());
+        // Counted from earlier on.
+        let counted = told.is_older(older("c", "earlier")).unwrap();
+        let declared = counted.declare(handover("b")).unwrap();
+        let committed = declared.commit(declared.epoch, "once").unwrap();
+        assert_eq!(committed.older(&"c".into()), Some(&older("c", "earlier")));
+        let none = told.none_older();
+        assert!(none.roster.foreseen.is_empty());
+    }
+
+    #[test]
+    fn a_failover_among_those_that_are_alike_makes_nothing_of_it_true() {
+        let older = |node: &str| Older {
+            node: node.into(),
+            run_id: "x".into(),
+            refused: 0,
+        };
+        let told = shard().foresee(older("a")).unwrap();
+        let alike = told.foresee(older("b")).unwrap();
+        let lead = |shard: &Shard| {
+            let lost = shard.fail_over(&"t".into(), 0).unwrap();
+            let proved = lost.prove(&"t".into(), crate::FenceProof::Exited).unwrap();
+            let chosen = proved.choose(&"t".into(), &"b".into(), "run-b").unwrap();
+            chosen.promoted(&"t".into(), "run-b", None).unwrap().roster
+        };
+        let among = lead(&alike);
+        assert_eq!((among.older, among.foreseen), (vec![], vec![older("a")]));
+        let other = lead(&told);
+        assert_eq!((other.older, other.foreseen), (vec![older("a")], vec![]));
     }
 
     #[test]

@@ -217,7 +217,7 @@ impl Shard {
             ),
             ..self.clone()
         };
-        next.roster.older.retain(|o| o.node != target);
+        next.roster.led_by(&target);
         for member in &mut next.members {
             if member.node == target {
                 member.role = NodeRole::Primary;

@@ -39,8 +39,10 @@ pub struct Roster {
     /// Rises with each transition of membership or of an exchange, so that an agent knows which of two
     /// is the newer.
     pub membership: u64,
-    /// Members whose engine is older than that of a primary that they follow, or will follow.
+    /// Members whose engine is older than that of a primary that they follow, or have followed.
     pub older: Vec<Older>,
+    /// Those that will be, once the switch that is planned has made another node the primary.
+    pub foreseen: Vec<Older>,
 }
 
 impl Shard {
@@ -174,7 +176,7 @@ impl Shard {
         next.members.retain(|m| m.node != *node);
         next.roster.made = self.numbers_given();
         next.roster.newcomers.retain(|n| n != node);
-        next.roster.older.retain(|o| o.node != *node);
+        next.roster.counts_no_more(node);
         next.roster.membership += 1;
         next.roster.gone.push(gone);
         let excess = next.roster.gone.len().saturating_sub(GONE_MAX);

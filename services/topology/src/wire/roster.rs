@@ -9,12 +9,17 @@ pub(super) fn from(record: &store::ShardRecord) -> Roster {
         node: gone.node_id.as_str().into(),
         host: gone.host_id.as_str().into(),
     });
+    let older = |foreseen| {
+        let those = record.older.iter().filter(move |o| o.foreseen == foreseen);
+        those.map(older_from).collect()
+    };
     Roster {
         gone: gone.collect(),
         made: record.nodes_made,
         membership: record.membership,
         newcomers: record.newcomers.iter().map(|n| n.as_str().into()).collect(),
-        older: record.older.iter().map(older_from).collect(),
+        older: older(false),
+        foreseen: older(true),
     }
 }
 
@@ -27,12 +32,15 @@ fn older_from(record: &store::OlderFollower) -> Older {
 }
 
 pub(super) fn older_to(roster: &Roster) -> Vec<store::OlderFollower> {
-    let to = |older: &Older| store::OlderFollower {
+    let to = |older: &Older, foreseen| store::OlderFollower {
         node_id: older.node.to_string(),
         run_id: older.run_id.clone(),
         refused: older.refused,
+        foreseen,
     };
-    roster.older.iter().map(to).collect()
+    let now = roster.older.iter().map(|o| to(o, false));
+    now.chain(roster.foreseen.iter().map(|o| to(o, true)))
+        .collect()
 }
 
 pub(super) fn newcomers_to(roster: &Roster) -> Vec<String> {
@@ -71,6 +79,11 @@ mod tests {
                 node: "b".into(),
                 run_id: "run-b".into(),
                 refused: 3,
+            }],
+            foreseen: vec![Older {
+                node: "c".into(),
+                run_id: "run-c".into(),
+                refused: 0,
             }],
         };
         let record = shard_to(&shard);

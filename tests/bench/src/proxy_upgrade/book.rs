@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use super::wire::is_closed;
 use crate::chaos::history::now_us;
 
 /// Of one kind, in the report.
@@ -84,6 +85,8 @@ pub(super) struct Page {
     /// Connections that were the same and whole at the end.
     pub(super) intact: u64,
     pub(super) errors: u64,
+    /// Connections that were closed, and nothing else was wrong with them: their process may have died.
+    pub(super) closed: u64,
     /// Replies, messages, elements that did not come.
     pub(super) lost: u64,
     /// That came again, or were done again.
@@ -120,7 +123,9 @@ impl Books {
     /// Wrong things so far: a hand-over that made some is found while it is fresh.
     pub(super) fn wrong(&self) -> u64 {
         let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        let each = pages.values().map(|p| p.errors + p.lost + p.repeated);
+        let each = pages
+            .values()
+            .map(|p| p.errors + p.closed + p.lost + p.repeated);
         each.sum()
     }
 }
@@ -149,6 +154,15 @@ impl Book {
                 page.samples.push(Sample { from_us, to_us });
             }
         });
+    }
+
+    /// A client is out, for this reason.
+    pub(super) fn out(&self, who: impl std::fmt::Display, why: &anyhow::Error) {
+        let what = format!("client {who}: {why:#}");
+        match is_closed(why) {
+            true => self.note(|page| &mut page.closed, 1, what),
+            false => self.error(what),
+        }
     }
 
     pub(super) fn error(&self, what: impl std::fmt::Display) {

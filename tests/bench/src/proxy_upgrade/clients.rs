@@ -50,6 +50,8 @@ const LISTS_PER_PUSHER: usize = 50;
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) address: String,
+    /// Where those connect that feed others, or look after them.
+    pub(super) others_at: String,
     pub(super) active: usize,
     /// Of a client, between two rounds of what it does.
     pub(super) pace: Duration,
@@ -62,6 +64,7 @@ struct Berth {
     kind: Kind,
     number: usize,
     address: String,
+    others_at: String,
     pace: Duration,
     book: Book,
     stop: CancellationToken,
@@ -140,6 +143,7 @@ impl Crew {
                 kind,
                 number,
                 address: plan.address.clone(),
+                others_at: plan.others_at.clone(),
                 pace: plan.pace,
                 book: books.of(kind),
                 stop: crew.stop.clone(),
@@ -217,7 +221,11 @@ fn works(plan: &Plan) -> Vec<(Kind, Work)> {
 
 /// Its connection in the state that it works in, and its name there if it can be asked for it later.
 async fn connect(berth: &Berth, work: &Work) -> anyhow::Result<(Wire, Option<String>)> {
-    let (address, number) = (&berth.address, berth.number);
+    let number = berth.number;
+    let address = match work {
+        Work::Push(..) | Work::Publish(..) | Work::Mark(_) => &berth.others_at,
+        _ => &berth.address,
+    };
     let resp3 = match work {
         Work::Tracking(_) => true,
         Work::Subscribed(_) => number % 2 == 1,
@@ -273,9 +281,7 @@ async fn client(berth: Berth, work: Work, mut wire: Wire, id: Option<String>) {
     };
     match same {
         Ok(()) => berth.book.intact(),
-        Err(error) => berth
-            .book
-            .error(format!("client {}: {error:#}", berth.number)),
+        Err(error) => berth.book.out(berth.number, &error),
     }
 }
 
@@ -303,6 +309,7 @@ mod tests {
         for active in [1, 20, 1_000] {
             let plan = Plan {
                 address: String::new(),
+                others_at: String::new(),
                 active,
                 pace: Duration::ZERO,
                 messages_per_second: 1,

@@ -62,8 +62,8 @@ pub enum By {
 pub(super) struct Bound {
     pub(super) pid: u32,
     pub(super) address: String,
-    admin_address: String,
-    handover: PathBuf,
+    pub(super) admin_address: String,
+    pub(super) handover: PathBuf,
 }
 
 /// What take-over.json says.
@@ -106,16 +106,21 @@ pub(super) struct Proxy {
 }
 
 impl Proxy {
-    /// The only proxy below an agents' directory.
-    pub(super) fn find(hosts: &Path, instance: &str, api: Api, by: By) -> anyhow::Result<Self> {
+    /// The proxy at this address, below an agents' directory.
+    pub(super) fn find(
+        hosts: &Path,
+        address: &str,
+        instance: &str,
+        api: Api,
+        by: By,
+    ) -> anyhow::Result<Self> {
         let inside = |dir: PathBuf| std::fs::read_dir(dir).into_iter().flatten().flatten();
-        let mut found: Vec<PathBuf> = inside(hosts.to_owned())
+        let is_it = |dir: &PathBuf| bound(dir).is_ok_and(|bound| bound.address == address);
+        let found = inside(hosts.to_owned())
             .flat_map(|host| inside(host.path().join("proxies")))
             .map(|proxy| proxy.path())
-            .collect();
-        let (Some(dir), true) = (found.pop(), found.is_empty()) else {
-            bail!("there is not exactly one proxy below {}", hosts.display());
-        };
+            .find(is_it);
+        let dir = found.with_context(|| format!("no proxy of {address} in {}", hosts.display()))?;
         let id = dir.file_name().context("a proxy's directory has a name")?;
         Ok(Self {
             id: id.to_string_lossy().into_owned(),
@@ -129,9 +134,25 @@ impl Proxy {
     }
 
     pub(super) fn bound(&self) -> anyhow::Result<Bound> {
-        let path = self.dir.join("proxy.json");
-        let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))
+        bound(&self.dir)
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Starts a process that takes over from this one; its pid.
+    pub(super) fn begin(&mut self, before: &Bound) -> anyhow::Result<u32> {
+        self.reap();
+        let child = self.start(before)?;
+        let pid = child.id().context("it has a pid until it is waited for")?;
+        self.children.push(child);
+        Ok(pid)
+    }
+
+    fn reap(&mut self) {
+        self.children
+            .retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
     }
 
     /// Hands over once.
@@ -139,15 +160,14 @@ impl Proxy {
     /// # Errors
     /// When no other process serves in time, or what was asked to do it says that it failed.
     pub(super) async fn hand_over(&mut self) -> anyhow::Result<Seen> {
-        self.children
-            .retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
+        self.reap();
         let before = self.bound()?;
         let asked_us = now_us();
         let spare = self.spare.take().filter(|(pid, _)| is_alive(*pid));
         let mut asked = match (self.by, spare) {
             (By::Hand, Some((_, door))) => Asked::Back(tokio::spawn(take_back(door))),
             (By::Hand | By::Fresh, _) => {
-                self.children.push(self.start(&before)?);
+                self.begin(&before)?;
                 Asked::Process
             }
             (By::Task, _) => Asked::Task(self.restart().await?),
@@ -287,7 +307,7 @@ impl Proxy {
         }
     }
 
-    fn last_words(&self) -> String {
+    pub(super) fn last_words(&self) -> String {
         let log = std::fs::read_to_string(self.dir.join("proxy.log")).unwrap_or_default();
         log.lines().last().unwrap_or_default().to_owned()
     }
@@ -300,6 +320,12 @@ enum Asked {
     Answered,
     Back(tokio::task::JoinHandle<anyhow::Result<()>>),
     Task(String),
+}
+
+fn bound(dir: &Path) -> anyhow::Result<Bound> {
+    let path = dir.join("proxy.json");
+    let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("parse {}", path.display()))
 }
 
 /// When the last client went that could, and how many are left, as the process before says.
@@ -338,14 +364,14 @@ fn unix_us() -> u64 {
 }
 
 /// How many a process has.
-async fn clients(admin: &str) -> anyhow::Result<u64> {
+pub(super) async fn clients(admin: &str) -> anyhow::Result<u64> {
     let text = scrape(admin).await?;
     metric(&text, "slotmesh_proxy_clients")
         .context("the proxy does not say how many clients it has")
 }
 
 /// A page of metrics.
-async fn scrape(admin: &str) -> anyhow::Result<String> {
+pub(super) async fn scrape(admin: &str) -> anyhow::Result<String> {
     let read = async {
         let mut stream = TcpStream::connect(admin).await?;
         let request = "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
@@ -360,7 +386,7 @@ async fn scrape(admin: &str) -> anyhow::Result<String> {
         .with_context(|| format!("read the metrics at {admin}"))
 }
 
-fn metric(page: &str, name: &str) -> Option<u64> {
+pub(super) fn metric(page: &str, name: &str) -> Option<u64> {
     let value = |line: &str| {
         let rest = line.strip_prefix(name)?;
         let is_it = rest.starts_with(['{', ' ']);
@@ -371,7 +397,7 @@ fn metric(page: &str, name: &str) -> Option<u64> {
 }
 
 /// Asks a spare to serve again.
-async fn take_back(door: PathBuf) -> anyhow::Result<()> {
+pub(super) async fn take_back(door: PathBuf) -> anyhow::Result<()> {
     let asked = async {
         let mut stream = UnixStream::connect(&door).await?;
         let message = pb::ToGiver {

@@ -64,8 +64,7 @@ impl Idle {
             if let Some(one) = place
                 && let Err(error) = one.wire.is_quiet()
             {
-                self.book
-                    .error(format!("client {}: {error:#}", one.id.trim_end()));
+                self.book.out(one.id.trim_end(), &error);
                 *place = None;
             }
         }
@@ -90,9 +89,9 @@ async fn same(mut one: One, book: &Book) {
     match one.wire.id().await {
         Ok(now) if now == one.id => match one.wire.is_quiet() {
             Ok(()) => book.intact(),
-            Err(error) => book.error(format!("client {id}: {error:#}")),
+            Err(error) => book.out(id, &error),
         },
         Ok(now) => book.error(format!("client {id} is called {} now", now.trim_end())),
-        Err(error) => book.error(format!("client {id}: {error:#}")),
+        Err(error) => book.out(id, &error),
     }
 }

@@ -124,7 +124,7 @@ fn line(kind: Kind, page: Page, changes: &[Change]) -> Line {
         kind: kind.name(),
         connections: page.connections,
         intact: page.intact,
-        errors: page.errors,
+        errors: page.errors + page.closed,
         lost: page.lost,
         repeated: page.repeated,
         requests: page.samples.len(),
@@ -336,9 +336,10 @@ mod tests {
     #[test]
     fn each_promise_is_looked_at() {
         assert!(of(Page::default()).broken().is_empty());
-        let spoiled: [fn(&mut Page); 4] = [
+        let spoiled: [fn(&mut Page); 5] = [
             |page| page.connections = 1,
             |page| page.errors = 1,
+            |page| page.closed = 1,
             |page| page.lost = 1,
             |page| page.repeated = 1,
         ];

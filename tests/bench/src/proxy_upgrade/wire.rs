@@ -18,6 +18,20 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Of what went wrong, in a report.
 const SHOWN_BYTES_MAX: usize = 120;
 
+/// The other end has closed the connection; what was unread is shown.
+#[derive(Debug, thiserror::Error)]
+#[error("closed by the proxy after {0:?}")]
+struct Closed(String);
+
+/// Whether a connection is over, which is all that is wrong with it.
+pub(super) fn is_closed(error: &anyhow::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+    error.chain().any(|cause| {
+        let kind = cause.downcast_ref().map(std::io::Error::kind);
+        cause.is::<Closed>() || matches!(kind, Some(BrokenPipe | ConnectionReset))
+    })
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Wire {
@@ -82,7 +96,7 @@ impl Wire {
                 .context("read")?
                 == 0
             {
-                bail!("closed by the proxy after {:?}", self.left());
+                return Err(Closed(self.left()).into());
             }
         }
     }
@@ -116,7 +130,7 @@ impl Wire {
     /// It has ended, or bytes came that nobody had asked for.
     pub(super) fn is_quiet(&mut self) -> anyhow::Result<()> {
         match self.stream.try_read_buf(&mut self.input) {
-            Ok(0) => bail!("closed by the proxy"),
+            Ok(0) => return Err(Closed(self.left()).into()),
             Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("read"),

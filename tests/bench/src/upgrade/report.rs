@@ -154,7 +154,7 @@ impl Report {
                 format!("{} / {}, {}", self.upgrades, self.failed, self.ways_back),
             ),
             (
-                "copies in full: upgrades, ways back",
+                "copies in full of nodes that stay: upgrades, ways back",
                 format!("{}, {}", self.full_copies, self.full_copies_back),
             ),
         ];

@@ -10,7 +10,15 @@ use slotmesh_task::{
 use slotmesh_topology::Shard;
 
 use super::Checks;
-use crate::store::Value;
+use crate::{
+    redis::{Kind, Op},
+    sched::{MS, Micros},
+    store::Value,
+};
+
+/// What was refused so shortly before a process makes way may not have been seen: a report counts for
+/// 2 s, and then a decision has to be written and heard.
+const UNSEEN: Micros = 3_000 * MS;
 
 /// An upgrade's record, if it is one.
 fn upgrade_of(value: &Value) -> Option<(Task, Upgrade)> {
@@ -26,8 +34,30 @@ fn upgrade_of(value: &Value) -> Option<(Task, Upgrade)> {
 
 impl Checks {
     /// A process has refused a command of its primary: what it has is not what that one has.
-    pub fn diverges(&mut self, run_id: &str) {
+    pub fn diverges(&mut self, run_id: &str, op: u64, now: Micros) {
         self.diverged.insert(run_id.to_owned());
+        self.refused.insert(op, now);
+    }
+
+    /// It makes way with its data: what it has refused only now no report has said, which is known
+    /// (docs/upgrades.md).
+    pub fn makes_way(&mut self, log: &[Op], now: Micros) {
+        let is_late = |op: &&Op| {
+            let at = self.refused.get(&op.id);
+            op.kind == Kind::Refused && at.is_some_and(|at| at + UNSEEN >= now)
+        };
+        self.unseen
+            .extend(log.iter().filter(is_late).map(|op| op.id));
+    }
+
+    /// What a follower in sync has is not what its primary wrote, and somebody could have known.
+    pub fn differ(&mut self, name: &str, has: &Op, wrote: &Op) {
+        if !self.unseen.contains(&has.id) {
+            self.fail(
+                "U6: in the end who is in sync has what its primary has",
+                || format!("{name} has {has:?} for {wrote:?}"),
+            );
+        }
     }
 
     /// It has copied all of it.

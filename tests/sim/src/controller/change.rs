@@ -39,6 +39,8 @@ fn options(choice: u64, has_room: bool) -> Options {
             true => Method::CrossHost,
             false => Method::InPlace,
         },
+        // How long virtual holds are is not what is simulated here.
+        max_hold_ms: 0,
     }
 }
 

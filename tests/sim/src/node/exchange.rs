@@ -74,6 +74,10 @@ impl Node {
             offset: process.offset(),
             log: process.log.clone(),
         };
+        if ending == Ending::Save {
+            let now = ctx.now();
+            ctx.checks.makes_way(&snapshot.log, now);
+        }
         self.crash(ctx, usize::MAX);
         self.snapshot = (ending == Ending::Save).then_some(snapshot);
     }
@@ -112,11 +116,11 @@ impl Node {
             return op;
         }
         p.refused += 1;
-        ctx.checks.diverges(&p.run_id);
+        let now = ctx.now();
+        ctx.checks.diverges(&p.run_id, op.id, now);
         ctx.say(|| format!("{} refuses a command of its primary", self.name));
         Op {
-            id: ctx.call(),
-            kind: Kind::Noop,
+            kind: Kind::Refused,
             ..op
         }
     }

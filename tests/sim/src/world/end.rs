@@ -14,6 +14,7 @@ impl World {
     pub(super) fn check_end(&mut self) {
         self.check_strangers();
         self.check_engines();
+        self.check_followers();
         let mut ctx = self.ctx.borrow_mut();
         for shard in 0..self.shape.shards {
             let record = self.shards().find(|s| s.index as usize == shard);

@@ -63,6 +63,7 @@ pub(super) fn instance(shape: Shape) -> Instance {
                 )
             })
             .collect(),
+        gone_proxies: Vec::new(),
         workers_per_proxy: 1,
         created_unix_ms: 0,
         parameters: BTreeMap::new(),

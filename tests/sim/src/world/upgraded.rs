@@ -12,6 +12,7 @@ use crate::{
     msg::Party,
     node::Ending,
     plan::{Kept, Script},
+    redis::LinkState,
     sched::{MS, Micros, SEC},
     store::{Key, Value},
 };
@@ -91,6 +92,32 @@ impl World {
                 let token = self.ctx.borrow_mut().call();
                 self.ask(&Ask::Drain { host, token });
                 self.soon(DRAIN_LOOK, Script::Drain(host, tries - 1));
+            }
+        }
+    }
+
+    /// Whoever follows has what its primary has: nobody has refused something and is counted on.
+    pub(super) fn check_followers(&self) {
+        let process = |name: &str| {
+            let node = self.nodes.iter().find(|n| n.name == name)?;
+            node.process.as_ref()
+        };
+        for shard in self.shards() {
+            let Some(primary) = process(shard.primary.as_str()) else {
+                continue;
+            };
+            let others = shard.members.iter().filter(|m| m.node != shard.primary);
+            for member in others.filter(|m| m.in_sync) {
+                // One that has just been told to follow is about to ask for what it lacks.
+                let follower = process(member.node.as_str());
+                let Some(follower) = follower.filter(|f| f.link == LinkState::Up) else {
+                    continue;
+                };
+                let pairs = follower.log.iter().zip(&primary.log);
+                let mut ctx = self.ctx.borrow_mut();
+                for (has, wrote) in pairs.filter(|(has, wrote)| has != wrote) {
+                    ctx.checks.differ(member.node.as_str(), has, wrote);
+                }
             }
         }
     }

@@ -142,5 +142,6 @@ fn options(upgrade: &Upgrade) -> Option<Options> {
         allow_downtime: upgrade.allow_downtime,
         automatic: upgrade.automatic,
         method: upgrade.method,
+        max_hold_ms: upgrade.max_hold_ms,
     })
 }

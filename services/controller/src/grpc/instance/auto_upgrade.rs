@@ -7,6 +7,7 @@ use slotmesh_proto::{instance::v1 as api, store::v1::ReleaseLevel};
 use slotmesh_task::{
     admit::RefusalKind,
     auto::{self, Scene, Verdict},
+    upgrade,
 };
 use slotmesh_topology::{
     Instance,
@@ -72,8 +73,8 @@ impl Instances {
                 tasks: &tasks,
                 at_a_time: self.context.auto_upgrades,
                 now_ms: clock::now_ms(),
-                // Only the leader knows of jumps.
-                rests_ms: 0,
+                // Of the leader's own clock when it is asked.
+                rests_ms: self.context.jumps.look(),
             };
             auto::judge(instance, engines.as_deref(), scene)
         });
@@ -83,7 +84,18 @@ impl Instances {
                 let next = next.map(compatibility::name).unwrap_or_default();
                 (next, why)
             }
-            Verdict::Due { to, .. } => (compatibility::name(to), "it is about to begin".into()),
+            Verdict::Due { to, .. } => {
+                let options = auto::options(to);
+                let planned = self.context.hub.read(|fleet| {
+                    upgrade::plan(instance, &shards, fleet, &options, clock::now_ms())
+                });
+                let why = match planned {
+                    Ok(_) => "it is about to begin".into(),
+                    // As an operator would be told; it is tried again while the window is open.
+                    Err(refusal) => refusal.message,
+                };
+                (compatibility::name(to), why)
+            }
         }
     }
 }

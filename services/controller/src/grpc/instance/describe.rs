@@ -17,6 +17,8 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
         proxies: instance
             .proxies
             .iter()
+            // One that sends its clients away is nothing to connect to.
+            .filter(|placed| placed.leaving.is_none())
             .map(|placed| {
                 let id = placed.proxy.as_str();
                 let seen = proxies.iter().find(|p| p.hello.proxy_id == id);

@@ -9,7 +9,8 @@ use slotmesh_task::{
 };
 use slotmesh_topology::{
     Epoch, Instance, InstanceId, InstanceState, Member, Mode, NodeId, NodeRole, Placement, Shard,
-    instance::DATABASES, parameter, slot,
+    instance::{DATABASES, proxy_id},
+    parameter, slot,
 };
 use tonic::Status;
 
@@ -105,9 +106,10 @@ impl Instances {
             state: InstanceState::Creating,
             proxies: proxy_hosts
                 .into_iter()
-                .enumerate()
-                .map(|(n, host)| Placement::new(format!("{id}-proxy-{n}").into(), host))
+                .zip(0..)
+                .map(|(host, n)| Placement::new(proxy_id(&id, n), host))
                 .collect(),
+            gone_proxies: Vec::new(),
             workers_per_proxy: new.workers,
             created_unix_ms: clock::now_ms(),
             durability: request.durability,
@@ -131,7 +133,7 @@ impl Instances {
     }
 
     /// Hosts with a session and what they run already.
-    fn candidates(&self) -> Vec<place::Candidate> {
+    pub(super) fn candidates(&self) -> Vec<place::Candidate> {
         self.context.hub.read(|fleet| {
             let mirror = &self.context.mirror;
             mirror.read(|state| drive::replace::candidates(state, fleet))

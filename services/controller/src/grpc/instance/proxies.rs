@@ -9,9 +9,10 @@ use slotmesh_proto::{instance::v1 as api, task::v1 as task_api};
 use slotmesh_task::{
     Spec, Task,
     admit::RefusalKind,
-    proxies::{self, BAKE_MS, Options, Planned, ProxyPhase},
+    proxies::{self, BAKE_MS, DRAIN_MS, Options, Planned, ProxyPhase, Rebuild},
 };
 use slotmesh_topology::{
+    HostId,
     artifact::{Artifact, Product},
     compatibility,
 };
@@ -67,6 +68,8 @@ impl Instances {
                 proxies: request.proxy_instance_ids,
                 bake_ms: bake_ms(request.bake_seconds),
                 in_window: is_window(&schedule),
+                rebuild: None,
+                workers: 0,
             },
             instance_id: request.instance_id,
             schedule,
@@ -80,14 +83,7 @@ impl Instances {
         &self,
         request: api::RestartProxyRequest,
     ) -> Result<Answer, Status> {
-        if request.mode() == api::RestartMode::Rebuild {
-            return Err(refuse(
-                RefusalKind::Precondition,
-                "REBUILD_NOT_POSSIBLE",
-                "a proxy can be restarted where it is only (RESTART_MODE_IN_PLACE); while its host is \
-                 away, clients go to the instance's other proxies",
-            ));
-        }
+        let rebuild = rebuild(&request)?;
         let body = api::RestartProxyRequest {
             client_token: String::new(),
             ..request.clone()
@@ -102,10 +98,12 @@ impl Instances {
                 proxies: request.proxy_instance_ids,
                 bake_ms: bake_ms(request.bake_seconds),
                 in_window: is_window(&schedule),
+                rebuild,
+                workers: request.workers,
             },
             instance_id: request.instance_id,
             schedule,
-            plan_only: false,
+            plan_only: request.plan_only,
         })
         .await
     }
@@ -117,10 +115,11 @@ impl Instances {
                 return Ok((earlier.task.to_string(), None));
             }
             let (instance, revision) = self.instance(&asked.instance_id)?;
-            let planned = self
-                .context
-                .hub
-                .read(|fleet| proxies::plan(&instance, fleet, &asked.options, clock::now_ms()));
+            let candidates = self.candidates();
+            let planned = self.context.hub.read(|fleet| {
+                let now_ms = clock::now_ms();
+                proxies::plan(&instance, fleet, &candidates, &asked.options, now_ms)
+            });
             let planned = planned.map_err(|r| refused(&r))?;
             let not_before_ms = not_before(Some(&asked.schedule), &instance)?;
             let plan = show(&planned, not_before_ms);
@@ -167,6 +166,28 @@ fn program(text: &str, listed: &[Artifact]) -> Result<String, Status> {
     ))
 }
 
+/// What is asked of a rebuild; `None`: a restart where it is.
+#[allow(clippy::result_large_err)]
+fn rebuild(request: &api::RestartProxyRequest) -> Result<Option<Rebuild>, Status> {
+    if request.mode() == api::RestartMode::Rebuild {
+        let host = Some(request.host_id.as_str()).filter(|host| !host.is_empty());
+        let seconds = request.drain_seconds;
+        return Ok(Some(Rebuild {
+            host: host.map(HostId::from),
+            drain_ms: seconds.map_or(DRAIN_MS, |s| u64::from(s) * 1_000),
+        }));
+    }
+    if request.host_id.is_empty() && request.drain_seconds.is_none() {
+        return Ok(None);
+    }
+    Err(refuse(
+        RefusalKind::Invalid,
+        "NOT_A_REBUILD",
+        "host_id and drain_seconds are of a rebuild (RESTART_MODE_REBUILD, --rebuild); in place the \
+         proxy stays where it is",
+    ))
+}
+
 fn bake_ms(seconds: Option<u32>) -> u64 {
     seconds.map_or(BAKE_MS, |s| u64::from(s) * 1_000)
 }
@@ -182,16 +203,25 @@ fn is_window(schedule: &task_api::Schedule) -> bool {
 }
 
 fn show(planned: &Planned, not_before_ms: u64) -> api::ProxyPlan {
-    let step = |part: &proxies::Change| api::ProxyStep {
+    let to_hosts = planned.to_hosts.iter().map(ToString::to_string);
+    let to_hosts = to_hosts.chain(std::iter::repeat(String::new()));
+    let step = |(part, to_host_id): (&proxies::Change, String)| api::ProxyStep {
         proxy_id: part.proxy.to_string(),
         host_id: part.host.to_string(),
         program: part.from_program.clone(),
         version: part.from_version.clone(),
         nothing_to_do: part.phase == ProxyPhase::Done,
+        to_host_id,
     };
     api::ProxyPlan {
         program: planned.changes.program.clone(),
-        proxies: planned.changes.proxies.iter().map(step).collect(),
+        proxies: planned
+            .changes
+            .proxies
+            .iter()
+            .zip(to_hosts)
+            .map(step)
+            .collect(),
         remarks: planned.remarks.clone(),
         begins_at: clock::rfc3339(not_before_ms),
     }

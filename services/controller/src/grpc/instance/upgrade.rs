@@ -10,7 +10,7 @@ use slotmesh_task::{
     Spec, Task,
     admit::RefusalKind,
     schedule::Window,
-    upgrade::{self, BAKE_MS, Method, Options, Planned, TASK_MS_MAX, UpgradePhase},
+    upgrade::{self, BAKE_MS, HOLD_MS, Method, Options, Planned, TASK_MS_MAX, UpgradePhase},
 };
 use slotmesh_topology::{
     Instance, InstanceState, Shard,
@@ -261,6 +261,7 @@ fn options(request: &api::ModifyInstanceMinorVersionRequest, to: Engine) -> Opti
             api::UpgradeMethod::InPlace => Method::InPlace,
             api::UpgradeMethod::CrossHost => Method::CrossHost,
         },
+        max_hold_ms: request.max_hold_ms.unwrap_or(HOLD_MS),
     }
 }
 

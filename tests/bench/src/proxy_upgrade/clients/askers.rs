@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     super::{
         book::{Book, Row},
-        wire::{Wire, integer, shown},
+        wire::{Wire, integer, is_closed, shown},
     },
     Berth,
 };
@@ -34,8 +34,19 @@ pub(super) async fn pipelined(berth: &Berth, wire: &mut Wire) -> anyhow::Result<
         _ => berth.pace,
     };
     let key = format!("pu:{}:count", berth.number);
+    let mut row = Row::new(berth.book.clone(), key.clone(), 1);
+    let ended = pipes(berth, &key, &mut row, pace, wire).await;
+    counted(berth, &key, &row, DEPTH as u64, ended).await
+}
+
+async fn pipes(
+    berth: &Berth,
+    key: &str,
+    row: &mut Row,
+    pace: Duration,
+    wire: &mut Wire,
+) -> anyhow::Result<()> {
     let batch = format!("INCR {key}\n").repeat(DEPTH);
-    let mut row = Row::new(berth.book.clone(), key, 1);
     while berth.goes_on(pace).await {
         let from_us = now_us();
         wire.say(&batch).await?;
@@ -48,10 +59,47 @@ pub(super) async fn pipelined(berth: &Berth, wire: &mut Wire) -> anyhow::Result<
     Ok(())
 }
 
+/// Who was closed in the middle of something can't know what of it was done: of `asked` that at most were
+/// under way, each at most once, and everything that was answered.
+async fn counted(
+    berth: &Berth,
+    key: &str,
+    row: &Row,
+    asked: u64,
+    ended: anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if !ended.as_ref().is_err_and(is_closed) {
+        return ended;
+    }
+    let mut other = Wire::connect(&berth.others_at).await?;
+    let answered = row.next() - 1;
+    // Adding nothing says also what no key is: 0.
+    let done = integer(&other.ask(&format!("INCRBY {key} 0")).await?)?;
+    if done < answered {
+        let what = format!("{key}: {done} were done of {answered} that were answered");
+        berth.book.lost(answered - done, what);
+    }
+    if done > answered + asked {
+        let what = format!("{key}: {done} were done, {answered} answered, {asked} under way");
+        berth.book.repeated(done - answered - asked, what);
+    }
+    ended
+}
+
 /// MULTI, two INCR, a pause with the transaction open, EXEC.
 pub(super) async fn multi(berth: &Berth, wire: &mut Wire) -> anyhow::Result<()> {
     let key = format!("pu:{}:multi", berth.number);
     let mut row = Row::new(berth.book.clone(), key.clone(), 1);
+    let ended = transactions(berth, &key, &mut row, wire).await;
+    counted(berth, &key, &row, 2, ended).await
+}
+
+async fn transactions(
+    berth: &Berth,
+    key: &str,
+    row: &mut Row,
+    wire: &mut Wire,
+) -> anyhow::Result<()> {
     loop {
         timed(&berth.book, wire, "MULTI", "+OK\r\n").await?;
         for _ in 0..2 {
@@ -80,7 +128,7 @@ pub(super) async fn multi(berth: &Berth, wire: &mut Wire) -> anyhow::Result<()> 
 pub(super) async fn watch(berth: &Berth, wire: &mut Wire) -> anyhow::Result<()> {
     let key = format!("pu:{}:watch", berth.number);
     let mut other = match berth.number % SPOILT_ONE_IN {
-        0 => Some(Wire::connect(&berth.address).await?),
+        0 => Some(Wire::connect(&berth.others_at).await?),
         _ => None,
     };
     let want = match other {
@@ -127,7 +175,7 @@ pub(super) async fn newcomers(address: String, book: Book, stop: CancellationTok
                 book.came(from_us);
                 book.intact();
             }
-            Err(error) => book.error(format!("{error:#}")),
+            Err(error) => book.out("that is new", &error),
         }
         sleep(NEW_PACE).await;
     }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use slotmesh_proto::agent::v1::{self as pb, execute_step_request::Act};
 use slotmesh_task::{
-    Phase, ShardSwitch, State as TaskState, Task, step,
+    Phase, ShardSwitch, State as TaskState, Task, place, step,
     switchover::StepStatus,
     upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, UpgradePhase, View, Write},
 };
@@ -72,6 +72,9 @@ impl Driver {
         let room = super::replace::place(&self.desk, &shard.value);
         let (decision, write) = {
             let fleet = self.desk.fleet.borrow();
+            let mirror = self.desk.mirror.borrow();
+            let shards = mirror.shards.values().map(|s| &s.value);
+            let copied = place::copied(shards, &shard.value, &fleet);
             let view = View {
                 task: &task.value,
                 upgrade: spec,
@@ -83,6 +86,7 @@ impl Driver {
                 stage: &stage,
                 opens_ms: None,
                 room: room.as_ref(),
+                copied: copied.as_ref(),
             };
             let decision = upgrade::decide(view);
             let write = match &decision {
