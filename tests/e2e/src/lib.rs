@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: clients, witnesses that see every error, the ctl as a program.
 
+pub mod clock;
 pub mod controllers;
 pub mod foreign;
 pub mod load;

@@ -5,27 +5,20 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::time::Duration;
 
 use slotmesh_e2e::{
+    clock::Bent,
     controllers::{beside, leader, sees_all_nodes},
     ctl, json,
     load::Load,
     roles,
     upgrades::{bake, begin, fill, is_done, list, mesh_with, runs, say, until},
 };
-use slotmesh_harness::{EtcdCluster, Mesh, MeshOptions, engines, programs};
+use slotmesh_harness::{EtcdCluster, Mesh, MeshOptions, engines};
 use slotmesh_proto::task::v1::{ListEpochsRequest, Task};
-use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
-const CONTROLLER: &str = "slotmesh-controller";
 const HOUR_S: i64 = 60 * 60;
 /// An operator ends it.
 const BAKE_SECONDS: u32 = 3_600;
@@ -33,56 +26,23 @@ const BAKE_SECONDS: u32 = 3_600;
 const STILL: Duration = Duration::from_secs(6);
 
 /// A mesh whose controller shows the time that a file says.
-struct Bent {
+struct World {
     mesh: Mesh,
     nodes: usize,
-    clock: PathBuf,
+    clock: Bent,
     etcd: EtcdCluster,
-    _installed: TempDir,
 }
 
-/// What the program has the loader put before a process's own clock.
-fn library() -> String {
-    let mut shown = Command::new("faketime");
-    let shown = shown.args(["-m", "-f", "+0s", "sh", "-c", "printf %s \"$LD_PRELOAD\""]);
-    let shown = shown.output().expect("faketime (package faketime)");
-    String::from_utf8(shown.stdout).unwrap()
-}
-
-/// The programs under test, the controller with another clock.
-fn install(to: &Path, clock: &Path) {
-    let own = programs::directory().unwrap();
-    for program in ["slotmesh", "slotmesh-agent", "slotmesh-proxy"] {
-        let (from, to) = (own.join(program), to.join(program));
-        // Not there on another file system.
-        if fs::hard_link(&from, &to).is_err() {
-            fs::copy(&from, &to).unwrap();
-        }
-    }
-    let (library, clock, own) = (library(), clock.display(), own.join(CONTROLLER));
-    let text = format!(
-        "#!/bin/sh\nexport LD_PRELOAD='{library}' FAKETIME_TIMESTAMP_FILE='{clock}'\n\
-         export FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1\n\
-         exec '{}' \"$@\"\n",
-        own.display()
-    );
-    fs::write(to.join(CONTROLLER), text).unwrap();
-    fs::set_permissions(to.join(CONTROLLER), fs::Permissions::from_mode(0o755)).unwrap();
-}
-
-impl Bent {
+impl World {
     async fn start(engine: Option<&str>) -> Self {
-        let installed = tempfile::tempdir().unwrap();
-        let clock = installed.path().join("clock");
-        fs::write(&clock, "+0").unwrap();
-        install(installed.path(), &clock);
+        let clock = Bent::install(0).unwrap();
         let etcd = EtcdCluster::start(1).await.unwrap();
         let options = MeshOptions {
             store: Some(etcd.store()),
             architecture: Some("standard".into()),
             // By its path: programs elsewhere look for engines elsewhere.
             engine: engine.map(|name| engines::find(name).unwrap().display().to_string()),
-            programs: Some(installed.path().to_owned()),
+            programs: Some(clock.directory().to_owned()),
             ..MeshOptions::default()
         };
         let (mesh, nodes) = mesh_with(options).await.unwrap();
@@ -91,15 +51,11 @@ impl Bent {
             nodes,
             clock,
             etcd,
-            _installed: installed,
         }
     }
 
-    /// Whole, so that nobody reads half of it.
     fn show(&self, seconds: i64) {
-        let new = self.clock.with_extension("new");
-        fs::write(&new, format!("{seconds:+}")).unwrap();
-        fs::rename(new, &self.clock).unwrap();
+        self.clock.show(seconds).unwrap();
     }
 
     async fn task(&self, id: &str) -> Task {
@@ -132,7 +88,7 @@ impl Bent {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_jumps_into_the_window_and_back_begins_nothing() {
-    let bent = Bent::start(None).await;
+    let bent = World::start(None).await;
     let mesh = &bent.mesh;
     let load = Load::start(mesh).await.unwrap();
     let (before, epochs, term) = (
@@ -192,7 +148,7 @@ async fn a_clock_that_jumps_into_the_window_and_back_begins_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_jumps_back_in_the_middle_of_an_upgrade_makes_nothing_happen_twice() {
-    let bent = Bent::start(Some("redis-7.0")).await;
+    let bent = World::start(Some("redis-7.0")).await;
     let mesh = &bent.mesh;
     let others = beside(mesh, &bent.etcd.store(), 1).await.unwrap();
     sees_all_nodes(mesh, &others[0].address).await.unwrap();

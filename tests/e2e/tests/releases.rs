@@ -3,21 +3,22 @@
 //! `fixtures/mesh-0.1.tar.gz` is the directory of a `slotmesh up` of release 0.1 (its store, its agents'
 //! journals, its proxies' topologies, its data), stopped in order: two shards of two nodes after a
 //! switchover and a failover, 300 keys, an account, parameters, a window, a listed program, a scheduled
-//! task. It has ports of its own, so it runs in a network of its own. Where a release changes what is
-//! kept, the next one's fixture joins this one.
+//! task. It has ports of its own, so it runs in a network of its own, and its controller lives in the
+//! hour in which it was stopped: a client token is kept for a day, and a window must not open in between.
+//! Where a release changes what is kept, the next one's fixture joins this one.
 
 #![allow(clippy::unwrap_used)]
 
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use slotmesh_ctl::up::contract::Contract;
-use slotmesh_e2e::{finish, json};
-use slotmesh_harness::{mesh::Home, programs, signals, wait_until};
+use slotmesh_e2e::{clock::Bent, finish, json};
+use slotmesh_harness::{mesh::Home, signals, wait_until};
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
@@ -30,6 +31,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 struct Kept {
     contract: Contract,
     up: Child,
+    clock: Bent,
     _home: Home,
 }
 
@@ -44,12 +46,15 @@ impl Kept {
         let parent = parent.parent().context("the directory's parent")?;
         unpack.arg("xzf").arg(archive).arg("-C").arg(parent);
         anyhow::ensure!(finish(unpack).await?.status.success(), "unpack {fixture}");
+        let stopped = home.data().join("mesh.json").metadata()?.modified()?;
+        let ago = SystemTime::now().duration_since(stopped)?.as_secs();
+        let clock = Bent::install(-i64::try_from(ago)?)?;
         // One process from the first to the last: what unshare starts is the mesh.
         let mut command = Command::new("unshare");
         command
             .args(["--net", "sh", "-c"])
             .arg("ip link set lo up && exec \"$0\" up --output json --data \"$1\"")
-            .arg(programs::path("slotmesh")?)
+            .arg(clock.program("slotmesh"))
             .arg(home.data());
         let log = std::fs::File::create(home.log())?;
         let mut up = command
@@ -68,6 +73,7 @@ impl Kept {
         Ok(Self {
             contract,
             up,
+            clock,
             _home: home,
         })
     }
@@ -81,7 +87,7 @@ impl Kept {
     }
 
     async fn ctl(&self, words: &[&str]) -> anyhow::Result<serde_json::Value> {
-        let mut command = self.program(programs::path("slotmesh")?);
+        let mut command = self.program(self.clock.program("slotmesh"));
         command.args(["--controller", &self.contract.controller, "-o", "json"]);
         command.args(words);
         json(&finish(command).await?)
