@@ -17,6 +17,7 @@ use slotmesh_proto::{
         self as agent, agent_service_server, control_service_client::ControlServiceClient,
         execute_step_request::Act,
     },
+    fleet::v1::{self as fleet, fleet_service_client::FleetServiceClient},
     store::v1 as store,
     topology::v1::{self as topology, topology_service_client::TopologyServiceClient},
 };
@@ -106,7 +107,19 @@ impl Mesh {
         for n in 0..hosts {
             mesh.add_agent(format!("host-{n}")).await;
         }
+        mesh.sees(hosts).await;
         mesh
+    }
+
+    /// An instance that is made before would be placed on fewer hosts.
+    async fn sees(&self, hosts: usize) {
+        let mut fleet = FleetServiceClient::new(self.channel().await);
+        wait_for("the controller to see every host", async || {
+            let request = fleet::ListHostsRequest::default();
+            let seen = fleet.list_hosts(request).await.ok()?.into_inner().hosts;
+            (seen.len() == hosts).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn channel(&self) -> Channel {
