@@ -170,7 +170,7 @@ async fn an_engine_parameter_is_changed_while_a_client_hardly_notices() {
     }
     took.sort();
     println!("a change takes {:?}, at worst {:?}", took[15], took[29]);
-    assert!(took[15] < Duration::from_millis(500), "{took:?}");
+    assert!(took[15] < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test]
