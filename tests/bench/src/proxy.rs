@@ -15,7 +15,7 @@ use slotmesh_harness::{Mesh, MeshOptions};
 use crate::report::Output;
 use load::Cell;
 use report::{Report, Sample};
-use targets::{PeerSpec, SLOTMESH, Servers, TWEMPROXY, Target};
+use targets::{Certificate, PeerSpec, SLOTMESH, Servers, TWEMPROXY, Target};
 
 /// What is measured in each round.
 const CELLS: [Cell; 4] = [
@@ -64,6 +64,9 @@ pub struct ProxyArgs {
     /// Another proxy that runs already, over shards of its own. May be given several times.
     #[arg(long = "peer", value_name = "NAME=HOST:PORT:PID")]
     peers: Vec<PeerSpec>,
+    /// Measure TLS as well: our proxy and the direct connection once more, with TLS 1.3.
+    #[arg(long, conflicts_with = "peers_only")]
+    tls: bool,
     /// Measure only the others: direct, twemproxy and what --peer names.
     #[arg(long)]
     peers_only: bool,
@@ -92,16 +95,20 @@ pub async fn run(args: ProxyArgs) -> anyhow::Result<bool> {
 
 async fn measure(args: &ProxyArgs) -> anyhow::Result<Report> {
     let mut targets: Vec<Target> = Vec::new();
+    let certificate = args.tls.then(Certificate::new).transpose()?;
     let mesh = if args.peers_only {
         None
     } else {
-        Some(start_mesh(args).await?)
+        Some(start_mesh(args, certificate.as_ref()).await?)
     };
     if let Some(mesh) = &mesh {
-        targets.push(targets::of_mesh(&mesh.contract)?);
+        let ours = targets::of_mesh(&mesh.contract)?;
+        // The same port, the same process.
+        targets.extend(certificate.as_ref().map(|_| ours.with_tls(ours.port)));
+        targets.push(ours);
     }
-    let servers = Servers::start(&args.engine, args.shards).await?;
-    targets.push(servers.direct()?);
+    let servers = Servers::start(&args.engine, args.shards, certificate.as_ref()).await?;
+    targets.extend(servers.direct()?);
     targets.push(servers.twemproxy()?);
     targets.extend(args.peers.iter().map(PeerSpec::target));
 
@@ -143,13 +150,14 @@ async fn measure_one(target: &Target, cell: Cell, requests: u64) -> anyhow::Resu
     })
 }
 
-async fn start_mesh(args: &ProxyArgs) -> anyhow::Result<Mesh> {
+async fn start_mesh(args: &ProxyArgs, certificate: Option<&Certificate>) -> anyhow::Result<Mesh> {
     let options = MeshOptions {
         shards: Some(args.shards),
         replicas: Some(0),
         proxies: Some(1),
         workers: Some(args.workers),
         engine: Some(args.engine.clone()).filter(|engine| !engine.is_empty()),
+        environment: certificate.map_or(Vec::new(), Certificate::environment),
         ..MeshOptions::default()
     };
     Mesh::start(&options)

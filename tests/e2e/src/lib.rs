@@ -2,7 +2,6 @@
 
 pub mod clock;
 pub mod controllers;
-pub mod foreign;
 pub mod load;
 pub mod upgrades;
 

@@ -13,8 +13,8 @@ use std::{
 };
 
 use redis::AsyncCommands as _;
-use slotmesh_e2e::{finish, foreign::installed};
-use slotmesh_harness::{Mesh, MeshOptions};
+use slotmesh_e2e::finish;
+use slotmesh_harness::{Mesh, MeshOptions, foreign::installed};
 use tokio::process::Command;
 
 const CLUSTER_KEYS: usize = 300;

@@ -11,10 +11,10 @@ use std::{
 use slotmesh_e2e::{
     controllers::{Controller, LIMIT, leader_after},
     finish,
-    foreign::openssl,
 };
 use slotmesh_harness::{
-    EtcdCluster, Mesh, MeshOptions, etcd_cluster::TlsFiles, programs, signals, wait_until,
+    EtcdCluster, Mesh, MeshOptions, etcd_cluster::TlsFiles, foreign::openssl, programs, signals,
+    wait_until,
 };
 use tokio::time::timeout;
 

@@ -5,12 +5,11 @@
 
 use std::{path::Path, process::Stdio, time::Duration};
 
-use slotmesh_e2e::{
-    ctl,
-    foreign::{installed, openssl},
-    proxy_pids,
+use slotmesh_e2e::{ctl, proxy_pids};
+use slotmesh_harness::{
+    Mesh, MeshOptions,
+    foreign::{certificate, installed},
 };
-use slotmesh_harness::{Mesh, MeshOptions};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::{Child, Command},
@@ -18,14 +17,6 @@ use tokio::{
 };
 
 const LIMIT: Duration = Duration::from_secs(120);
-
-/// A certificate that has signed itself, and its key.
-fn certificate(dir: &Path) -> [String; 2] {
-    let new_key = "-newkey rsa:2048 -nodes -out cert.pem -keyout key.pem";
-    let name = "-subj /CN=slotmesh-test -addext basicConstraints=critical,CA:FALSE";
-    openssl(dir, &format!("req -x509 {new_key} -days 2 {name}")).unwrap();
-    ["cert.pem", "key.pem"].map(|name| dir.join(name).display().to_string())
-}
 
 async fn count(address: &str, cert: &str) -> Child {
     let (host, port) = address.rsplit_once(':').unwrap();
@@ -49,7 +40,7 @@ async fn count(address: &str, cert: &str) -> Child {
 #[tokio::test]
 async fn proxies_are_restarted_and_clients_with_tls_keep_their_sessions() {
     let dir = tempfile::tempdir().unwrap();
-    let [cert, key] = certificate(dir.path());
+    let [cert, key] = certificate(dir.path()).unwrap();
     let named =
         |name: &str, value: &str| (format!("SLOTMESH_AGENT_PROXY_TLS_{name}"), value.to_owned());
     let options = MeshOptions {

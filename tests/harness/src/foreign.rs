@@ -1,4 +1,4 @@
-//! Programs that others wrote: the clients of `make clients`, and openssl.
+//! Programs that others wrote: the clients of `make clients`, and openssl, which makes certificates.
 
 use std::{
     env,
@@ -38,4 +38,15 @@ pub fn openssl(dir: &Path, arguments: &str) -> anyhow::Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
+}
+
+/// Makes a certificate in a directory that has signed itself, and its key: the paths of both.
+///
+/// # Errors
+/// As [`openssl`].
+pub fn certificate(dir: &Path) -> anyhow::Result<[String; 2]> {
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -out cert.pem -keyout key.pem";
+    let name = "-subj /CN=slotmesh-test -addext basicConstraints=critical,CA:FALSE";
+    openssl(dir, &format!("req -x509 {key} -days 2 {name}"))?;
+    Ok(["cert.pem", "key.pem"].map(|name| dir.join(name).display().to_string()))
 }

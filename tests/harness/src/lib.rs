@@ -6,6 +6,7 @@
 pub mod engines;
 pub mod etcd;
 pub mod etcd_cluster;
+pub mod foreign;
 pub mod mesh;
 pub mod ports;
 pub mod programs;

@@ -69,6 +69,9 @@ pub(crate) async fn run(target: &Target, cell: Cell, requests: u64) -> anyhow::R
     ]);
     command.args(["-n", &requests.to_string(), "-c", &cell.clients.to_string()]);
     command.args(["-P", &cell.pipeline.to_string()]);
+    if target.tls {
+        command.args(["--tls", "--insecure"]);
+    }
     command.stdin(Stdio::null()).kill_on_drop(true);
     let what = || format!("redis-benchmark of {} ({})", target.name, cell.name());
     let output = timeout(RUN_LIMIT, command.output())

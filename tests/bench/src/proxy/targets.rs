@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
 use slotmesh_ctl::up::contract::Contract;
-use slotmesh_harness::{RedisServer, engines, ports, wait_until};
+use slotmesh_harness::{RedisServer, engines, foreign, ports, wait_until};
 use tempfile::TempDir;
 
 pub(crate) const SLOTMESH: &str = "slotmesh";
@@ -28,6 +28,8 @@ pub(crate) struct Target {
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) pid: u32,
+    /// Whether clients speak TLS.
+    pub(crate) tls: bool,
 }
 
 impl Target {
@@ -42,7 +44,47 @@ impl Target {
             host: host.to_owned(),
             port,
             pid,
+            tls: false,
         })
+    }
+
+    /// The same process, through TLS.
+    pub(crate) fn with_tls(&self, port: u16) -> Self {
+        Self {
+            name: format!("{} TLS", self.name),
+            port,
+            tls: true,
+            ..self.clone()
+        }
+    }
+}
+
+/// What proves who a server is, for as long as it is measured.
+#[derive(Debug)]
+pub(crate) struct Certificate {
+    cert: String,
+    key: String,
+    _directory: TempDir,
+}
+
+impl Certificate {
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let [cert, key] = foreign::certificate(directory.path())?;
+        Ok(Self {
+            cert,
+            key,
+            _directory: directory,
+        })
+    }
+
+    /// As an agent wants it for its proxies.
+    pub(crate) fn environment(&self) -> Vec<(String, String)> {
+        let named = |name: &str, value: &str| {
+            let name = format!("SLOTMESH_AGENT_PROXY_TLS_{name}");
+            (name, value.to_owned())
+        };
+        vec![named("CERT", &self.cert), named("KEY", &self.key)]
     }
 }
 
@@ -90,25 +132,43 @@ impl FromStr for PeerSpec {
 #[derive(Debug)]
 pub(crate) struct Servers {
     direct: RedisServer,
+    direct_tls: Option<u16>,
     twemproxy: Twemproxy,
 }
 
 impl Servers {
-    pub(crate) async fn start(engine: &str, shards: u32) -> anyhow::Result<Self> {
+    /// With a certificate, the direct one listens with TLS too.
+    pub(crate) async fn start(
+        engine: &str,
+        shards: u32,
+        certificate: Option<&Certificate>,
+    ) -> anyhow::Result<Self> {
         let engine = engines::find(engine)?;
-        let direct = RedisServer::start(&engine, &[]).await?;
+        let direct_tls = certificate.map(|_| ports::free()).transpose()?;
+        let port = direct_tls.unwrap_or_default().to_string();
+        let direct = match certificate {
+            None => RedisServer::start(&engine, &[]).await?,
+            Some(Certificate { cert, key, .. }) => {
+                let files = ["--tls-cert-file", cert, "--tls-key-file", key];
+                let listens = ["--tls-port", &port, "--tls-auth-clients", "no"];
+                RedisServer::start(&engine, &[files, listens].concat()).await?
+            }
+        };
         let mut behind = Vec::new();
         for _ in 0..shards {
             behind.push(RedisServer::start(&engine, &[]).await?);
         }
         Ok(Self {
             direct,
+            direct_tls,
             twemproxy: Twemproxy::start(behind).await?,
         })
     }
 
-    pub(crate) fn direct(&self) -> anyhow::Result<Target> {
-        Target::new(DIRECT, &self.direct.address, self.direct.pid())
+    pub(crate) fn direct(&self) -> anyhow::Result<Vec<Target>> {
+        let plain = Target::new(DIRECT, &self.direct.address, self.direct.pid())?;
+        let tls = self.direct_tls.map(|port| plain.with_tls(port));
+        Ok([Some(plain), tls].into_iter().flatten().collect())
     }
 
     pub(crate) fn twemproxy(&self) -> anyhow::Result<Target> {
@@ -214,6 +274,7 @@ mod tests {
             host: "127.0.0.1".into(),
             port: 7617,
             pid: 42,
+            tls: false,
         };
         assert_eq!(peer.target(), target);
         for text in [
