@@ -49,7 +49,8 @@ pub enum MethodArg {
 pub struct UpgradeArgs {
     #[arg(value_name = "INSTANCE")]
     pub instance: String,
-    /// A listed version, such as 8.2.3, or an artifact's name, such as valkey-8.0.1.
+    /// A listed version, such as 8.2.3, or an artifact's name, such as valkey-8.0.1; latest: the newest
+    /// patch of the release that the nodes run.
     #[arg(long, value_name = "VERSION", default_value = "latest")]
     pub to: String,
     #[arg(long, value_enum, default_value_t = WhenArg::Now)]
@@ -206,7 +207,11 @@ impl From<api::UpgradePlan> for PlanView {
 impl Text for PlanView {
     fn text(&self) -> String {
         if self.shards.iter().all(|s| s.nothing_to_do) {
-            return format!("every node runs {} already; nothing to do\n", self.engine);
+            return format!(
+                "every node runs {} already; nothing to do (slotmesh version lists what else it may be \
+                 given)\n",
+                self.engine
+            );
         }
         let begins = match self.begins_at.as_str() {
             "" => "once every host has tried it".to_owned(),

@@ -197,9 +197,11 @@ impl Text for VersionsView {
                 or_dash(&p.program),
             ]
         });
+        // Another release is never given to who does not name it.
+        let latest = self.latest.as_ref().map_or("latest", |l| l.name.as_str());
         let upgrade = match self.upgrade_refused.as_str() {
-            "" => "possible to the latest (slotmesh upgrade)",
-            why => why,
+            "" => format!("possible (slotmesh upgrade INSTANCE --to {latest})"),
+            why => why.to_owned(),
         };
         let upgrade = format!("{upgrade}\nby itself {}", self.by_itself());
         let upgrades = self.upgrades.iter().map(|u| [u.engine.clone(), u.words()]);

@@ -152,7 +152,15 @@ impl Instances {
 /// The artifact that is meant; it has to be listed, and to be a proxy's.
 #[allow(clippy::result_large_err)]
 fn program(text: &str, listed: &[Artifact]) -> Result<String, Status> {
-    let (product, version) = meant(text, Some(Product::Proxy), listed)?;
+    let latest = || {
+        let proxies = listed.iter().filter(|a| a.product == Product::Proxy);
+        let newest = proxies.map(|a| (a.product, a.version)).max();
+        newest.ok_or_else(|| {
+            let why = "no version of proxy is listed; add one (slotmesh artifact add)";
+            refuse(RefusalKind::NotFound, "ARTIFACT_NOT_FOUND", why)
+        })
+    };
+    let (product, version) = meant(text, Some(Product::Proxy), latest, listed)?;
     if product == Product::Proxy {
         return Ok(compatibility::name((product, version)));
     }

@@ -28,7 +28,7 @@ use crate::{
     store::keys::Key,
 };
 
-/// What stands for the newest one that is listed.
+/// What stands for the newest listed patch of the release that the nodes run.
 const LATEST: &str = "latest_version";
 /// Shards that come first where nothing else is said.
 const CANARY_SHARDS: u32 = 1;
@@ -99,7 +99,11 @@ impl Instances {
         }
         let listed = Artifacts::new(self.context.clone()).list().await?;
         let shards = self.plain_shards(instance);
-        let to = meant(&request.minor_version, self.product(&shards), &listed)?;
+        let from = self.engines(&shards);
+        let oldest = from.iter().min_by_key(|(_, version)| *version);
+        let product = oldest.map(|(product, _)| *product);
+        let patch = || newest_patch(&from, &listed);
+        let to = meant(&request.minor_version, product, patch, &listed)?;
         let options = options(request, to);
         let planned = self.context.hub.read(|fleet| {
             let plan = upgrade::plan(instance, &shards, fleet, &options, clock::now_ms());
@@ -121,18 +125,21 @@ impl Instances {
         plain
     }
 
-    /// Whose engine the nodes run: that of the oldest one.
-    fn product(&self, shards: &[Shard]) -> Option<Product> {
+    /// What the nodes have said they run, each once.
+    fn engines(&self, shards: &[Shard]) -> Vec<Engine> {
         self.context.hub.read(|fleet| {
             let members = shards.iter().flat_map(|s| &s.members);
-            let engines = members
+            let mut engines: Vec<Engine> = members
                 .filter_map(|m| fleet.node(&m.node))
-                .filter_map(|n| parse_reported(&n.version));
-            engines.min_by_key(|(_, version)| *version).map(|(p, _)| p)
+                .filter_map(|n| parse_reported(&n.version))
+                .collect();
+            engines.sort_unstable();
+            engines.dedup();
+            engines
         })
     }
 
-    /// What each listed engine would be to the instance, and whether the newest may be had.
+    /// What each listed engine would be to the instance, and whether the newest of them may be had now.
     pub(super) async fn upgrades(
         &self,
         instance: &Instance,
@@ -143,7 +150,9 @@ impl Instances {
         let request = api::ModifyInstanceMinorVersionRequest::default();
         let refused = self.context.hub.read(|fleet| {
             let Some(to) = latest.and_then(parse_name) else {
-                return "no version of its engine is listed (slotmesh artifact add)".to_owned();
+                return "no version of its engine that it may be given is listed (slotmesh artifact \
+                        add)"
+                    .to_owned();
             };
             let options = options(&request, to);
             match upgrade::plan(instance, &shards, fleet, &options, clock::now_ms()) {
@@ -152,16 +161,7 @@ impl Instances {
                 Ok(_) => String::new(),
             }
         });
-        let from: Vec<Engine> = self.context.hub.read(|fleet| {
-            let members = shards.iter().flat_map(|s| &s.members);
-            let mut engines: Vec<Engine> = members
-                .filter_map(|m| fleet.node(&m.node))
-                .filter_map(|n| parse_reported(&n.version))
-                .collect();
-            engines.sort_unstable();
-            engines.dedup();
-            engines
-        });
+        let from = self.engines(&shards);
         let others = listed.iter().filter(|a| a.product.is_engine());
         let others = others.filter(|a| from != [(a.product, a.version)]);
         Ok((refused, others.map(|a| possible(&from, a)).collect()))
@@ -185,51 +185,64 @@ fn possible(from: &[Engine], artifact: &Artifact) -> api::Upgrade {
     }
 }
 
-/// The engine that is meant; it has to be listed.
+/// The newest listed patch of the release that all nodes run, none older than what one of them runs.
+/// Another release may have no way back, so somebody has to name it.
+#[allow(clippy::result_large_err)]
+fn newest_patch(from: &[Engine], listed: &[Artifact]) -> Result<Engine, Status> {
+    let Some(highest) = from.iter().max_by_key(|(_, version)| *version).copied() else {
+        return Err(unknown());
+    };
+    if from.iter().any(|e| compatibility::knows_more(*e, highest)) {
+        return Err(refuse(
+            RefusalKind::Precondition,
+            "RELEASES_DIFFER",
+            "its nodes run several releases, so say which version is meant (slotmesh upgrade --to \
+             VERSION); slotmesh version lists those that it may be given",
+        ));
+    }
+    let listed = listed.iter().map(|a| (a.product, a.version));
+    let patches = listed.filter(|e| !compatibility::knows_more(highest, *e) && e.1 >= highest.1);
+    patches.max_by_key(|(_, version)| *version).ok_or_else(|| {
+        let name = compatibility::name(highest);
+        let message = format!(
+            "neither {name} nor a newer patch of its release is listed: add one (slotmesh artifact \
+             add), or name another release's version (slotmesh upgrade --to VERSION)"
+        );
+        refuse(RefusalKind::NotFound, "ARTIFACT_NOT_FOUND", message)
+    })
+}
+
+fn unknown() -> Status {
+    refuse(
+        RefusalKind::Unavailable,
+        "VERSION_UNKNOWN",
+        "no node has said which engine it runs: are the agents running? try again then",
+    )
+}
+
+/// The program that is meant: its number alone is one of `product`, nothing is the latest. It has to be
+/// listed.
 #[allow(clippy::result_large_err)]
 pub(super) fn meant(
     text: &str,
     product: Option<Product>,
+    latest: impl FnOnce() -> Result<Engine, Status>,
     listed: &[Artifact],
 ) -> Result<Engine, Status> {
-    let unknown = || {
-        refuse(
-            RefusalKind::Unavailable,
-            "VERSION_UNKNOWN",
-            "no node has said which engine it runs: are the agents running? try again then",
-        )
-    };
-    let engine = match text {
-        "" | LATEST => {
-            let product = product.ok_or_else(unknown)?;
-            let of_product = listed.iter().filter(|a| a.product == product);
-            let newest = of_product.map(|a| a.version).max();
-            let Some(version) = newest else {
-                return Err(refuse(
-                    RefusalKind::NotFound,
-                    "ARTIFACT_NOT_FOUND",
-                    format!(
-                        "no version of {} is listed; add one (slotmesh artifact add)",
-                        product.name()
-                    ),
-                ));
-            };
-            (product, version)
+    let engine = match (parse_name(text), Version::parse(text)) {
+        _ if matches!(text, "" | LATEST) => latest()?,
+        (Some(engine), _) => engine,
+        (None, Some(version)) => (product.ok_or_else(unknown)?, version),
+        (None, None) => {
+            return Err(refuse(
+                RefusalKind::Invalid,
+                "VERSION_INVALID",
+                format!(
+                    "{text:?} is no version such as 7.0.15, no artifact's name such as redis-7.0.15, \
+                     and not {LATEST}"
+                ),
+            ));
         }
-        text => match (parse_name(text), Version::parse(text)) {
-            (Some(engine), _) => engine,
-            (None, Some(version)) => (product.ok_or_else(unknown)?, version),
-            (None, None) => {
-                return Err(refuse(
-                    RefusalKind::Invalid,
-                    "VERSION_INVALID",
-                    format!(
-                        "{text:?} is no version such as 7.0.15, no artifact's name such as \
-                         redis-7.0.15, and not {LATEST}"
-                    ),
-                ));
-            }
-        },
     };
     if listed.iter().any(|a| (a.product, a.version) == engine) {
         return Ok(engine);
@@ -319,21 +332,46 @@ mod tests {
     use crate::grpc::instance::listed;
 
     #[test]
-    fn the_latest_is_the_newest_of_the_nodes_own_product_and_a_name_may_cross_over() {
+    fn a_number_is_of_the_nodes_own_product_and_a_name_may_cross_over() {
         let catalogue = ["redis-7.0.15", "redis-8.2.3", "valkey-8.0.1"].map(listed);
-        let of = |text, product| meant(text, product, &catalogue).map(compatibility::name);
         let redis = Some(Product::Redis);
-        assert_eq!(of("", redis).unwrap(), "redis-8.2.3");
-        assert_eq!(of(LATEST, Some(Product::Valkey)).unwrap(), "valkey-8.0.1");
-        assert_eq!(of("7.0.15", redis).unwrap(), "redis-7.0.15");
-        assert_eq!(of("valkey-8.0.1", redis).unwrap(), "valkey-8.0.1");
+        let of = |text, product| meant(text, product, || Err(unknown()), &catalogue);
+        let name = |text, product| of(text, product).map(compatibility::name).unwrap();
+        assert_eq!(name("8.2.3", redis), "redis-8.2.3");
+        assert_eq!(name("valkey-8.0.1", redis), "valkey-8.0.1");
         for (text, product, code) in [
             ("7.0.9", redis, tonic::Code::NotFound),
-            ("", None, tonic::Code::Unavailable),
+            ("7.0.15", None, tonic::Code::Unavailable),
             ("newest", redis, tonic::Code::InvalidArgument),
         ] {
             assert_eq!(of(text, product).unwrap_err().code(), code, "{text:?}");
         }
+    }
+
+    #[test]
+    fn the_latest_is_a_patch_of_the_release_that_the_nodes_run_and_never_an_older_one() {
+        let names = ["redis-7.0.15", "redis-8.2.3", "redis-8.4.0", "valkey-8.0.1"];
+        let catalogue = names.map(listed);
+        let of = |runs: &[&str]| {
+            let from: Vec<Engine> = runs.iter().filter_map(|r| parse_reported(r)).collect();
+            for text in ["", LATEST] {
+                let latest = || newest_patch(&from, &catalogue);
+                let found = meant(text, None, latest, &catalogue);
+                assert_eq!(found.ok(), newest_patch(&from, &catalogue).ok());
+            }
+            newest_patch(&from, &catalogue)
+                .map(compatibility::name)
+                .map_err(|e| e.code())
+        };
+        assert_eq!(of(&["7.0.9", "7.0.15"]), Ok("redis-7.0.15".into()));
+        assert_eq!(of(&["valkey-8.0.0"]), Ok("valkey-8.0.1".into()));
+        // Of a release that is not in the table, too.
+        assert_eq!(of(&["8.4.0"]), Ok("redis-8.4.0".into()));
+        assert_eq!(of(&["7.0.16"]), Err(tonic::Code::NotFound));
+        assert_eq!(of(&["7.2.4"]), Err(tonic::Code::NotFound));
+        let both = of(&["7.0.15", "8.2.3"]);
+        assert_eq!(both, Err(tonic::Code::FailedPrecondition));
+        assert_eq!(of(&[]), Err(tonic::Code::Unavailable));
     }
 
     #[test]

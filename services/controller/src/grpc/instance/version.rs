@@ -6,6 +6,7 @@ use slotmesh_proto::{instance::v1 as api, store::v1::ReleaseLevel};
 use slotmesh_topology::{
     Shard,
     artifact::{Artifact, Product, Version, parse_reported},
+    compatibility::{self, Engine},
     wire,
 };
 use tonic::Status;
@@ -70,11 +71,18 @@ fn describe(
     listed: &[Artifact],
 ) -> api::DescribeEngineVersionResponse {
     let engines = nodes.iter().filter_map(|(.., v)| parse_reported(v));
-    let lowest = engines.min_by_key(|(_, version)| *version);
+    let engines: Vec<Engine> = engines.collect();
+    let lowest = engines.iter().min_by_key(|(_, version)| *version).copied();
     let of_proxies = proxies.iter().filter_map(|p| Version::parse(&p.version));
     let lowest_proxy = of_proxies.min();
-    let latest = lowest.and_then(|(product, _)| newest(listed, product));
-    let proxy_latest = newest(listed, Product::Proxy);
+    // A release that they may not be given hides none that they may.
+    let may_be = |to| {
+        engines
+            .iter()
+            .all(|e| compatibility::upgrade(*e, to).is_ok())
+    };
+    let latest = lowest.and_then(|(product, _)| newest(listed, product, may_be));
+    let proxy_latest = newest(listed, Product::Proxy, |_| true);
     let is_latest = |lowest: Option<Version>, latest: Option<&Artifact>| {
         lowest.is_some_and(|lowest| latest.is_none_or(|latest| latest.version <= lowest))
     };
@@ -106,9 +114,14 @@ fn describe(
     }
 }
 
-fn newest(listed: &[Artifact], product: Product) -> Option<&Artifact> {
+fn newest(
+    listed: &[Artifact],
+    product: Product,
+    may_be: impl Fn(Engine) -> bool,
+) -> Option<&Artifact> {
     let of_product = listed.iter().filter(|a| a.product == product);
-    of_product.max_by_key(|a| a.version)
+    let fit = of_product.filter(|a| may_be((a.product, a.version)));
+    fit.max_by_key(|a| a.version)
 }
 
 #[cfg(test)]
@@ -169,6 +182,24 @@ mod tests {
             (valkey.engine.as_str(), valkey.is_latest_version),
             ("valkey", true)
         );
+    }
+
+    #[test]
+    fn a_release_that_may_not_be_had_hides_none_that_may() {
+        let mut catalogue = vec![
+            listed(Product::Redis, "7.0.15"),
+            listed(Product::Redis, "8.2.4"),
+            listed(Product::Redis, "8.4.0"),
+        ];
+        let latest = |catalogue: &[Artifact]| {
+            let shown = describe(vec![node("7.0.15")], Vec::new(), catalogue);
+            (shown.latest.map(|a| a.name), shown.is_latest_version)
+        };
+        assert_eq!(latest(&catalogue), (Some("redis-8.2.4".into()), false));
+        catalogue.remove(1);
+        assert_eq!(latest(&catalogue), (Some("redis-7.0.15".into()), true));
+        catalogue.remove(0);
+        assert_eq!(latest(&catalogue), (None, true), "8.4 is no upgrade of 7.0");
     }
 
     #[test]
