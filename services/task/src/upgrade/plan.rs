@@ -286,7 +286,8 @@ fn check_shard(shard: &Shard, durability: u32, allow_downtime: bool) -> Result<(
             "WRITES_WOULD_WAIT",
             format!(
                 "each write to shard {id} waits for all of its {replicas} replicas (durability \
-                 {durability}): while one restarts, writes would wait. Lower the durability \
+                 {durability}): while one restarts, writes would wait. Take method cross-host: new \
+                 nodes on other hosts come first, and no write waits. Or lower the durability \
                  meanwhile, or set allow_downtime when that is agreeable: it is as long as the \
                  replica takes to save and load its data"
             ),
