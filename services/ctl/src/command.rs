@@ -523,7 +523,8 @@ fn task_state(text: &str) -> Result<i32, String> {
     TaskState::from_str_name(&format!("TASK_STATE_{name}"))
         .map(i32::from)
         .ok_or_else(|| {
-            "expected pending, running, done, rolled-back, cancelled or needs-operator".to_owned()
+            "expected scheduled, pending, running, done, rolled-back, cancelled or needs-operator"
+                .to_owned()
         })
 }
 

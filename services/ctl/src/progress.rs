@@ -147,6 +147,8 @@ pub fn require_done(task: &task::Task) -> Result<(), Failure> {
 #[derive(Debug)]
 pub struct Display {
     bar: Option<ProgressBar>,
+    /// Which begin was told.
+    begins: String,
 }
 
 impl Display {
@@ -154,7 +156,10 @@ impl Display {
     pub fn new(title: &str) -> Self {
         use std::io::IsTerminal;
         if !std::io::stderr().is_terminal() {
-            return Self { bar: None };
+            return Self {
+                bar: None,
+                begins: String::new(),
+            };
         }
         let bar = ProgressBar::new(0);
         if let Ok(style) =
@@ -164,13 +169,37 @@ impl Display {
         }
         bar.set_prefix(title.to_owned());
         bar.enable_steady_tick(Duration::from_millis(100));
-        Self { bar: Some(bar) }
+        Self {
+            bar: Some(bar),
+            begins: String::new(),
+        }
+    }
+
+    /// Says once when a task begins that waits for that; hours may pass without another event.
+    fn note_begin(&mut self, task: &task::Task) {
+        let view = TaskView::from(task.clone());
+        let begins = view.begins().unwrap_or_default();
+        if self.begins == begins {
+            return;
+        }
+        begins.clone_into(&mut self.begins);
+        let told = match begins {
+            "" => return,
+            begins => format!("scheduled: begins {begins}"),
+        };
+        match &self.bar {
+            Some(bar) => bar.println(told),
+            None => render::note(&told),
+        }
     }
 }
 
 impl Watcher for Display {
     fn event(&mut self, event: &task::TaskEvent, task: Option<&task::Task>) -> Result<(), Failure> {
         let view = TaskEventView::from(event.clone());
+        if let Some(task) = task {
+            self.note_begin(task);
+        }
         let Some(bar) = &self.bar else {
             render::note(&view.text());
             return Ok(());

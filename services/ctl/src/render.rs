@@ -244,7 +244,7 @@ impl Text for Vec<TaskView> {
     fn text(&self) -> String {
         table(
             [
-                "TASK", "KIND", "INSTANCE", "STATE", "STEPS", "CREATED", "MESSAGE",
+                "TASK", "KIND", "INSTANCE", "STATE", "BEGINS", "STEPS", "CREATED", "MESSAGE",
             ],
             self.iter().map(|t| {
                 [
@@ -252,6 +252,7 @@ impl Text for Vec<TaskView> {
                     t.kind.clone(),
                     t.instance_id.clone(),
                     t.state.clone(),
+                    or_dash(t.begins().unwrap_or_default()),
                     format!("{}/{}", t.steps_done, t.steps_total),
                     t.created_at.clone(),
                     or_dash(&t.message),
@@ -277,8 +278,8 @@ impl Text for TaskView {
             self.steps_total,
             or_dash(&self.message),
         );
-        if self.state == "pending" && !self.not_before.is_empty() {
-            head.push_str(&format!("\nbegins   {}", self.not_before));
+        if let Some(begins) = self.begins() {
+            head.push_str(&format!("\nbegins   {begins}"));
         }
         if self.predicted_hold_ms > 0.0 {
             let hold = self.predicted_hold_ms;
@@ -529,6 +530,25 @@ mod tests {
             ──────────────────────────────────────────────────────────
              s-0     n-1    n-2   Done    7.2 ms   2.0 ms     -"#]]
         .assert_eq(&task().text());
+    }
+
+    #[test]
+    fn a_task_that_waits_for_its_time_shows_when_it_begins() {
+        let task = TaskView {
+            state: "scheduled".into(),
+            not_before: "2026-01-01T02:00:00Z".into(),
+            ..task()
+        };
+        let text = task.text();
+        assert!(text.contains("\nbegins   2026-01-01T02:00:00Z\n"), "{text}");
+        let list = vec![task].text();
+        assert!(list.contains("scheduled   2026-01-01T02:00:00Z"), "{list}");
+        let running = TaskView {
+            state: "running".into(),
+            not_before: "2026-01-01T02:00:00Z".into(),
+            ..self::task()
+        };
+        assert!(!running.text().contains("begins"));
     }
 
     #[test]

@@ -117,6 +117,15 @@ pub struct TaskView {
     pub steps: Vec<StepView>,
 }
 
+impl TaskView {
+    /// When it begins, of one that waits for that; controllers of a release before call some of them pending.
+    #[must_use]
+    pub fn begins(&self) -> Option<&str> {
+        let waits = matches!(self.state.as_str(), "scheduled" | "pending");
+        (waits && !self.not_before.is_empty()).then_some(self.not_before.as_str())
+    }
+}
+
 /// One step of a kind of task.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepView {
@@ -486,7 +495,7 @@ pub fn instance_state_name(state: InstanceState) -> String {
     value_name(state.as_str_name(), "INSTANCE_STATE_")
 }
 
-/// `pending`, `running`, `done`, `rolled_back`, `cancelled`, `needs_operator` or `unspecified`.
+/// `scheduled`, `pending`, `running`, `done`, `rolled_back`, `cancelled`, `needs_operator` or `unspecified`.
 pub fn task_state_name(state: TaskState) -> String {
     value_name(state.as_str_name(), "TASK_STATE_")
 }

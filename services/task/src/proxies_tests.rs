@@ -352,6 +352,8 @@ fn each_begins_at_its_time_and_in_the_window_only() {
     story.task.not_before_ms = story.stage.now_ms + 1_000;
     story.settle();
     assert_eq!(story.handed_over().len(), 0);
+    let planned_ms = |task| crate::schedule::planned_ms(task, "", story.stage.now_ms, 0);
+    assert_eq!(planned_ms(&story.task), Some(story.task.not_before_ms));
     story.opens_ms = Some(story.stage.now_ms + 5_000);
     story.pass(1_000);
     assert_eq!(story.handed_over().len(), 0, "the window is closed");

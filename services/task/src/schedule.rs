@@ -160,6 +160,35 @@ pub fn is_scheduled(task: &Task) -> bool {
     }
 }
 
+/// When a task that is scheduled begins, as far as is known; `None`: it has begun, or waits for no time.
+/// Trials that it does meanwhile touch nothing that serves.
+#[must_use]
+pub fn planned_ms(
+    task: &Task,
+    maintenance_window: &str,
+    now_ms: u64,
+    rests_ms: u64,
+) -> Option<u64> {
+    if !is_scheduled(task) {
+        return None;
+    }
+    let opens_ms = match waits_for_window(task) {
+        true => opens_ms(maintenance_window, now_ms, rests_ms),
+        false => None,
+    };
+    let planned_ms = opens_ms.unwrap_or(0).max(task.not_before_ms);
+    (planned_ms > now_ms).then_some(planned_ms)
+}
+
+/// It, or what it is made of, begins in the maintenance window only.
+fn waits_for_window(task: &Task) -> bool {
+    match &task.spec {
+        Spec::Upgrade(upgrade) => upgrade.in_window,
+        Spec::Proxies(changes) => changes.in_window,
+        _ => task.in_window,
+    }
+}
+
 /// How long requests of each shard will wait, in milliseconds: the longest wait of the instance's last
 /// switchovers, newest first in `others`. 0: unknown, or the task holds nothing (any more).
 #[must_use]

@@ -188,3 +188,31 @@ fn a_window_that_a_jump_has_opened_does_not_count_and_changes_no_time_until_the_
     }
     assert_eq!(put_off(&task, "", open, 5 * MINUTE_MS), None);
 }
+
+#[test]
+fn what_waits_is_planned_for_its_time_or_the_window_whatever_it_does_meanwhile() {
+    let day = 20_000 * DAY_MS;
+    let (noon, night) = (day + 12 * HOUR_MS, day + DAY_MS + 2 * HOUR_MS);
+    // Its hosts try the engine: the first write has made it a running one.
+    let mut upgrade = crate::upgrade::story::task();
+    assert_eq!(upgrade.state, State::Running);
+    let at = |task: &Task, now_ms| planned_ms(task, NIGHT, now_ms, 0);
+    assert_eq!(at(&upgrade, noon), None, "it waits for no time");
+    upgrade.not_before_ms = noon + 1;
+    assert_eq!(at(&upgrade, noon), Some(noon + 1));
+    assert_eq!(at(&upgrade, noon + 1), None);
+    // The window was open when it was admitted, and has closed since.
+    upgrade.not_before_ms = 0;
+    if let Spec::Upgrade(spec) = &mut upgrade.spec {
+        spec.in_window = true;
+    }
+    assert_eq!(at(&upgrade, noon), Some(night));
+    assert_eq!(at(&upgrade, night), None);
+    let rests = planned_ms(&upgrade, NIGHT, night, MINUTE_MS);
+    assert_eq!(rests, Some(night + MINUTE_MS), "after a jump of the clock");
+    if let Spec::Upgrade(spec) = &mut upgrade.spec {
+        spec.shards[0].phase = crate::upgrade::UpgradePhase::Replicas;
+    }
+    assert_eq!(at(&upgrade, noon), None, "it has begun");
+    assert_eq!(at(&scheduled(night), noon), Some(night));
+}

@@ -257,7 +257,8 @@ fn switch_to(switch: &ShardSwitch) -> store::ShardSwitch {
 #[must_use]
 pub fn state_from(state: store::TaskState) -> Option<State> {
     match state {
-        store::TaskState::Unspecified => None,
+        // The second one is only shown.
+        store::TaskState::Unspecified | store::TaskState::Scheduled => None,
         store::TaskState::Pending => Some(State::Pending),
         store::TaskState::Running => Some(State::Running),
         store::TaskState::Done => Some(State::Done),

@@ -125,7 +125,7 @@ async fn a_clock_that_jumps_into_the_window_and_back_begins_nothing() {
             let now = bent.task(task).await;
             assert_eq!(
                 now.state(),
-                slotmesh_proto::store::v1::TaskState::Pending,
+                slotmesh_proto::store::v1::TaskState::Scheduled,
                 "{now:#?}"
             );
             sleep(Duration::from_millis(200)).await;

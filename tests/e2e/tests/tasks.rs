@@ -68,12 +68,12 @@ async fn a_scheduled_switchover_waits_has_no_shard_and_can_be_moved_and_cancelle
     let replica = replica(&mesh).await;
     let (far, near) = (from_now(3_600), from_now(2));
     let task = schedule(&mesh, &replica, &["--at", &far]).await;
-    assert_eq!(state_of(&mesh, &task).await, "pending");
+    assert_eq!(state_of(&mesh, &task).await, "scheduled");
 
     // It has no shard: another switchover goes first.
     let other = schedule(&mesh, &replica, &["--wait"]).await;
     assert_eq!(state_of(&mesh, &other).await, "done");
-    assert_eq!(state_of(&mesh, &task).await, "pending");
+    assert_eq!(state_of(&mesh, &task).await, "scheduled");
 
     let moved = json(&mesh, &["task", "reschedule", &task, "--at", &near]).await;
     assert!(!moved["not_before"].as_str().unwrap().is_empty(), "{moved}");
@@ -169,7 +169,7 @@ async fn a_task_for_the_maintenance_window_begins_in_it() {
     let away = format!("{:02}:00-{:02}:00", (hour + 12) % 24, (hour + 13) % 24);
     json(&mesh, &["instance", "maintain", &id, "--window", &away]).await;
     let task = schedule(&mesh, &replica, &["--in-window"]).await;
-    assert_eq!(state_of(&mesh, &task).await, "pending");
+    assert_eq!(state_of(&mesh, &task).await, "scheduled");
     // Open for half a day to come.
     let here = format!("{:02}:00-{:02}:00", (hour + 23) % 24, (hour + 13) % 24);
     json(&mesh, &["instance", "maintain", &id, "--window", &here]).await;

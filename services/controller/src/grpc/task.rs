@@ -44,7 +44,15 @@ impl Tasks {
     }
 
     fn show(&self, task: &Task) -> api::Task {
-        self.context.mirror.read(|state| show(task, state))
+        let sight = self.sight();
+        self.context.mirror.read(|state| sight.show(task, state))
+    }
+
+    fn sight(&self) -> Sight {
+        Sight {
+            now_ms: clock::now_ms(),
+            rests_ms: self.context.jumps.look(),
+        }
     }
 
     #[allow(clippy::result_large_err)]
@@ -93,6 +101,7 @@ impl TaskService for Tasks {
         };
         let states: HashSet<_> = request.states().collect();
         let (after_ms, before_ms) = created_between(&request)?;
+        let sight = self.sight();
         let mut tasks: Vec<_> = self.context.mirror.read(|state| {
             state
                 .tasks
@@ -103,14 +112,14 @@ impl TaskService for Tasks {
                 .filter(|t| {
                     request.instance_id.is_empty() || t.instance.as_str() == request.instance_id
                 })
-                .filter(|t| states.is_empty() || states.contains(&wire::state_to(t.state)))
+                .filter(|t| states.is_empty() || states.contains(&sight.state_of(t, state)))
                 .filter(|t| {
                     request.kinds.is_empty() || request.kinds.iter().any(|k| k == t.spec.kind())
                 })
                 .filter(|t| (after_ms..before_ms).contains(&t.created_ms))
                 .filter(|t| request.shard_id.is_empty() || t.spec.touches(&request.shard_id))
                 .take(size as usize + 1)
-                .map(|task| show(task, state))
+                .map(|task| sight.show(task, state))
                 .collect()
         });
         let has_more = tasks.len() > size as usize;
@@ -270,18 +279,44 @@ fn stopping() -> Status {
     Status::unavailable("the controller is stopping; watch again from the next event")
 }
 
-/// A task as the API shows it, in the light of the others.
-fn show(task: &Task, state: &State) -> api::Task {
-    let shown = wire::task_api(
-        task,
-        clock::rfc3339(task.created_ms),
-        clock::rfc3339(task.updated_ms),
-    );
-    let others = state.tasks.values().rev().map(|t| &t.value);
-    api::Task {
-        not_before: clock::rfc3339(task.not_before_ms),
-        predicted_hold_ms: schedule::predicted_hold_ms(task, others),
-        ..shown
+/// What is shown of a task besides its record.
+#[derive(Clone, Copy)]
+struct Sight {
+    now_ms: u64,
+    /// For how long windows do not count; see [`slotmesh_task::steady`].
+    rests_ms: u64,
+}
+
+impl Sight {
+    /// When it begins, of one that waits for that.
+    fn planned_ms(self, task: &Task, state: &State) -> Option<u64> {
+        let instance = state.instances.get(&task.instance);
+        let window = instance.map_or("", |i| &i.value.maintenance_window);
+        schedule::planned_ms(task, window, self.now_ms, self.rests_ms)
+    }
+
+    fn state_of(self, task: &Task, state: &State) -> records::TaskState {
+        match self.planned_ms(task, state) {
+            Some(_) => records::TaskState::Scheduled,
+            None => wire::state_to(task.state),
+        }
+    }
+
+    /// A task as the API shows it, in the light of the others.
+    fn show(self, task: &Task, state: &State) -> api::Task {
+        let shown = wire::task_api(
+            task,
+            clock::rfc3339(task.created_ms),
+            clock::rfc3339(task.updated_ms),
+        );
+        let others = state.tasks.values().rev().map(|t| &t.value);
+        let planned_ms = self.planned_ms(task, state);
+        api::Task {
+            state: self.state_of(task, state).into(),
+            not_before: clock::rfc3339(planned_ms.unwrap_or(task.not_before_ms)),
+            predicted_hold_ms: schedule::predicted_hold_ms(task, others),
+            ..shown
+        }
     }
 }
 
@@ -294,5 +329,43 @@ fn show_event(record: records::TaskEventRecord) -> api::TaskEvent {
         step: record.step,
         message: record.message,
         trace_id: record.trace_id,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upgrade_that_waits_for_its_time_is_shown_as_scheduled_whatever_its_record_says() {
+        let ready = records::ShardUpgrade {
+            shard_id: "0".into(),
+            phase: records::UpgradePhase::Ready.into(),
+            ..Default::default()
+        };
+        let record = records::TaskRecord {
+            schema: 1,
+            task_id: "t".into(),
+            instance_id: "r".into(),
+            state: records::TaskState::Running.into(),
+            not_before_unix_ms: 2_000,
+            spec: Some(records::task_record::Spec::Upgrade(records::UpgradeSpec {
+                shards: vec![ready],
+                ..Default::default()
+            })),
+            ..Default::default()
+        };
+        let task = wire::task_from(&record).unwrap();
+        let shown = |now_ms| {
+            let sight = Sight {
+                now_ms,
+                rests_ms: 0,
+            };
+            sight.show(&task, &State::default())
+        };
+        let waits = shown(1_000);
+        assert_eq!(waits.state(), records::TaskState::Scheduled);
+        assert_eq!(waits.not_before, "1970-01-01T00:00:02.000Z");
+        assert_eq!(shown(2_000).state(), records::TaskState::Running);
     }
 }
