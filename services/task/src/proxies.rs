@@ -35,6 +35,7 @@ use self::write::{HALTED, advance, end, enter, park, turn_back, wait, wait_at_mo
 use crate::{
     observe::{Fleet, ProcessState, ProxyProcess},
     place::Candidate,
+    schedule,
     spec::Task,
 };
 
@@ -188,8 +189,9 @@ fn ready(view: &View<'_>) -> Decision {
     }
     // What is done before a drain touches nothing that serves.
     let builds_first = view.changes.rebuild.is_some() && view.changes.in_window;
-    if view.now_ms < view.task.not_before_ms && !builds_first {
-        return wait(view, view.task.not_before_ms, "its time");
+    let time_ms = schedule::time_ms(view.task, &view.instance.maintenance_window);
+    if view.now_ms < time_ms && !builds_first {
+        return wait(view, time_ms, "its time");
     }
     if let Some(opens_ms) = view.opens_ms.filter(|_| !builds_first) {
         return wait(view, opens_ms, "the maintenance window");

@@ -78,6 +78,10 @@ impl Window {
             now_ms + DAY_MS - since_open
         }
     }
+
+    fn opens_at(self, at_ms: u64) -> bool {
+        at_ms % DAY_MS == u64::from(self.from) * MINUTE_MS
+    }
 }
 
 /// When what begins only in the maintenance window may begin; `None`: now. An instance without a window
@@ -89,29 +93,49 @@ pub fn opens_ms(maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<
     (opens_ms > now_ms).then_some(opens_ms)
 }
 
-/// The task, put off to the next window: its time has come, and the window is not open. No controller led
-/// while it was, or the clock has jumped over it. While windows do not count, for `rests_ms`, it only says
-/// so, and keeps its times: what they would be made from may be the wrong time.
+/// The task with the time that the window, as it is now, gives it: its time has come and the window is not
+/// open, or it opens at another time than the one that was planned. While windows do not count, for
+/// `rests_ms`, it only says so, and keeps its times: what they would be made from may be the wrong time.
 #[must_use]
-pub fn put_off(task: &Task, maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<Task> {
-    if !task.in_window || !is_scheduled(task) || now_ms < task.not_before_ms {
+pub fn retimed(task: &Task, maintenance_window: &str, now_ms: u64, rests_ms: u64) -> Option<Task> {
+    if !task.in_window || !is_scheduled(task) {
         return None;
     }
-    let opens_ms = opens_ms(maintenance_window, now_ms, rests_ms)?;
+    // One whose window was taken away keeps the time that it had.
+    let window = Window::read(maintenance_window).ok()?;
+    let has_come = now_ms >= task.not_before_ms;
     let mut next = task.clone();
     if rests_ms > 0 {
         let why = "the controller's clock has jumped: it begins when the clock has been steady for \
                    a while, its time has come by it, and the maintenance window is open";
         next.message = why.into();
-        return Some(next);
+        return has_come.then_some(next);
     }
-    let later_ms = opens_ms - task.not_before_ms;
-    next.not_before_ms = opens_ms;
-    next.deadline_ms = task.deadline_ms.saturating_add(later_ms);
-    next.message = "its time had come, and the maintenance window was not open: no controller led \
-                    while it was, or the clock jumped; it begins in the next one"
-        .into();
+    let begins_ms = window.next_ms(now_ms);
+    if begins_ms == task.not_before_ms || has_come && begins_ms == now_ms {
+        return None;
+    }
+    let limit_ms = task.deadline_ms.saturating_sub(task.not_before_ms);
+    next.not_before_ms = begins_ms;
+    next.deadline_ms = begins_ms.saturating_add(limit_ms);
+    next.message = match has_come && window.opens_at(task.not_before_ms) {
+        true => "its time had come, and the maintenance window was not open: its shards were busy or no \
+                 controller led while it was, or the clock jumped; it begins in the next one"
+            .into(),
+        // It has another window than the one that its time was made from, or was told to try again.
+        false => format!("it begins in the maintenance window, which is {maintenance_window} UTC now"),
+    };
     Some(next)
+}
+
+/// The time before which a task begins nothing; 0: none. What is made of parts that wait for the window has
+/// its time from the window as it is now, not from the one that it was admitted with.
+pub(crate) fn time_ms(task: &Task, maintenance_window: &str) -> u64 {
+    let has_parts = matches!(task.spec, Spec::Upgrade(_) | Spec::Proxies(_));
+    match has_parts && waits_for_window(task) && Window::read(maintenance_window).is_ok() {
+        true => 0,
+        false => task.not_before_ms,
+    }
 }
 
 fn invalid(message: String) -> Refusal {
@@ -176,7 +200,7 @@ pub fn planned_ms(
         true => opens_ms(maintenance_window, now_ms, rests_ms),
         false => None,
     };
-    let planned_ms = opens_ms.unwrap_or(0).max(task.not_before_ms);
+    let planned_ms = opens_ms.unwrap_or(0).max(time_ms(task, maintenance_window));
     (planned_ms > now_ms).then_some(planned_ms)
 }
 

@@ -132,7 +132,7 @@ const NIGHT: &str = "02:00-03:00";
 fn a_task_that_waits_for_a_window_does_not_begin_outside_of_it_when_its_time_was_missed() {
     let day = 20_000 * DAY_MS;
     let task = scheduled(day + 2 * HOUR_MS);
-    let at = |now_ms| put_off(&task, NIGHT, now_ms, 0);
+    let at = |now_ms| retimed(&task, NIGHT, now_ms, 0);
     assert_eq!(at(day + HOUR_MS), None, "its time has not come");
     assert_eq!(at(day + 2 * HOUR_MS + 1), None, "it begins");
     // No controller led, or the clock jumped forward over the window.
@@ -140,21 +140,29 @@ fn a_task_that_waits_for_a_window_does_not_begin_outside_of_it_when_its_time_was
     assert_eq!(late.not_before_ms, day + DAY_MS + 2 * HOUR_MS);
     assert_eq!(late.deadline_ms, task.deadline_ms + DAY_MS);
     assert!(is_scheduled(&late), "it may still be given another time");
-    // The clock jumps back: it waits again, and is not begun twice.
-    assert_eq!(put_off(&late, NIGHT, day + 2 * HOUR_MS + 1, 0), None);
-    assert!(day + 2 * HOUR_MS < late.not_before_ms);
+    assert!(
+        late.message.contains("no controller led"),
+        "{}",
+        late.message
+    );
+    // The clock was wrong, and has been right for a while: it has its time back.
+    let back = retimed(&late, NIGHT, day + HOUR_MS, 0).unwrap();
+    assert_eq!(
+        (back.not_before_ms, back.deadline_ms),
+        (task.not_before_ms, task.deadline_ms)
+    );
     // Without a window any time is one; one with a time of its own is not put off.
-    assert_eq!(put_off(&task, "", day + 5 * HOUR_MS, 0), None);
+    assert_eq!(retimed(&task, "", day + 5 * HOUR_MS, 0), None);
     let by_time = Task {
         in_window: false,
         ..task.clone()
     };
-    assert_eq!(put_off(&by_time, NIGHT, day + 5 * HOUR_MS, 0), None);
+    assert_eq!(retimed(&by_time, NIGHT, day + 5 * HOUR_MS, 0), None);
     let begun = Task {
         state: State::Running,
         ..task.clone()
     };
-    assert_eq!(put_off(&begun, NIGHT, day + 5 * HOUR_MS, 0), None);
+    assert_eq!(retimed(&begun, NIGHT, day + 5 * HOUR_MS, 0), None);
 }
 
 #[test]
@@ -170,23 +178,23 @@ fn a_window_that_a_jump_has_opened_does_not_count_and_changes_no_time_until_the_
         day + 5 * HOUR_MS,
         open + 365 * DAY_MS,
     ] {
-        let rested = put_off(&task, NIGHT, jumped, 5 * MINUTE_MS).unwrap();
+        let rested = retimed(&task, NIGHT, jumped, 5 * MINUTE_MS).unwrap();
         assert_eq!(times(&rested), times(&task));
         assert!(
             rested.message.contains("clock has jumped"),
             "{}",
             rested.message
         );
-        let again = put_off(&rested, NIGHT, jumped + MINUTE_MS, 4 * MINUTE_MS);
+        let again = retimed(&rested, NIGHT, jumped + MINUTE_MS, 4 * MINUTE_MS);
         assert_eq!(again.as_ref(), Some(&rested), "said once");
         // The clock is right again before the night: it begins in its window.
         assert!(open - HOUR_MS < rested.not_before_ms);
-        assert_eq!(put_off(&rested, NIGHT, open, 0), None);
+        assert_eq!(retimed(&rested, NIGHT, open, 0), None);
         // It was right after the jump: what has been missed is put off then.
-        let late = put_off(&rested, NIGHT, day + 5 * HOUR_MS, 0).unwrap();
+        let late = retimed(&rested, NIGHT, day + 5 * HOUR_MS, 0).unwrap();
         assert_eq!(late.not_before_ms, day + DAY_MS + 2 * HOUR_MS);
     }
-    assert_eq!(put_off(&task, "", open, 5 * MINUTE_MS), None);
+    assert_eq!(retimed(&task, "", open, 5 * MINUTE_MS), None);
 }
 
 #[test]
@@ -215,4 +223,53 @@ fn what_waits_is_planned_for_its_time_or_the_window_whatever_it_does_meanwhile()
     }
     assert_eq!(at(&upgrade, noon), None, "it has begun");
     assert_eq!(at(&scheduled(night), noon), Some(night));
+}
+
+#[test]
+fn a_task_that_waits_for_the_window_begins_in_the_one_that_there_is_now() {
+    let day = 20_000 * DAY_MS;
+    let (ten, noon, night) = (
+        day + 10 * HOUR_MS,
+        day + 12 * HOUR_MS,
+        day + DAY_MS + 2 * HOUR_MS,
+    );
+    const NOON: &str = "12:00-14:00";
+    let task = scheduled(night);
+    assert_eq!(retimed(&task, NIGHT, ten, 0), None, "as planned");
+    assert_eq!(retimed(&task, NOON, ten, MINUTE_MS), None, "windows rest");
+    assert_eq!(retimed(&task, "", ten, 0), None, "it keeps the time it had");
+    let moved = retimed(&task, NOON, ten, 0).unwrap();
+    assert_eq!(
+        (moved.not_before_ms, moved.deadline_ms),
+        (noon, noon + HOUR_MS)
+    );
+    assert!(
+        moved.message.contains("is 12:00-14:00 UTC now"),
+        "{}",
+        moved.message
+    );
+    assert_eq!(retimed(&moved, NOON, ten + 1, 0), None, "said once");
+    assert_eq!(retimed(&moved, NOON, noon, 0), None, "it begins");
+    // It is open already, or was moved away from under it at its time.
+    let open = retimed(&task, NOON, noon + 1, 0).unwrap();
+    assert_eq!(open.not_before_ms, noon + 1);
+    let late = retimed(&moved, NIGHT, noon, 0).unwrap();
+    assert_eq!(late.not_before_ms, night);
+    assert!(
+        !late.message.contains("no controller led"),
+        "{}",
+        late.message
+    );
+
+    // Of what has parts, the record keeps the time of its admission.
+    let mut upgrade = crate::upgrade::story::task();
+    upgrade.not_before_ms = night;
+    if let Spec::Upgrade(spec) = &mut upgrade.spec {
+        spec.in_window = true;
+    }
+    let planned = |window| planned_ms(&upgrade, window, ten, 0);
+    assert_eq!(planned(NIGHT), Some(night));
+    assert_eq!(planned(NOON), Some(noon));
+    assert_eq!(planned(""), Some(night));
+    assert_eq!(planned_ms(&upgrade, NOON, noon, 0), None);
 }

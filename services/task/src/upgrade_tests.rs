@@ -345,6 +345,26 @@ fn a_new_primary_that_answers_by_more_errors_than_the_old_one_is_taken_back_by_i
 }
 
 #[test]
+fn a_window_that_was_changed_counts_and_not_the_time_of_the_one_before() {
+    let mut story = Story::new(&Options {
+        in_window: true,
+        ..options()
+    });
+    story.task.not_before_ms = u64::MAX - 1;
+    // It was taken away: nothing else says when.
+    story.instance.maintenance_window = String::new();
+    story.run_to(UpgradePhase::Ready);
+    let waits = story.decide();
+    assert!(
+        matches!(&waits, Decision::Wait { what, .. } if what == "its time"),
+        "{waits:?}"
+    );
+    // Another one is open now.
+    story.instance.maintenance_window = "12:00-14:00".into();
+    story.run_to(UpgradePhase::Replicas);
+}
+
+#[test]
 fn the_switch_waits_for_the_window_and_for_its_time() {
     let mut story = Story::new(&options());
     story.opens_ms = Some(u64::MAX - 1);

@@ -33,22 +33,26 @@ impl Driver {
                 .end_unbegun(task, TaskState::Cancelled, "cancelled before it began")
                 .await;
         }
-        if now_ms < old.not_before_ms {
-            return Ok(Next::At(old.not_before_ms));
-        }
         let instance = &old.instance;
         let window = self.mirror.read(|s| {
             let found = s.instances.get(instance);
             found.map(|i| i.value.maintenance_window.clone())
         });
         let window = window.unwrap_or_default();
-        if let Some(next) = schedule::put_off(old, &window, now_ms, self.rests_ms) {
+        if let Some(next) = schedule::retimed(old, &window, now_ms, self.rests_ms) {
             // It has said that windows rest, and keeps its times meanwhile.
             if next == *old {
                 return Ok(Next::At(now_ms + self.rests_ms));
             }
             let words = next.message.clone();
-            return self.write_task(task, next, "", "PutOff", &words).await;
+            let event = match now_ms < old.not_before_ms {
+                true => "Rescheduled",
+                false => "PutOff",
+            };
+            return self.write_task(task, next, "", event, &words).await;
+        }
+        if now_ms < old.not_before_ms {
+            return Ok(Next::At(old.not_before_ms));
         }
         let (shards, locks) = self
             .mirror

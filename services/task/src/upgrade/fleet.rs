@@ -7,7 +7,7 @@ use slotmesh_topology::{InstanceState, Mode, assignment};
 
 use super::{Decision, Method, Owner, Upgrade, UpgradePhase, View, nodes, plan, wait};
 use crate::{
-    parts,
+    parts, schedule,
     spec::{State, Task},
     switchover::StepStatus,
 };
@@ -97,8 +97,9 @@ fn ready(view: &View<'_>) -> Decision {
         return Decision::Advance(UpgradePhase::Stage, why);
     }
     let (upgrade, now_ms) = (view.upgrade, view.scene.now_ms);
-    if now_ms < view.task.not_before_ms {
-        return wait(view.task.not_before_ms, "its time");
+    let time_ms = schedule::time_ms(view.task, &view.instance.maintenance_window);
+    if now_ms < time_ms {
+        return wait(time_ms, "its time");
     }
     if let Some(closed) = view.window() {
         return closed;
