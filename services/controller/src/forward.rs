@@ -81,10 +81,11 @@ enum Kind {
 }
 
 /// Methods whose answer holds more than records.
-const OBSERVED: [&str; 5] = [
+const OBSERVED: [&str; 6] = [
     "DescribeEngineVersion",
     "DescribeInstances",
     "DescribeInstanceShards",
+    "GetTask",
     "ListHosts",
     "ListProxies",
 ];
@@ -473,7 +474,8 @@ mod tests {
         for method in ["CancelTask", "RescheduleTask", "ResolveTask"] {
             assert_eq!(of(tasks, method), Some(Kind::Change), "{method}");
         }
-        for method in ["GetTask", "ListTasks", "WatchTask", "ListEpochs"] {
+        assert_eq!(of(tasks, "GetTask"), Some(Kind::Observed));
+        for method in ["ListTasks", "WatchTask", "ListEpochs"] {
             assert_eq!(of(tasks, method), Some(Kind::Records), "{method}");
         }
         assert_eq!(of(instances, "DescribeAccounts"), Some(Kind::Records));

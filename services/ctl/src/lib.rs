@@ -10,6 +10,7 @@ pub mod command;
 pub mod demo;
 mod drain;
 pub mod failure;
+mod gates;
 pub mod lost_writes;
 pub mod nodes;
 pub mod operate;

@@ -12,8 +12,9 @@ use slotmesh_runtime::backoff::Backoff;
 use crate::{
     api::Api,
     failure::Failure,
+    gates,
     render::{self, Text},
-    views::{TaskEventView, TaskView, task_state_name},
+    views::{ShardProgressView, TaskEventView, TaskView, task_state_name},
 };
 
 /// A leader election takes seconds; this many tries at up to two seconds each outlast several.
@@ -200,10 +201,13 @@ impl Watcher for Display {
         if let Some(task) = task {
             self.note_begin(task);
         }
+        let gates = task.and_then(|t| gates_of(t, &view.shard_id));
         let Some(bar) = &self.bar else {
             render::note(&view.text());
+            gates.iter().for_each(|line| render::note(line));
             return Ok(());
         };
+        gates.iter().for_each(|line| bar.println(line));
         if let Some(task) = task {
             bar.set_length(u64::from(task.steps_total));
             bar.set_position(u64::from(task.steps_done));
@@ -211,6 +215,13 @@ impl Watcher for Display {
         bar.set_message(format!("{} {} {}", view.shard_id, view.step, view.message));
         Ok(())
     }
+}
+
+/// Those of the shard, of an upgrade under way.
+fn gates_of(task: &task::Task, shard: &str) -> Option<String> {
+    let found = task.shards.iter().find(|s| s.shard_id == shard)?;
+    let view = ShardProgressView::from(found.clone());
+    (!view.gates.is_empty()).then(|| gates::line_of(&view))
 }
 
 impl Drop for Display {

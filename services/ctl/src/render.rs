@@ -12,7 +12,7 @@ use comfy_table::{LineStyle, Table, TableStyle};
 use serde::Serialize;
 
 use crate::{
-    proxies,
+    gates, proxies,
     views::{
         AccountView, EpochView, HostView, InstanceDetailView, InstanceView, NodeView,
         ParametersView, ProxyView, ShardProgressView, ShardView, StartedView, StepView,
@@ -330,7 +330,7 @@ impl Text for TaskView {
                 ]
             }),
         );
-        format!("{head}\n{shards}")
+        format!("{head}\n{shards}{}", gates::table_of(&self.shards))
     }
 }
 
@@ -516,6 +516,7 @@ mod tests {
                 critical_ms: 2.0,
                 rollback: String::new(),
                 rollback_why: String::new(),
+                gates: Vec::new(),
             }],
         }
     }

@@ -171,6 +171,19 @@ pub struct ShardProgressView {
     /// Of an upgrade after its switch: Open or Closed.
     pub rollback: String,
     pub rollback_why: String,
+    /// Of an upgrade under way.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateView>,
+}
+
+/// What an upgrade must not cost, before it does; what is not there is not known, or there is none.
+#[derive(Debug, Clone, Serialize)]
+pub struct GateView {
+    pub name: String,
+    pub before: Option<f64>,
+    pub now: Option<f64>,
+    pub limit: Option<f64>,
+    pub unit: String,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -433,6 +446,19 @@ impl From<task::ShardProgress> for ShardProgressView {
             critical_ms: from.critical_ms,
             rollback: from.rollback,
             rollback_why: from.rollback_why,
+            gates: from.gates.into_iter().map(GateView::from).collect(),
+        }
+    }
+}
+
+impl From<task::Gate> for GateView {
+    fn from(from: task::Gate) -> Self {
+        Self {
+            name: from.name,
+            before: from.before,
+            now: from.now,
+            limit: from.limit,
+            unit: from.unit,
         }
     }
 }

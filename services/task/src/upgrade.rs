@@ -25,7 +25,7 @@ mod write;
 
 pub use bake::{FAULTS_MAX, FAULTS_WINDOW_MS, FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
-pub use gate::HOLD_MS;
+pub use gate::{Gate, HOLD_MS, Heard, gates};
 pub use held::held_back;
 pub use moves::REPLICA_MS_MAX;
 pub use nodes::STARTS_MAX;

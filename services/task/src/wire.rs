@@ -382,6 +382,7 @@ fn progress_api(switch: &ShardSwitch) -> api::ShardProgress {
 }
 
 pub use proxies::process as proxy_process;
+pub use upgrade::gate as gate_api;
 
 /// State of a process as an agent reports it.
 #[must_use]

@@ -10,7 +10,13 @@ use slotmesh_proto::{
     store::v1 as records,
     task::v1::{self as api, task_service_server::TaskService},
 };
-use slotmesh_task::{Task, admit::RefusalKind, schedule, wire};
+use slotmesh_task::{
+    Spec, Task,
+    admit::RefusalKind,
+    schedule,
+    upgrade::{self, Heard, Upgrade},
+    wire,
+};
 use slotmesh_topology::TaskId;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -45,7 +51,30 @@ impl Tasks {
 
     fn show(&self, task: &Task) -> api::Task {
         let sight = self.sight();
-        self.context.mirror.read(|state| sight.show(task, state))
+        let mut shown = self.context.mirror.read(|state| sight.show(task, state));
+        if let Spec::Upgrade(upgrade) = &task.spec {
+            self.show_gates(upgrade, task, &mut shown);
+        }
+        shown
+    }
+
+    /// What an upgrade's gates are judged by. Only the leader hears everybody.
+    fn show_gates(&self, upgrade: &Upgrade, task: &Task, shown: &mut api::Task) {
+        let leads = self.context.leading().is_ok();
+        let shards = self.context.mirror.read(|s| s.shards_of(&task.instance));
+        let now_ms = clock::now_ms();
+        self.context.hub.read(|fleet| {
+            for (part, progress) in upgrade.shards.iter().zip(&mut shown.shards) {
+                let shard = shards.iter().find(|s| leads && s.value.id == part.shard);
+                let heard = shard.map(|shard| Heard {
+                    fleet,
+                    shard: &shard.value,
+                    now_ms,
+                });
+                let gates = upgrade::gates(upgrade, part, heard);
+                progress.gates = gates.into_iter().map(wire::gate_api).collect();
+            }
+        });
     }
 
     fn sight(&self) -> Sight {

@@ -3,8 +3,12 @@
 //! Invariant: a gate compares what was counted in the same way before and after; what was not counted on
 //! either side closes none.
 
-use super::{ShardUpgrade, Upgrade, View};
-use crate::observe::CommandCost;
+use slotmesh_topology::Shard;
+
+use super::{
+    FAULTS_MAX, FAULTS_WINDOW_MS, ShardUpgrade, TROUBLE_MS_MAX, Upgrade, UpgradePhase, View,
+};
+use crate::observe::{CommandCost, Fleet, ServedWindow};
 
 /// Longest hold of a switch after which others are made without asking, where nothing else is said: many
 /// times what a switch takes, and less than what clients wait for an answer.
@@ -66,14 +70,18 @@ fn is_slow((before_ns, now_ns): (u64, u64)) -> bool {
     now_ns > before_ns.saturating_mul(TIMES_MAX) && now_ns - before_ns >= MORE_NS_MIN
 }
 
+/// What the shard's primary has served, the newest first, but the very first: that has what clients made up
+/// for after the switch.
+fn windows<'a>(fleet: &'a Fleet, shard: &'a Shard) -> impl Iterator<Item = &'a ServedWindow> {
+    let primary = fleet.node(&shard.primary);
+    let windows = primary.into_iter().flat_map(|n| &n.served);
+    windows.filter(|w| w.epoch == shard.epoch && w.number > 0)
+}
+
 /// Why the new primary is too slow, if it is.
 pub(super) fn too_slow(view: &View<'_>) -> Option<String> {
     let before = &view.part.rollback.as_ref()?.costs_before;
-    let primary = view.scene.fleet.node(&view.shard.primary)?;
-    // The very first one has what clients made up for after the switch.
-    let windows = primary.served.iter();
-    let windows = windows.filter(|w| w.epoch == view.shard.epoch && w.number > 0);
-    let means: Vec<(u64, u64)> = windows
+    let means: Vec<(u64, u64)> = windows(view.scene.fleet, view.shard)
         .map(|w| compared(before, &w.commands).filter(|means| is_slow(*means)))
         .take(WINDOWS)
         .collect::<Option<_>>()?;
@@ -108,6 +116,102 @@ pub(super) fn pause(upgrade: &mut Upgrade, shard: &slotmesh_topology::ShardId, h
         held / 1_000,
         upgrade.max_hold_ms
     );
+}
+
+/// One gate as it is shown; what is not known, or not there, is `None`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Gate {
+    /// Name as users see it.
+    pub name: &'static str,
+    /// Of the numbers.
+    pub unit: &'static str,
+    /// The switch.
+    pub before: Option<f64>,
+    /// Heard last.
+    pub now: Option<f64>,
+    /// More breaks it.
+    pub limit: Option<f64>,
+}
+
+/// What is heard of a shard.
+#[derive(Debug, Clone, Copy)]
+pub struct Heard<'a> {
+    /// By a leader.
+    pub fleet: &'a Fleet,
+    /// The shard's record.
+    pub shard: &'a Shard,
+    /// Now, in milliseconds since the epoch.
+    pub now_ms: u64,
+}
+
+/// The gates of a shard that is under way, by what decides about them.
+#[must_use]
+pub fn gates(upgrade: &Upgrade, part: &ShardUpgrade, heard: Option<Heard<'_>>) -> Vec<Gate> {
+    if part.phase.is_before() || part.phase.is_ended() {
+        return Vec::new();
+    }
+    let last_us = part.switch.as_ref().map_or(0, |s| s.hold_us);
+    let held_us = Some(part.hold_us.max(last_us)).filter(|us| *us > 0);
+    let mut gates = vec![Gate {
+        name: "Hold",
+        unit: "ms",
+        before: None,
+        now: held_us.map(|us| number(us) / 1_000.0),
+        limit: (upgrade.max_hold_ms > 0).then(|| upgrade.max_hold_ms.into()),
+    }];
+    // The others are looked at while there is a way back.
+    let is_watched = matches!(part.phase, UpgradePhase::Switch | UpgradePhase::Bake);
+    let Some(rollback) = part.rollback.as_ref().filter(|r| is_watched && r.open) else {
+        return gates;
+    };
+    let heard =
+        heard.filter(|h| part.phase == UpgradePhase::Bake && h.shard.primary == rollback.new);
+    // Until then it counts what was before the switch, too.
+    let counts = heard.filter(|h| h.now_ms >= part.phase_since_ms + FAULTS_WINDOW_MS);
+    let faults = counts.map(|h| {
+        let fresh = h.fleet.fresh_proxies(&h.shard.instance);
+        fresh.filter_map(|p| p.faults.get(&h.shard.id)).sum::<u64>()
+    });
+    gates.push(Gate {
+        name: "Faults",
+        unit: "in 10 s",
+        before: rollback.faults_before.map(number),
+        now: faults.map(number),
+        limit: rollback.faults_before.map(|n| number(2 * n + FAULTS_MAX)),
+    });
+    let costs = &rollback.costs_before;
+    let newest = heard.and_then(|h| windows(h.fleet, h.shard).next());
+    let now = newest.and_then(|w| compared(costs, &w.commands));
+    // Of commands that were called both times, or of all as long as none was.
+    let before_ns = now.or_else(|| compared(costs, costs)).map(|(ns, _)| ns);
+    let limit_ns = before_ns.map(|ns| ns.saturating_mul(TIMES_MAX).max(ns + MORE_NS_MIN));
+    let shown = |ns: u64| number(ns) / 1_000.0;
+    gates.push(Gate {
+        name: "CommandTime",
+        unit: "µs",
+        before: before_ns.map(shown),
+        now: now.map(|(_, ns)| shown(ns)),
+        limit: limit_ns.map(shown),
+    });
+    let trouble = heard.map(|h| {
+        let fresh = h.fleet.fresh_proxies(&h.shard.instance);
+        let troubles = fresh.filter_map(|p| p.troubles.get(&h.shard.id));
+        let of_primary = troubles.filter(|(epoch, _)| *epoch == h.shard.epoch);
+        of_primary.map(|(_, ms)| *ms).max().unwrap_or(0)
+    });
+    gates.push(Gate {
+        name: "ProxyTrouble",
+        unit: "ms",
+        before: None,
+        now: trouble.map(number),
+        limit: Some(number(TROUBLE_MS_MAX)),
+    });
+    gates
+}
+
+#[allow(clippy::cast_precision_loss)] // For people.
+fn number(count: u64) -> f64 {
+    count as f64
 }
 
 #[cfg(test)]

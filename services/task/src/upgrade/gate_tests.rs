@@ -129,3 +129,46 @@ fn another_mix_of_the_same_commands_is_not_slower() {
     ];
     assert_eq!(compared(&before, &now), Some((10_891, 10_891)));
 }
+
+#[test]
+fn a_shard_under_way_shows_each_gate_with_its_limit_before_it_breaks() {
+    let mut story = Story::new(&options());
+    story.run_to(UpgradePhase::Ready);
+    let shown = |story: &Story| {
+        let heard = Heard {
+            fleet: &story.stage.fleet,
+            shard: &story.stage.shard,
+            now_ms: story.stage.now_ms,
+        };
+        gates(story.upgrade(), story.part(), Some(heard))
+    };
+    assert_eq!(shown(&story), [], "nothing can break yet");
+    let mut story = baking(of(10, 30));
+    serves(&mut story, vec![(1, of(40, 60))]);
+    story.stage.pass(FAULTS_WINDOW_MS);
+    assert_eq!(back(&story), None);
+    if let crate::spec::Spec::Upgrade(upgrade) = &mut story.task.spec {
+        upgrade.shards[0].hold_us = 12_500;
+    }
+    let gates = shown(&story);
+    let of = |name: &str| {
+        let gate = gates.iter().find(|g| g.name == name).unwrap();
+        (gate.before, gate.now, gate.limit)
+    };
+    assert_eq!(of("Hold"), (None, Some(12.5), Some(1_000.0)));
+    assert_eq!(of("Faults"), (Some(0.0), Some(0.0), Some(100.0)));
+    assert_eq!(of("CommandTime"), (Some(20.0), Some(50.0), Some(70.0)));
+    assert_eq!(of("ProxyTrouble"), (None, Some(0.0), Some(5_000.0)));
+    // Who does not lead hears not everybody: it says what is written.
+    let written = super::gates(story.upgrade(), story.part(), None);
+    let now: Vec<_> = written.iter().map(|g| (g.name, g.now)).collect();
+    assert_eq!(
+        now,
+        [
+            ("Hold", Some(12.5)),
+            ("Faults", None),
+            ("CommandTime", None),
+            ("ProxyTrouble", None)
+        ]
+    );
+}

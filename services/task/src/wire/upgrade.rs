@@ -6,7 +6,7 @@ use slotmesh_topology::Epoch;
 use super::{switch_from, switch_to};
 use crate::{
     observe::{CommandCost, ServedWindow},
-    upgrade::{Drain, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase},
+    upgrade::{Drain, Gate, Method, NodeUpgrade, Rollback, ShardUpgrade, Upgrade, UpgradePhase},
 };
 
 pub(super) fn from(record: &store::UpgradeSpec) -> Option<Upgrade> {
@@ -253,5 +253,18 @@ pub(super) fn progress(part: &ShardUpgrade) -> api::ShardProgress {
         rollback_why: why.to_owned(),
         staged_nodes: u32::try_from(part.nodes.iter().filter(|n| n.staged).count()).unwrap_or(0),
         nodes: u32::try_from(part.nodes.len()).unwrap_or(0),
+        gates: Vec::new(),
+    }
+}
+
+/// A gate as the API shows it.
+#[must_use]
+pub fn gate(gate: Gate) -> api::Gate {
+    api::Gate {
+        name: gate.name.to_owned(),
+        before: gate.before,
+        now: gate.now,
+        limit: gate.limit,
+        unit: gate.unit.to_owned(),
     }
 }
