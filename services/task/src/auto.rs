@@ -53,6 +53,8 @@ pub enum Verdict {
 pub struct Scene<'a> {
     /// Programs that hosts may run.
     pub listed: &'a [Artifact],
+    /// Every instance that is known: whose windows are open.
+    pub instances: &'a [&'a Instance],
     /// Every task that is known, the oldest first.
     pub tasks: &'a [&'a Task],
     /// Instances at a time; 0: none.
@@ -157,7 +159,13 @@ fn hindrance(instance: &Instance, to: Engine, scene: Scene<'_>) -> Option<String
     if scene.rests_ms > 0 {
         return Some("the controller's clock to be steady: it has jumped".into());
     }
-    let under_way = || upgrades().filter(|(_, u)| u.automatic);
+    // One that has changed nothing and waits for its own next window keeps nobody else's.
+    let is_under_way = |task: &Task, upgrade: &Upgrade| {
+        let other = scene.instances.iter().find(|i| i.id == task.instance);
+        let window = other.and_then(|i| Window::read(&i.maintenance_window).ok());
+        upgrade.has_begun() || window.is_some_and(|w| w.next_ms(scene.now_ms) == scene.now_ms)
+    };
+    let under_way = || upgrades().filter(|(t, u)| u.automatic && is_under_way(t, u));
     let standing = || {
         let mut stopped = under_way().filter_map(|(t, u)| Some((t, stands(t, u)?)));
         let (task, why) = stopped.next()?;
@@ -173,6 +181,27 @@ fn hindrance(instance: &Instance, to: Engine, scene: Scene<'_>) -> Option<String
             standing().unwrap_or_default()
         ),
     })
+}
+
+/// Whose turn it is before a task that was admitted by itself and has begun nothing: while it waited for its
+/// window, others may have begun.
+#[must_use]
+pub fn goes_before<'a>(
+    task: &Task,
+    tasks: impl Iterator<Item = &'a Task>,
+    at_a_time: usize,
+) -> Option<String> {
+    let is_automatic = |task: &Task, has_begun| matches!(&task.spec, Spec::Upgrade(u) if u.automatic && u.has_begun() == has_begun);
+    if !is_automatic(task, false) {
+        return None;
+    }
+    let is_open = |t: &Task| !t.state.is_ended() || t.is_parked();
+    let mut begun = tasks.filter(|t| t.id != task.id && is_open(t) && is_automatic(t, true));
+    let last = begun.nth(at_a_time.max(1) - 1)?;
+    Some(format!(
+        "its turn: task {} of instance {} is under way",
+        last.id, last.instance
+    ))
 }
 
 /// Why one that is open does not get to its end before an operator has looked at it.

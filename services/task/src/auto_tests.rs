@@ -62,8 +62,13 @@ fn task(instance: &str, state: State, automatic: bool) -> Task {
 
 fn judged(instance: &Instance, tasks: &[Task], now_ms: u64) -> Verdict {
     let tasks: Vec<&Task> = tasks.iter().collect();
+    let other = Instance {
+        id: "other".into(),
+        ..self::instance()
+    };
     let scene = Scene {
         listed: &catalogue(),
+        instances: &[instance, &other],
         tasks: &tasks,
         at_a_time: 1,
         now_ms,
@@ -89,6 +94,7 @@ fn the_newest_patch_of_the_release_is_due_when_one_of_those_missed_is_of_the_lev
     let newer = |from: &str| {
         let scene = Scene {
             listed: &catalogue(),
+            instances: &[],
             tasks: &[],
             at_a_time: 1,
             now_ms: OPEN_MS,
@@ -117,6 +123,7 @@ fn nothing_is_installed_while_off_or_unknown_or_between_two_releases() {
     let (catalogue, tasks) = (catalogue(), []);
     let scene = Scene {
         listed: &catalogue,
+        instances: &[],
         tasks: &tasks,
         at_a_time: 1,
         now_ms: OPEN_MS,
@@ -270,6 +277,7 @@ fn due(wall: impl Fn(u64) -> u64, seconds: u64) -> Vec<u64> {
         let now_ms = wall(*second);
         let scene = Scene {
             listed: &catalogue,
+            instances: &[],
             tasks: &[],
             at_a_time: 1,
             now_ms,
@@ -301,6 +309,7 @@ fn what_has_begun_or_is_done_is_not_begun_again_whatever_the_clock_says() {
         assert!(why(verdict).contains("which upgrades it"));
         let scene = Scene {
             listed: &catalogue(),
+            instances: &[],
             tasks: &[],
             at_a_time: 1,
             now_ms: at_ms,
@@ -332,4 +341,52 @@ fn a_clock_that_jumps_forward_over_or_into_the_window_begins_nothing_at_once() {
         _ => OPEN_MS + second * 1_000,
     };
     assert_eq!(due(into, 1_000).first(), Some(&(600 + REST_MS / 1_000)));
+}
+
+#[test]
+fn one_that_has_not_begun_when_its_window_closes_keeps_no_other_ones() {
+    let mut waits = task("other", State::Running, true);
+    let later = Instance {
+        maintenance_window: "04:00-05:00".into(),
+        ..instance()
+    };
+    let (mine, theirs) = (OPEN_MS + 2 * HOUR_MS, OPEN_MS);
+    let is_due = |instance: &Instance, tasks: &[Task], now_ms| {
+        matches!(judged(instance, tasks, now_ms), Verdict::Due { .. })
+    };
+    let tasks = [waits.clone()];
+    assert!(
+        !is_due(&instance(), &tasks, theirs),
+        "it may begin at any moment"
+    );
+    assert!(is_due(&later, &tasks, mine), "it begins tomorrow");
+    if let Spec::Upgrade(upgrade) = &mut waits.spec {
+        upgrade.shards[0].phase = UpgradePhase::Bake;
+    }
+    assert!(why(judged(&later, &[waits], mine)).contains("its turn"));
+}
+
+#[test]
+fn who_waited_for_its_window_does_not_begin_beside_one_that_has_begun_since() {
+    let waits = task("r", State::Running, true);
+    let mut begun = task("other", State::Running, true);
+    begun.id = "u".into();
+    let before = |waits: &Task, begun: &Task, at_a_time| {
+        goes_before(waits, [waits, begun].into_iter(), at_a_time)
+    };
+    assert_eq!(before(&waits, &begun, 1), None, "neither has");
+    if let Spec::Upgrade(upgrade) = &mut begun.spec {
+        upgrade.shards[0].phase = UpgradePhase::Bake;
+    }
+    let said = before(&waits, &begun, 1).unwrap();
+    assert!(
+        said.contains("task u of instance other is under way"),
+        "{said}"
+    );
+    assert_eq!(before(&waits, &begun, 2), None, "two may be");
+    assert_eq!(before(&begun, &begun, 1), None, "it goes on");
+    let by_hand = task("r", State::Running, false);
+    assert_eq!(before(&by_hand, &begun, 1), None);
+    begun.state = State::Done;
+    assert_eq!(before(&waits, &begun, 1), None);
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use slotmesh_proto::agent::v1 as pb;
 use slotmesh_task::{
-    Phase, ShardSwitch, State as TaskState, Task, place, schedule, step,
+    Phase, ShardSwitch, State as TaskState, Task, auto, place, schedule, step,
     switchover::StepStatus,
     upgrade::{self, Decision, Lock, Owner, ShardUpgrade, Upgrade, View, Write},
 };
@@ -134,6 +134,10 @@ impl Driver {
             true => schedule::opens_ms(window, now_ms, self.rests_ms),
             false => None,
         };
+        let turn = self.mirror.read(|s| {
+            let tasks = s.tasks.values().map(|t| &t.value);
+            auto::goes_before(&task.value, tasks, self.by_themselves.at_a_time)
+        });
         let (decision, write) = self.hub.read(|fleet| {
             let room = part.moved.then(|| {
                 let live = self.mirror.read(|state| candidates(state, fleet));
@@ -161,7 +165,13 @@ impl Driver {
                 room: room.as_ref(),
                 copied: copied.as_ref(),
             };
-            let decision = upgrade::decide(view);
+            let decision = match (upgrade::decide(view), turn) {
+                (Decision::Begin, Some(what)) => Decision::Wait {
+                    until_ms: u64::MAX,
+                    what,
+                },
+                (decision, _) => decision,
+            };
             let write = match &decision {
                 Decision::Wait { what, .. } => Ok(upgrade::say(view, what)),
                 decision => upgrade::write(view, decision),

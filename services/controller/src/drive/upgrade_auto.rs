@@ -118,8 +118,10 @@ impl Driver {
     fn due(&self, listed: &[Artifact], now_ms: u64) -> Vec<(Versioned<Instance>, Engine)> {
         self.mirror.read(|state| {
             let tasks: Vec<_> = state.tasks.values().map(|t| &t.value).collect();
+            let instances: Vec<_> = state.instances.values().map(|i| &i.value).collect();
             let scene = Scene {
                 listed,
+                instances: &instances,
                 tasks: &tasks,
                 at_a_time: self.by_themselves.at_a_time,
                 now_ms,

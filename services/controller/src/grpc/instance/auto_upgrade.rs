@@ -68,8 +68,10 @@ impl Instances {
         let engines = self.context.hub.read(|fleet| auto::engines(&shards, fleet));
         let verdict = self.context.mirror.read(|state| {
             let tasks: Vec<_> = state.tasks.values().map(|t| &t.value).collect();
+            let instances: Vec<_> = state.instances.values().map(|i| &i.value).collect();
             let scene = Scene {
                 listed,
+                instances: &instances,
                 tasks: &tasks,
                 at_a_time: self.context.auto_upgrades,
                 now_ms: clock::now_ms(),
