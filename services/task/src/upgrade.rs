@@ -82,6 +82,13 @@ pub enum Decision {
         /// For what, to tell the operator.
         what: String,
     },
+    /// Wait with the shard free: nothing of it is under way, and others may have to do something to it.
+    Rest {
+        /// Look again then, whatever happens.
+        until_ms: u64,
+        /// For what, to tell the operator.
+        what: String,
+    },
     /// Ask the agent of the node's host to fetch the engine and to try it.
     Stage(NodeId),
     /// Write that it has.
@@ -189,29 +196,36 @@ pub fn decide(view: View<'_>) -> Decision {
         return fleet::before(&view);
     }
     match view.owner {
-        Owner::Own => {}
+        Owner::Own => next(&view),
         // A bake may take days: whatever has to be done to the shard meanwhile is done.
-        _ if part.phase == UpgradePhase::Bake => {}
-        _ if part.phase == UpgradePhase::Parked => {
-            return wait(u64::MAX, "an operator's choice");
-        }
-        Owner::Free => return Decision::Regain,
-        Owner::Other(task) => return wait(u64::MAX, format!("task {task}, which has the shard")),
+        _ if part.phase == UpgradePhase::Bake => next(&view),
+        _ if part.phase == UpgradePhase::Parked => wait(u64::MAX, "an operator's choice"),
+        Owner::Free => match next(&view) {
+            rest @ Decision::Rest { .. } => rest,
+            // Whatever it is, it counts from when the shard is the task's again.
+            _ => Decision::Regain,
+        },
+        Owner::Other(task) => wait(u64::MAX, format!("task {task}, which has the shard")),
     }
+}
+
+/// The next act for a shard that has begun.
+fn next(view: &View<'_>) -> Decision {
+    let part = view.part;
     if let Some(switch) = part.switch.as_ref().filter(|s| !s.phase.is_ended()) {
-        return under_way(&view, switch);
+        return under_way(view, switch);
     }
     if view.shard.mode != Mode::Serving {
         return wait(u64::MAX, "the shard to serve");
     }
     match part.phase {
-        UpgradePhase::Replicas => replicas(&view),
-        UpgradePhase::Switch => switch(&view),
-        UpgradePhase::Bake => bake::decide(&view),
-        UpgradePhase::Finalize => finalize(&view),
-        UpgradePhase::Preserve => preserve(&view),
-        UpgradePhase::SwitchBack => switch_back(&view),
-        UpgradePhase::UndoNodes => undo_nodes(&view),
+        UpgradePhase::Replicas => replicas(view),
+        UpgradePhase::Switch => switch(view),
+        UpgradePhase::Bake => bake::decide(view),
+        UpgradePhase::Finalize => finalize(view),
+        UpgradePhase::Preserve => preserve(view),
+        UpgradePhase::SwitchBack => switch_back(view),
+        UpgradePhase::UndoNodes => undo_nodes(view),
         _ => wait(u64::MAX, "an operator's choice"),
     }
 }
@@ -277,10 +291,12 @@ impl View<'_> {
         })
     }
 
-    /// Something that clients notice has to wait for the window.
+    /// Something that clients notice has to wait for the window, which may be a week.
     fn window(&self) -> Option<Decision> {
-        let opens_ms = self.opens_ms?;
-        Some(wait(opens_ms, "the maintenance window"))
+        Some(Decision::Rest {
+            until_ms: self.opens_ms?,
+            what: "the maintenance window".into(),
+        })
     }
 }
 
@@ -555,6 +571,8 @@ mod moves_lost_tests;
 mod moves_tests;
 #[cfg(test)]
 mod order_tests;
+#[cfg(test)]
+mod rest_tests;
 #[cfg(test)]
 pub(crate) mod story;
 #[cfg(test)]

@@ -370,7 +370,10 @@ fn the_switch_waits_for_the_window_and_for_its_time() {
     story.opens_ms = Some(u64::MAX - 1);
     story.task.not_before_ms = NOW + 500;
     story.run_to(UpgradePhase::Ready);
-    let waits = |story: &Story, word: &str| matches!(story.decide(), Decision::Wait { what, .. } if what.contains(word));
+    let waits = |story: &Story, word: &str| match story.decide() {
+        Decision::Wait { what, .. } | Decision::Rest { what, .. } => what.contains(word),
+        _ => false,
+    };
     assert!(waits(&story, "its time"), "{:?}", story.decide());
     story.stage.pass(1_000);
     assert!(waits(&story, "window"), "{:?}", story.decide());

@@ -192,7 +192,9 @@ impl Driver {
                 None => Ok(Next::At(now_ms + BUSY_LOOK_MS)),
             },
             (_, Ok(Some(write))) => self.write_upgrade(task, &instance, &shard, write).await,
-            (Decision::Wait { until_ms, .. }, _) => Ok(Next::At(until_ms.min(now_ms + LOOK_MS))),
+            (Decision::Wait { until_ms, .. } | Decision::Rest { until_ms, .. }, _) => {
+                Ok(Next::At(until_ms.min(now_ms + LOOK_MS)))
+            }
             (_, Ok(None)) => Ok(Next::At(u64::MAX)),
             (decision, Err(error)) => {
                 warn!(task = %task.value.id, ?decision, %error, "upgrade: the record moved on");

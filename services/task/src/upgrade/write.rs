@@ -80,10 +80,29 @@ fn enter(part: &mut ShardUpgrade, phase: UpgradePhase, now_ms: u64) {
     since(part, now_ms);
 }
 
+fn waiting(what: &str) -> String {
+    format!("waiting for {what}")
+}
+
+/// The shard is free while that is waited for; `None` when it is, and that is shown.
+fn rest(view: &View<'_>, what: &str) -> Option<Write> {
+    let words = waiting(what);
+    if *view.owner != Owner::Own && view.part.message == words {
+        return None;
+    }
+    Some(Write {
+        task: with(view, &words, |_| {}),
+        shard: nodes::unwatched(view),
+        lock: Lock::Free,
+        event: "Waiting",
+        message: words,
+    })
+}
+
 /// What is waited for, to be shown; `None` when that is shown already.
 #[must_use]
 pub fn say(view: View<'_>, what: &str) -> Option<Write> {
-    let words = format!("waiting for {what}");
+    let words = waiting(what);
     if what.is_empty() || view.part.message == words || view.part.phase == UpgradePhase::Parked {
         return None;
     }
@@ -125,6 +144,7 @@ fn written(view: View<'_>, decision: &Decision) -> Result<Option<Write>, Transit
         Decision::Wait { .. } | Decision::Stage(_) | Decision::Drive | Decision::Stop => {
             return Ok(None);
         }
+        Decision::Rest { what, .. } => return Ok(rest(&view, what)),
         Decision::Staged(node) => staged(&view, node),
         Decision::Begin => {
             let message = match view.part.moved {

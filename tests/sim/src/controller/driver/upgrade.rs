@@ -95,7 +95,13 @@ impl Driver {
             };
             (decision, write)
         };
-        if !matches!(decision, Decision::Wait { .. } | Decision::Drive) {
+        let is_quiet = |d: &Decision| {
+            matches!(
+                d,
+                Decision::Wait { .. } | Decision::Rest { .. } | Decision::Drive
+            )
+        };
+        if !is_quiet(&decision) {
             let mut ctx = self.desk.world.borrow_mut();
             ctx.say(|| {
                 let phase = part.phase.name();
@@ -116,7 +122,9 @@ impl Driver {
                 None => Ok(Next::At(now_ms + BUSY_LOOK_MS)),
             },
             (_, Ok(Some(write))) => self.write_upgrade(task, &shard, write).await,
-            (Decision::Wait { until_ms, .. }, _) => Ok(Next::At(until_ms.min(now_ms + LOOK_MS))),
+            (Decision::Wait { until_ms, .. } | Decision::Rest { until_ms, .. }, _) => {
+                Ok(Next::At(until_ms.min(now_ms + LOOK_MS)))
+            }
             (_, Ok(None)) => Ok(Next::At(u64::MAX)),
             (_, Err(_)) => Ok(Next::At(now_ms + BUSY_LOOK_MS)),
         }
