@@ -35,14 +35,14 @@ impl View<'_> {
     }
 
     /// Its host has been without a lease for so long that nobody waits for it to copy anything.
-    fn is_away(&self, member: &Member) -> bool {
+    pub(super) fn is_away(&self, member: &Member) -> bool {
         let gone_since = self.scene.sightings.lease_gone_since(&member.host);
         gone_since.is_some_and(|since| self.scene.now_ms >= since + NEW_HOST_GONE_MS)
     }
 
     /// Its host is gone for so long that it would be replaced, or an operator knows it and has said to
     /// try again.
-    fn is_lost(&self, member: &Member) -> bool {
+    pub(super) fn is_lost(&self, member: &Member) -> bool {
         let after_ms = u64::from(self.instance.replace_after_s) * 1_000;
         let gone_since = self.scene.sightings.lease_gone_since(&member.host);
         let is_late = gone_since.is_some_and(|s| self.scene.now_ms >= s + after_ms);

@@ -107,7 +107,7 @@ fn exchange(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) 
     if let Some(why) = trouble(view, node, wanted) {
         return Converged::Trouble(why);
     }
-    patience(view, format!("{node} to run {}", shown(wanted)))
+    patience_with(view, member, format!("{node} to run {}", shown(wanted)))
 }
 
 /// The engine does not start there.
@@ -158,7 +158,7 @@ pub(super) fn settle(view: &View<'_>, member: &Member) -> Converged {
         true => format!("{node} to have as many keys as its primary"),
         false => format!("{node} to be in sync"),
     };
-    patience(view, what)
+    patience_with(view, member, what)
 }
 
 /// It was told to follow the primary, and does so, with or without success: what only it had has been
@@ -203,7 +203,10 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
     let node = &member.node;
     let follows_newer = follows_newer(view, member, engine);
     let differs = match follows_newer.then(|| is_sound(view, member)) {
-        Some(None) => return patience(view, format!("{node} to be heard before its turn")),
+        Some(None) => {
+            let what = format!("{node} to be heard before its turn");
+            return patience_with(view, member, what);
+        }
         Some(Some(is_sound)) => !is_sound,
         None => false,
     };
@@ -212,16 +215,15 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
         false => data,
     };
     if data == Exchange::Keep && !member.in_sync {
-        return patience(view, format!("{node} to be in sync before its turn"));
+        let what = format!("{node} to be in sync before its turn");
+        return patience_with(view, member, what);
     }
     // One whose data is not to be trusted is not counted on for a moment longer.
     let is_bad =
         data == Exchange::Discard && (differs || view.part.phase == UpgradePhase::Finalize);
     if is_bad && !follows(view, member) {
-        return patience(
-            view,
-            format!("{node} to follow the primary before its turn"),
-        );
+        let what = format!("{node} to follow the primary before its turn");
+        return patience_with(view, member, what);
     }
     if member.in_sync && !is_bad {
         let rest = || others(view.shard).filter(|m| m.node != *node);
@@ -229,7 +231,8 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
         let needed = (view.scene.durability as usize).min(rest().count());
         if rest().filter(|m| m.in_sync).count() < needed {
             let what = format!("{needed} other replicas to be in sync before {node}'s turn");
-            return patience(view, what);
+            let missing = rest().find(|m| !m.in_sync);
+            return patience_with(view, missing.unwrap_or(member), what);
         }
     }
     Converged::Act(Decision::Exchange {
@@ -254,6 +257,27 @@ pub(super) fn patience(view: &View<'_>, what: String) -> Converged {
     match view.scene.now_ms < until_ms {
         true => Converged::Wait(until_ms, what),
         false => Converged::Trouble(format!("not done in time; still waiting for {what}")),
+    }
+}
+
+/// As [`patience`], for what a member is to do. Who is on a lost host does nothing, whatever its engine: as long
+/// as one can go back, it is waited for until it would be replaced; later, and on the way back, the shard is
+/// free, so that it is.
+fn patience_with(view: &View<'_>, member: &Member, what: String) -> Converged {
+    let (node, host) = (&member.node, &member.host);
+    let patience = patience(view, what);
+    if !view.is_away(member) {
+        return patience;
+    }
+    if view.part.phase != UpgradePhase::Replicas || view.primary_is_upgraded() {
+        return Converged::Act(Decision::Rest {
+            until_ms: u64::MAX,
+            what: format!("the lost host {host} of {node}, or another node in its place"),
+        });
+    }
+    match patience {
+        Converged::Wait(..) if !view.is_lost(member) => patience,
+        _ => Converged::Lost(format!("{host}, the host of {node}, is lost")),
     }
 }
 

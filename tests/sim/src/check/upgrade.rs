@@ -116,12 +116,13 @@ impl Checks {
     }
 
     /// Whether the task gives its shard free without having ended: while it bakes, and while it waits
-    /// for an operator.
+    /// for an operator, or for a host that is lost.
     pub(super) fn frees(task: &Value, shard: usize) -> bool {
         let part = upgrade_of(task).and_then(|(_, u)| u.part(&shard.to_string()).cloned());
         part.is_some_and(|part| {
             let rests = matches!(part.phase, UpgradePhase::Bake | UpgradePhase::Parked);
-            rests || part.phase.is_ended()
+            let is_lost = part.message.starts_with("waiting for the lost host ");
+            rests || is_lost || part.phase.is_ended()
         })
     }
 }
