@@ -162,7 +162,14 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         };
     };
     if view.shard.primary == rollback.old {
-        return given_up(format!("{} is the primary again", rollback.old));
+        let new = view.shard.member(&rollback.new);
+        let is_gone = |m: &Member| view.scene.sightings.lease_gone_since(&m.host).is_some();
+        return Decision::TurnBack {
+            why: format!("{} is the primary again", rollback.old),
+            on_request: false,
+            // Who was lost with its host says nothing about its engine.
+            blameless: new.is_some_and(is_gone),
+        };
     }
     if let Some(closed) = closing(view) {
         return closed;

@@ -1,7 +1,7 @@
 //! Waits that may be long, with the shard free: for a window, for a lost host or another node in its place.
 
 use super::{
-    story::{NEW, Story, options},
+    story::{NEW, Story, fail_over, options},
     *,
 };
 use crate::{
@@ -159,5 +159,31 @@ fn an_old_primary_that_is_lost_after_the_switch_is_replaced_and_the_upgrade_gets
         is_replaced(&mut story, "a");
         story.run_to(UpgradePhase::Done);
         assert!(story.engines().iter().all(|e| e == NEW), "{phase:?}");
+    }
+}
+
+#[test]
+fn a_new_primary_that_is_lost_with_its_host_is_not_held_against_the_engine_and_is_replaced() {
+    for by_host in [true, false] {
+        let mut story = Story::new(&options());
+        story.run_to(UpgradePhase::Bake);
+        story.keep();
+        let new = story.stage.shard.primary.to_string();
+        if by_host {
+            story.lose(&new);
+        }
+        fail_over(&mut story, "a");
+        story.run_to(UpgradePhase::UndoNodes);
+        assert_eq!(story.part().blameless, by_host);
+        if by_host {
+            story.stage.pass(NEW_HOST_GONE_MS);
+            while story.owner != Owner::Free {
+                story.step();
+            }
+            is_replaced(&mut story, &new);
+        }
+        story.run_to(UpgradePhase::RolledBack);
+        assert_eq!(story.part().blameless, by_host);
+        assert!(story.engines().iter().all(String::is_empty));
     }
 }
