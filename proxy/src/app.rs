@@ -195,7 +195,7 @@ impl App {
             wants_back: AtomicBool::new(false),
             talks: AtomicU64::new(0),
             turn: Mutex::default(),
-            leaving: Mutex::default(),
+            orders: Mutex::default(),
             leave_orders: AtomicU64::new(0),
             sends_rest: AtomicBool::new(false),
             runtime: tokio::runtime::Handle::current(),

@@ -49,7 +49,7 @@ use crate::tls::Port;
 use crate::worker::{Pass, WorkerHandle};
 
 pub(crate) use self::door::Door;
-pub(crate) use self::leaving::Leaving;
+pub(crate) use self::leaving::Orders;
 pub(crate) use self::report::Report;
 pub use self::taker::TakeError;
 pub(crate) use self::taker::{inquire, relieve};
@@ -141,8 +141,8 @@ pub(crate) struct Office {
     pub(crate) talks: AtomicU64,
     /// One hand-over at a time.
     pub(crate) turn: Mutex<()>,
-    /// The clients are to go elsewhere.
-    pub(crate) leaving: Mutex<Option<Leaving>>,
+    /// Whether the clients are to go elsewhere.
+    pub(crate) orders: Mutex<Orders>,
     /// Orders of that kind that were heard.
     pub(crate) leave_orders: AtomicU64,
     /// Those that could not be passed are to go.

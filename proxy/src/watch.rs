@@ -264,6 +264,7 @@ impl Watch {
             pid: std::process::id(),
             shards: self.progress.all_shards(),
             opened_unix_us: unix_us(),
+            leaves: role == Role::Serving && self.office.leaves(),
         }
     }
 
@@ -277,6 +278,12 @@ impl Watch {
                 // Threads may come to it in another order.
                 let number = office.number_leave();
                 tokio::task::spawn_blocking(move || office.leave(&order, number));
+                return None;
+            }
+            Heard::Stay(_) => {
+                let office = Arc::clone(&self.office);
+                let number = office.number_leave();
+                tokio::task::spawn_blocking(move || office.stay(number));
                 return None;
             }
             Heard::Snapshot(snapshot) => self.topology.with_snapshot(snapshot),

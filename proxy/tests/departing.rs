@@ -216,6 +216,39 @@ async fn who_leaves_hands_over_to_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_to_stay_after_all_keeps_who_is_left_takes_others_hands_over_and_may_leave_again() {
+    let fixture = fixture().await;
+    let mut left = fixture.talk().await;
+    left.expect("MULTI", "+OK\r\n").await;
+    for _ in 0..2 {
+        let began = fixture.leave("127.0.0.2:1", 5_000);
+        fixture.wait_refused().await;
+        wait_metric(fixture.proxy.admin, "leaving", 1).await;
+        let stay = || fixture.controller.say(Message::Stay(pb::Stay {}));
+        stay();
+        // The same once more, as on another stream, changes nothing.
+        stay();
+        wait_metric(fixture.proxy.admin, "leaving", 0).await;
+        let mut new = fixture.talk().await;
+        // Longer than any of them would have been left.
+        while began.elapsed() < Duration::from_secs(6) {
+            new.expect("PING", "+PONG\r\n").await;
+        }
+        left.expect("PING", "+QUEUED\r\n").await;
+        let ready = http_get(fixture.proxy.admin, "/ready").await;
+        assert!(ready.contains("200"), "{ready}");
+    }
+    let door = door(fixture.data.path());
+    let answer = tokio::task::spawn_blocking(move || {
+        let mut peer = Peer::connect(&door);
+        peer.ask(1, "p1");
+        peer.hear()
+    });
+    let answer = answer.await.unwrap();
+    assert!(matches!(answer, Some(Given::Offer(_))), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_cannot_be_handed_over_is_told_to_reconnect_and_closed_between_two_requests() {
     let fixture = fixture().await;
     let mut told = fixture.talk().await;

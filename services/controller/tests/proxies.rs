@@ -11,8 +11,12 @@ use slotmesh_proto::{
     instance::v1::{self as api, instance_service_client::InstanceServiceClient},
     store::v1::{self as records, TaskState},
     task::v1::{self as tasks, task_service_client::TaskServiceClient},
+    topology::v1::{
+        self as topology, topology_service_client::TopologyServiceClient, watch_response::Message,
+    },
 };
 use support::{BROKEN, Mesh, wait_for};
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt;
 
@@ -359,4 +363,36 @@ async fn a_successor_that_never_serves_is_taken_away_by_a_cancel_and_the_old_one
     assert_eq!(task.state(), TaskState::Cancelled, "{}", task.message);
     assert_eq!(stage.endpoints().await.len(), 2);
     assert!(stage.mesh.crowd.lock().unwrap().told.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_leaves_and_of_which_the_record_says_that_it_stays_is_told_on_its_new_stream()
+{
+    let stage = Stage::new().await;
+    // Names of no proxy of it, so that the others' streams go on.
+    for (proxy, leaves) in [("a", true), ("b", false)] {
+        let hello = topology::Hello {
+            proxy_id: proxy.into(),
+            instance_id: stage.id.clone(),
+            leaves,
+            ..topology::Hello::default()
+        };
+        let hello = topology::WatchRequest {
+            message: Some(topology::watch_request::Message::Hello(hello)),
+        };
+        let mut client = TopologyServiceClient::new(stage.mesh.channel().await);
+        let says = tokio_stream::once(hello).chain(tokio_stream::pending());
+        let mut hears = client.watch(says).await.unwrap().into_inner();
+        let mut heard = Vec::new();
+        // Until there is nothing else to say.
+        while let Some(said) = hears.message().await.unwrap() {
+            match said.message.unwrap() {
+                Message::Heartbeat(_) => break,
+                said => heard.push(said),
+            }
+        }
+        assert!(matches!(heard[0], Message::Snapshot(_)), "{heard:?}");
+        let stays = heard.iter().any(|said| matches!(said, Message::Stay(_)));
+        assert_eq!(stays, leaves, "{heard:?}");
+    }
 }

@@ -36,10 +36,12 @@ impl Topology {
         Self { context }
     }
 
-    /// Keeps the proxy's routes true until its stream ends or this controller is cut off.
+    /// Keeps the proxy's routes true until its stream ends or this controller is cut off. `leaves`: it was
+    /// told to leave before.
     async fn publish(
         self,
         (instance, proxy): (InstanceId, ProxyId),
+        mut leaves: bool,
         mut refused: watch::Receiver<u64>,
         sender: mpsc::Sender<Result<pb::WatchResponse, Status>>,
     ) {
@@ -77,11 +79,19 @@ impl Topology {
                 }
             }
             // After what it needs to serve those whom it sends away.
+            let stays = leaving.is_none() && sent.is_some();
             let news = leaving.filter(|now| sent.is_some() && told.as_ref() != Some(now));
-            if let Some(leaving) = news {
-                let message = watch_response::Message::Leave(leave(&leaving));
-                told = Some(leaving);
-                if !say(&sender, 0, message).await {
+            let order = match news {
+                Some(news) => Some(watch_response::Message::Leave(leave(told.insert(news)))),
+                None if leaves && stays => Some(watch_response::Message::Stay(pb::Stay {})),
+                None => None,
+            };
+            if let Some(order) = order {
+                leaves = !stays;
+                if stays {
+                    told = None;
+                }
+                if !say(&sender, 0, order).await {
                     return;
                 }
             }
@@ -191,11 +201,12 @@ impl TopologyService for Topology {
         }
         let proxy: ProxyId = hello.proxy_id.as_str().into();
         info!(%proxy, %instance, "proxy stream opened");
+        let leaves = hello.leaves;
         let session = self.context.hub.proxy_opened(hello);
         let (sender, receiver) = mpsc::channel(MESSAGES_BUFFERED);
         let (refusals, refused) = watch::channel(0);
         let whom = (instance, proxy.clone());
-        tokio::spawn(self.clone().publish(whom, refused, sender.clone()));
+        tokio::spawn(self.clone().publish(whom, leaves, refused, sender.clone()));
         let (hub, stopping) = (self.context.hub.clone(), self.context.stopping.clone());
         tokio::spawn(async move {
             loop {
