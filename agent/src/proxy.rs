@@ -2,8 +2,9 @@
 //! it for another one without a client's notice, stops it.
 //!
 //! Invariants: processes outlive the agent, and the port, once chosen, is the proxy's for ever. A
-//! process that serves is ended only when the proxy is stopped or removed: one that is to run another
-//! program is relieved by a process of that, which takes its clients over, or it goes on.
+//! process that serves is ended only when the proxy is stopped or removed, or was told to take no more
+//! clients: one that is to run another program is relieved by a process of that, which takes its clients
+//! over, or it goes on.
 
 mod change;
 mod door;
@@ -370,6 +371,11 @@ impl Worker {
             let (proxy, why) = (&self.proxy_id, &told.reason);
             tracing::info!(%proxy, why, "a hand-over was refused and is asked for again");
             return;
+        }
+        let mut kept = self.kept.iter();
+        let may_end = kept.any(|kept| kept.cold && kept.key() == attempt.origin.key);
+        if told.is_refused() && may_end {
+            return self.end_serving();
         }
         let mut why = told.reason;
         if why.is_empty() {

@@ -2,7 +2,8 @@
 //! or taken back by the one of before.
 //!
 //! Invariants: nothing is touched before the program has run here and said what it is; the process
-//! that serves is never told to go; what fails is not tried again until something else is assigned.
+//! that serves is told to go only where the assignment says that it may take no more clients, and it
+//! refuses to be relieved; what fails is not tried again until something else is assigned.
 
 use std::time::Duration;
 
@@ -144,6 +145,10 @@ impl Changing {
         self.refusals < REFUSALS_MAX
     }
 
+    fn is_told(&self, process: Process) -> bool {
+        self.told.contains(&process)
+    }
+
     fn is_due(&self) -> bool {
         self.not_before.is_none_or(|at| at <= Instant::now())
     }
@@ -245,15 +250,8 @@ impl Worker {
             return;
         };
         let is_there = serving.origin.key == key || self.runs.has_failed(&key);
-        if is_there || self.changing.job.is_some() || !self.changing.is_due() {
-            return;
-        }
-        if wanted.cold {
-            let (process, proxy) = (serving.process, &self.proxy_id);
-            if self.changing.ends(process) {
-                tracing::info!(%proxy, pid = process.pid, "it takes no more clients: another one is started");
-                tokio::spawn(async move { process.stop(Some(Signal::TERM), STOP_GRACE).await });
-            }
+        let is_going = self.changing.is_told(serving.process);
+        if is_there || is_going || self.changing.job.is_some() || !self.changing.is_due() {
             return;
         }
         let is_wanted = |spare: &&super::runs::Spare| {
@@ -272,6 +270,9 @@ impl Worker {
         }
         let door = serving.door.clone();
         if door.as_os_str().is_empty() {
+            if wanted.cold {
+                return self.end_serving();
+            }
             let why = format!(
                 "process {} is of a release that hands nothing over: end it at a quiet time, and \
                  the assigned one is started in its place",
@@ -282,6 +283,18 @@ impl Worker {
         match self.changing.staged.clone() {
             Some(origin) => self.begin(origin, Some(door), wanted),
             None => self.stage(key),
+        }
+    }
+
+    /// It serves nobody who comes, and hands nobody over: another one is started in its place.
+    pub(super) fn end_serving(&mut self) {
+        let Some(process) = self.runs.serving.as_ref().map(|run| run.process) else {
+            return;
+        };
+        if self.changing.ends(process) {
+            let proxy = &self.proxy_id;
+            tracing::info!(%proxy, pid = process.pid, "it takes no more clients: another one is started");
+            tokio::spawn(async move { process.stop(Some(Signal::TERM), STOP_GRACE).await });
         }
     }
 

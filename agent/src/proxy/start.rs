@@ -79,7 +79,7 @@ pub(super) struct Kept {
     /// That it listens on, if it is free when it is first started.
     #[serde(default)]
     port: u16,
-    /// A process of another generation is ended first.
+    /// A process of another generation that hands nothing over is ended.
     #[serde(default)]
     pub(super) cold: bool,
 }

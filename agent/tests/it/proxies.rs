@@ -164,23 +164,41 @@ async fn it_is_first_started_on_the_port_that_is_wanted_if_that_is_free() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_takes_no_more_clients_is_ended_before_the_next_one_is_started() {
+async fn one_that_may_be_ended_hands_over_if_it_does_and_is_ended_if_it_refuses() {
     let world = World::start().await;
+    // As if the process that serves would not be relieved.
+    let refused = r#"case " $* " in
+*" --take-over "*)
+    echo "{\"pid\":$$,\"reason\":\"it leaves\",\"code\":\"refused\"}" > take-over.json
+    exit 1;;
+esac"#;
+    let exec = format!("exec {} \"$@\"", world::program().display());
+    let refused = world.add_that_does("0.9.1", &format!("{refused}\n{exec}"));
     let agent = world.start_agent().await;
     world.assign("", 1);
     let first = world.until_runs("", 1).await;
+    let witnesses = Witnesses::connect(&first.address).await;
     world.assign_with("", 2, |spec| spec.cold = true);
     let second = world.until_runs("", 2).await;
-    assert_eq!(second.address, first.address);
-    assert_ne!(second.pid, first.pid);
-    assert!(second.handover.is_none(), "nothing was handed over");
-    eventually("the first to be gone", async || {
-        world.processes().len() == 1
-    })
-    .await;
+    let done = second.handover.map(|h| h.state());
+    assert_eq!(done, Some(HandoverState::Done));
+    assert!(witnesses.testify().await > 0);
+
+    world.assign(&refused, 3);
+    let failed = world.until_failed(&refused, 3).await;
+    let why = failed.handover.unwrap().why;
+    assert!(why.contains("it leaves"), "{why}: nothing allows to end it");
+    assert_eq!(failed.pid, second.pid);
+    world.assign_with(&refused, 4, |spec| spec.cold = true);
+    let fourth = world.until_runs(&refused, 4).await;
+    assert_eq!(fourth.address, first.address);
+    assert_ne!(fourth.pid, second.pid);
+    let ended = Process::find(second.pid).is_none_or(|p| !p.is_alive());
+    assert!(ended, "it is ended before another one opens its port");
     // As ever, from then on.
-    world.assign("", 3);
-    let third = world.until_runs("", 3).await;
-    assert_eq!(third.handover.unwrap().state(), HandoverState::Done);
+    world.assign("", 5);
+    let fifth = world.until_runs("", 5).await;
+    let done = fifth.handover.map(|h| h.state());
+    assert_eq!(done, Some(HandoverState::Done));
     agent.stop().await;
 }
