@@ -9,6 +9,8 @@
 //! or a shard does not serve. A proxy that goes back by itself ends the task: no further one begins. No
 //! shard is locked and nobody waits for a proxy, so a failover goes on whatever becomes of one.
 
+#[cfg(test)]
+mod faltering_tests;
 mod health;
 #[cfg(test)]
 mod matrix_tests;
@@ -31,7 +33,9 @@ pub use write::{Placed, Write, ended};
 
 use slotmesh_topology::{Instance, InstanceState, Placement, ProxyId, Shard};
 
-use self::write::{HALTED, advance, end, enter, park, turn_back, wait, wait_at_most, with, write};
+use self::write::{
+    HALTED, advance, end, enter, is_cold, park, turn_back, wait, wait_at_most, with, write,
+};
 use crate::{
     observe::{Fleet, ProcessState, ProxyProcess},
     place::Candidate,
@@ -261,7 +265,10 @@ fn check(view: &View<'_>, placement: &Placement) -> Decision {
     if let Some(waits) = of_the_others(view, health::others(view)) {
         return waits;
     }
-    let next = placement.advanced(program);
+    let next = Placement {
+        cold: is_cold(view, placement),
+        ..placement.advanced(program)
+    };
     let next = next.with_workers(view.changes.workers);
     let before = view.counted();
     let task = with(view, "its agent has been told", |part| {
@@ -426,9 +433,9 @@ fn back(view: &View<'_>, placement: &Placement) -> Decision {
     let part = view.part;
     let why = part.why_back.as_deref().unwrap_or_default();
     if part.generation == 0 {
-        // An operator has it tried once more. One that takes no more clients hands nothing over yet.
+        // An operator has it tried once more.
         let next = Placement {
-            cold: placement.cold,
+            cold: is_cold(view, placement),
             ..placement.advanced(&part.from_program)
         };
         let task = with(view, why, |part| {
@@ -475,8 +482,9 @@ fn parked(view: &View<'_>, placement: &Placement) -> Decision {
     if !view.part.finalize {
         return Decision::Wait { until_ms: u64::MAX };
     }
-    // What runs takes no more clients where the record wants it ended first: that goes on being wanted.
-    let process = view.process().filter(|_| !placement.cold);
+    // What runs may take no more clients where the record lets it be ended: whoever changes the proxy
+    // next has to know.
+    let process = view.process().filter(|_| !is_cold(view, placement));
     let process = process.filter(|p| p.state == ProcessState::Running);
     let running = process.and_then(|p| Some((p.program.clone()?, p.generation)));
     let next = running.map(|(program, generation)| {

@@ -215,6 +215,7 @@ fn changing() -> Changes {
         handover_us: 0,
         clients: 0,
         finalize: false,
+        bake_since_ms: 0,
         successor: None,
     };
     Changes {

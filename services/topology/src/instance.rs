@@ -66,7 +66,8 @@ pub struct Placement {
     pub leaving: Option<Leaving>,
     /// That it listens on, if it is free when it is first started there; 0: any.
     pub port: u16,
-    /// The process of before is ended first: it takes no more clients, so it hands nothing over.
+    /// The process of before may be ended for another one: it was told to take no more clients, and hands
+    /// nothing over while it has not heard that this is over.
     pub cold: bool,
     /// Worker threads of its process; 0: as the instance says.
     pub workers: u32,
@@ -79,6 +80,9 @@ pub struct Leaving {
     pub endpoint: String,
     /// Whoever is left then is closed.
     pub until_unix_ms: u64,
+    /// The one that serves in its place is lost, and there is no other: until it serves again, this one
+    /// takes clients.
+    pub suspended: bool,
 }
 
 impl Placement {
@@ -148,9 +152,16 @@ impl Placement {
             leaving: Some(Leaving {
                 endpoint: endpoint.to_owned(),
                 until_unix_ms,
+                suspended: false,
             }),
             ..self.clone()
         }
+    }
+
+    /// Where its clients are to go now.
+    #[must_use]
+    pub fn sends_away(&self) -> Option<&Leaving> {
+        self.leaving.as_ref().filter(|leaving| !leaving.suspended)
     }
 }
 
@@ -214,11 +225,11 @@ impl Instance {
         self.proxies.iter().chain(&self.gone_proxies)
     }
 
-    /// Where the clients of this proxy are to go; `None`: it stays, or was never one of it.
+    /// Where the clients of this proxy are to go now; `None`: it stays, or was never one of it.
     #[must_use]
     pub fn leaving(&self, proxy: &ProxyId) -> Option<&Leaving> {
         let mut all = self.all_proxies();
-        all.find(|p| p.proxy == *proxy)?.leaving.as_ref()
+        all.find(|p| p.proxy == *proxy)?.sends_away()
     }
 
     /// An id that no proxy of it ever had: what is said of one that was is said of no other one.

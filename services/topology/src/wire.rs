@@ -289,6 +289,7 @@ fn placement_from(record: &store::ProxyPlacement) -> Placement {
         leaving: record.leaving.as_ref().map(|leaving| Leaving {
             endpoint: leaving.endpoint.clone(),
             until_unix_ms: leaving.until_unix_ms,
+            suspended: leaving.suspended,
         }),
         port: u16::try_from(record.port).unwrap_or_default(),
         cold: record.cold,
@@ -309,6 +310,7 @@ fn placement_to(placement: &Placement) -> store::ProxyPlacement {
             .map(|leaving| store::ProxyLeaving {
                 endpoint: leaving.endpoint.clone(),
                 until_unix_ms: leaving.until_unix_ms,
+                suspended: leaving.suspended,
             }),
         port: placement.port.into(),
         cold: placement.cold,

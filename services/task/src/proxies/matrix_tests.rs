@@ -19,13 +19,29 @@ const DRAIN_MS: u64 = 60_000;
 const SPARES: [&str; 2] = ["host-x", "host-y"];
 const HOSTS: [&str; 5] = ["host-a", "host-b", "host-c", "host-x", "host-y"];
 /// More writes than any run has, as a guard against one without an end.
-const WRITES_MAX: usize = 200;
+const WRITES_MAX: usize = 1_000;
+/// For how long one that comes and goes is heard, or not: as long as no bake.
+const FLAP_MS: u64 = 6_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Upgrade,
     Restart,
     Rebuild,
+    /// Of the instance's only proxy.
+    RebuildAlone,
+    /// The first one takes no more clients: it could not be opened again, and was left so.
+    RestartCold,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [
+        Self::Upgrade,
+        Self::Restart,
+        Self::Rebuild,
+        Self::RebuildAlone,
+        Self::RestartCold,
+    ];
 }
 
 /// Which of a proxy's two places.
@@ -49,10 +65,12 @@ enum Fault {
     Process(Place),
     /// For ever.
     Host(Place),
+    /// It is heard, and not, for ever.
+    Flaps(Place),
     Cancel,
 }
 
-const FAULTS: [Fault; 11] = [
+const FAULTS: [Fault; 13] = [
     Fault::LeaderBefore,
     Fault::LeaderAfter,
     Fault::Agent(Place::Old, AWAY_MS[0]),
@@ -63,6 +81,8 @@ const FAULTS: [Fault; 11] = [
     Fault::Process(Place::New),
     Fault::Host(Place::Old),
     Fault::Host(Place::New),
+    Fault::Flaps(Place::Old),
+    Fault::Flaps(Place::New),
     Fault::Cancel,
 ];
 
@@ -76,9 +96,9 @@ impl Fault {
         }
     }
 
-    /// It ends a process that serves.
+    /// It ends a process that serves, or hides it.
     fn ends_a_process(self) -> bool {
-        matches!(self, Self::Process(_) | Self::Host(_))
+        matches!(self, Self::Process(_) | Self::Host(_) | Self::Flaps(_))
     }
 }
 
@@ -91,6 +111,10 @@ struct Run {
     returns: Option<(&'static str, u64)>,
     /// What nobody hears until the leader has its reports.
     unheard: Option<Fleet>,
+    struck: Option<ProxyId>,
+    flaps: Option<ProxyId>,
+    /// Since when newcomers have nobody.
+    closed_ms: Option<u64>,
     began_ms: u64,
 }
 
@@ -107,16 +131,32 @@ impl Run {
                 proxies: vec!["pa".into(), "pb".into()],
                 ..options()
             },
-            Kind::Restart => named(&["pa", "pb"], None),
-            Kind::Rebuild => {
+            Kind::Restart | Kind::RestartCold => named(&["pa", "pb"], None),
+            Kind::Rebuild | Kind::RebuildAlone => {
                 let rebuild = Rebuild {
                     host: None,
                     drain_ms: DRAIN_MS,
                 };
-                named(&["pa", "pb"], Some(rebuild))
+                let all = if kind == Kind::Rebuild { 2 } else { 1 };
+                named(&NAMES[..all], Some(rebuild))
             }
         };
         let mut story = Story::before();
+        match kind {
+            Kind::RebuildAlone => {
+                story.leave_alone();
+                // Its clients take their time.
+                story.stays = true;
+            }
+            Kind::RestartCold => {
+                let reopened = story.placement(NAMES[0]).reopened();
+                story.instance.proxies[0] = reopened;
+                let pid = story.process(NAMES[0]).pid;
+                story.left.insert(pid);
+                story.deaf = true;
+            }
+            _ => {}
+        }
         for host in SPARES {
             story.stage.fleet.hosts.insert(host.into());
         }
@@ -130,6 +170,9 @@ impl Run {
             writes: 0,
             returns: None,
             unheard: None,
+            struck: None,
+            flaps: None,
+            closed_ms: None,
         }
     }
 
@@ -138,6 +181,7 @@ impl Run {
         loop {
             self.write_all()?;
             self.serves()?;
+            self.is_open()?;
             if self.is_over()? {
                 self.is_whole()?;
                 return Ok((self.story.task.state, self.writes));
@@ -151,6 +195,10 @@ impl Run {
             self.story.converge();
             self.story.stage.now_ms += TICK_MS;
             let now_ms = self.story.stage.now_ms;
+            let flaps = self.flaps.as_ref();
+            if let Some(seen) = flaps.and_then(|p| self.story.stage.fleet.proxies.get_mut(p)) {
+                seen.fresh = !(now_ms / FLAP_MS).is_multiple_of(2);
+            }
             if let Some((host, _)) = self.returns.take_if(|(_, at_ms)| now_ms >= *at_ms) {
                 self.story.away.remove(host);
                 self.story.stage.fleet.hosts.insert(host.into());
@@ -213,6 +261,7 @@ impl Run {
             }
             Fault::Process(place) => {
                 let (name, _) = at(place);
+                self.struck = Some(name.clone());
                 let fleet = &mut self.story.stage.fleet;
                 fleet.proxies.remove(&name);
                 if let Some(process) = fleet.proxy_processes.get_mut(&name) {
@@ -221,9 +270,11 @@ impl Run {
                 }
             }
             Fault::Host(place) => {
-                let (_, host) = at(place);
+                let (name, host) = at(place);
+                self.struck = Some(name);
                 self.story.lose(host);
             }
+            Fault::Flaps(place) => self.flaps = Some(at(place).0),
         }
     }
 
@@ -242,23 +293,63 @@ impl Run {
     /// that drains serves the clients that it has: until its successor is given up, newcomers that come
     /// when that one was struck have the others.
     fn serves(&self) -> Result<(), String> {
-        let heard = self.unheard.as_ref().unwrap_or(&self.story.stage.fleet);
+        let heard = self.heard();
         let runs = |id: &ProxyId| {
             let is_placed = self.story.instance.proxies.iter().any(|p| p.proxy == *id);
             let process = heard.proxy_processes.get(id);
             let is_up = process.is_some_and(|p| p.state == ProcessState::Running);
             is_placed && is_up && heard.proxies.get(id).is_some_and(|p| p.fresh)
         };
-        let seats = NAMES.map(|name| {
-            let part = self.story.changes().part(&name.into());
-            let successor = part.and_then(|p| p.successor.as_ref());
-            runs(&name.into()) || successor.is_some_and(|s| runs(&s.proxy))
-        });
+        let seats: Vec<bool> = self
+            .names()
+            .iter()
+            .map(|name| {
+                let part = self.story.changes().part(&(*name).into());
+                let successor = part.and_then(|p| p.successor.as_ref());
+                runs(&(*name).into()) || successor.is_some_and(|s| runs(&s.proxy))
+            })
+            .collect();
         let serving = seats.iter().filter(|serves| **serves).count();
         let strikes = self.fault.is_some_and(|(_, fault)| fault.ends_a_process());
-        match serving + usize::from(strikes) >= NAMES.len() {
+        match serving + usize::from(strikes) >= seats.len() {
             true => Ok(()),
             false => self.broken(&format!("who serves is {seats:?}")),
+        }
+    }
+
+    /// All that can be heard, also while a new leader has not.
+    fn heard(&self) -> &Fleet {
+        self.unheard.as_ref().unwrap_or(&self.story.stage.fleet)
+    }
+
+    fn names(&self) -> &'static [&'static str] {
+        match self.kind {
+            Kind::RebuildAlone => &NAMES[..1],
+            _ => &NAMES,
+        }
+    }
+
+    /// Newcomers have a proxy, also when a successor is lost: again as soon as that is known.
+    fn is_open(&mut self) -> Result<(), String> {
+        let now_ms = self.story.stage.now_ms;
+        let heard = self.heard();
+        let is_up = |p: &slotmesh_topology::Placement| {
+            let process = heard.proxy_processes.get(&p.proxy);
+            process.is_some_and(|process| process.state == ProcessState::Running)
+                && heard.proxies.contains_key(&p.proxy)
+        };
+        let mut placed = self.story.instance.proxies.iter();
+        let is_open = placed.any(|p| p.sends_away().is_none() && is_up(p));
+        let strikes_own = |struck: &ProxyId| NAMES.contains(&struck.as_str());
+        let is_over = self.story.task.state.is_ended();
+        if is_open || is_over || self.struck.as_ref().is_some_and(strikes_own) {
+            self.closed_ms = None;
+            return Ok(());
+        }
+        let since_ms = *self.closed_ms.get_or_insert(now_ms);
+        match now_ms - since_ms <= TICK_MS {
+            true => Ok(()),
+            false => self.broken("newcomers have nobody"),
         }
     }
 
@@ -277,7 +368,7 @@ impl Run {
     /// Each proxy is there once, and none of them sends its clients away.
     fn is_whole(&self) -> Result<(), String> {
         let placed = &self.story.instance.proxies;
-        if placed.len() != NAMES.len() || placed.iter().any(|p| p.leaving.is_some()) {
+        if placed.len() != self.names().len() || placed.iter().any(|p| p.leaving.is_some()) {
             return self.broken(&format!("the instance has {placed:?}"));
         }
         let is_as_asked = |part: &Change| match (part.phase, &part.successor) {
@@ -289,7 +380,8 @@ impl Run {
                 own.any(|p| match self.kind {
                     Kind::Upgrade => p.program == NEW,
                     Kind::Restart => p.generation > 0,
-                    Kind::Rebuild => false,
+                    Kind::RestartCold => self.takes_clients(p),
+                    Kind::Rebuild | Kind::RebuildAlone => false,
                 })
             }
             _ => placed.iter().any(|p| p.proxy == part.proxy),
@@ -301,11 +393,19 @@ impl Run {
     }
 }
 
+impl Run {
+    /// It has another process than the one that takes no more.
+    fn takes_clients(&self, placement: &slotmesh_topology::Placement) -> bool {
+        let process = self.heard().proxy_processes.get(&placement.proxy);
+        placement.generation > 0 && process.is_some_and(|p| !self.story.left.contains(&p.pid))
+    }
+}
+
 #[test]
 fn every_write_with_every_fault_ends_in_bounded_time_with_everybody_else_serving() {
     let mut broken = Vec::new();
     let mut runs = 0;
-    for kind in [Kind::Upgrade, Kind::Restart, Kind::Rebuild] {
+    for kind in Kind::ALL {
         let (state, writes) = Run::new(kind, None).run().unwrap();
         assert_eq!(state, State::Done, "{kind:?} without a fault");
         for fault in FAULTS {

@@ -185,6 +185,7 @@ fn change(placement: &Placement, fleet: &Fleet, program: Option<&str>, now_ms: u
         handover_us: 0,
         clients: 0,
         finalize: false,
+        bake_since_ms: 0,
         successor: None,
     }
 }

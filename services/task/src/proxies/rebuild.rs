@@ -1,10 +1,10 @@
 //! A proxy anew on another host: a successor beside it, which is watched before clients are sent there.
 //!
 //! Invariants. Until the drain the old proxy is not touched, so that going back is to take the successor
-//! away. The old one is taken away only while its successor serves; where that is lost in the drain, a
-//! new process takes the old one's place, for the old one takes no more clients.
+//! away. The old one is taken away only while its successor serves; where that is lost in the drain and
+//! does not come back, a new process takes the old one's place, which may take no more clients.
 
-use slotmesh_topology::{HostId, Placement};
+use slotmesh_topology::{HostId, Leaving, Placement};
 
 use super::{
     Decision, HANDOVER_MS_MAX, OTHERS_MS_MAX, Placed, ProxyPhase, Rebuild, SETTLE_MS_MAX,
@@ -29,6 +29,11 @@ pub const SILENT_MS_MAX: u64 = 15_000;
 /// An old proxy without clients is taken away when it has had the time to hear that it is to take no
 /// more, and to report once after that: a client may have come since its last report.
 const TOLD_MS: u64 = 2_000;
+
+/// How a successor that is not well is waited for.
+const FALTERS: &str = "its successor to be well";
+/// The same in the drain.
+const LOST: &str = "its successor to serve";
 
 /// Its turn: places the successor.
 pub(super) fn begin(view: &View<'_>, placement: &Placement, rebuild: &Rebuild) -> Decision {
@@ -120,6 +125,7 @@ pub(super) fn build(view: &View<'_>) -> Decision {
         return advance(view, ProxyPhase::Bake, "its successor serves", |part| {
             part.pid = process.pid;
             part.to_version.clone_from(&process.version);
+            part.bake_since_ms = view.now_ms;
         });
     }
     let is_away = !view.fleet.hosts.contains(&successor.host);
@@ -187,35 +193,77 @@ pub(super) fn bake(view: &View<'_>, placement: &Placement) -> Decision {
     if let Some(why) = process.and_then(|process| health::bad(view, view.part, process)) {
         return take_away(view, successor, &why, false);
     }
+    let flaps = |what: &str| {
+        let over = view.now_ms >= bake_until(view);
+        over.then(|| {
+            let why = format!("it was not well for a whole bake in time: {what}");
+            take_away(view, successor, &why, false)
+        })
+    };
+    let part = view.part;
     let process = match well(view, placed) {
         Ok(process) => process,
         Err(why) => {
+            if let Some(over) = flaps(&why) {
+                return over;
+            }
             // What all of them have is no fault of the successor.
             let limit_ms = match health::shards(view) {
                 Some(_) => OTHERS_MS_MAX,
                 None => SETTLE_MS_MAX,
             };
             let late = || take_away(view, successor, &why, false);
-            return wait_at_most(view, limit_ms, "its successor to be well", &why, late);
+            return wait_at_most(view, limit_ms, FALTERS, &why, late);
         }
     };
     if heard(view).is_some()
         && let Some(what) = health::others(view)
     {
+        if let Some(over) = flaps(&what) {
+            return over;
+        }
         let late = || {
             let why = format!("waited too long for {what}");
             take_away(view, successor, &why, false)
         };
         return wait_at_most(view, OTHERS_MS_MAX, "the others", &what, late);
     }
-    let until_ms = view.part.phase_since_ms + view.changes.bake_ms;
-    if view.now_ms < until_ms && !view.part.finalize {
+    let until_ms = part.phase_since_ms + view.changes.bake_ms;
+    let has_faltered = part.message.starts_with(&format!("waiting for {FALTERS}"));
+    if !part.finalize && (has_faltered || view.now_ms < until_ms) {
+        if let Some(over) = flaps("it comes and goes") {
+            return over;
+        }
+        if has_faltered {
+            let why = "its successor is well again, and watched anew";
+            return advance(view, ProxyPhase::Bake, why, |part| {
+                if part.bake_since_ms == 0 {
+                    part.bake_since_ms = view.now_ms;
+                }
+            });
+        }
         return wait(view, until_ms, "the end of its successor's bake");
     }
     if let Some(opens_ms) = view.opens_ms {
-        return wait(view, opens_ms, "the maintenance window");
+        let words = "waiting for the maintenance window";
+        if part.message == words {
+            return Decision::Wait { until_ms: opens_ms };
+        }
+        // Its bake is over; another one, if it falters until then, has a time of its own.
+        let task = with(view, words, |part| part.bake_since_ms = 0);
+        return write(task, Placed::Same, "Waiting", words.to_owned());
     }
     send_away(view, placement, process.pid, &process.version)
+}
+
+/// Until when the successor has to have been well for a whole bake: one wait of the longest kind fits,
+/// with a whole bake before and another one after it. Who needs longer comes and goes, and would go on
+/// doing so with all the clients.
+fn bake_until(view: &View<'_>) -> u64 {
+    match view.part.bake_since_ms {
+        0 => u64::MAX,
+        since_ms => view.limit(since_ms + OTHERS_MS_MAX + 2 * view.changes.bake_ms),
+    }
 }
 
 /// The successor's process, when it serves.
@@ -271,6 +319,10 @@ pub(super) fn drain(view: &View<'_>, placement: &Placement) -> Decision {
         // An older leader has dropped it.
         return send_away(view, placement, pid, version);
     };
+    if leaving.suspended {
+        let why = "its successor serves again: clients are sent there";
+        return order(view, placement, (leaving, false), "Drain", why);
+    }
     let done = |why: &str| {
         let serves = format!("proxy {} on {}", successor.proxy, successor.host);
         let message = format!("{serves} serves in its place ({why})");
@@ -340,10 +392,49 @@ fn lost(view: &View<'_>, placement: &Placement, successor: &Successor, why: &str
     if is_missing && is_over && limit_ms == AWAY_MS_MAX {
         return late();
     }
-    wait_at_most(view, limit_ms, "its successor to serve", why, late)
+    // A leader that has just begun has not heard who is there.
+    let is_known = view.process().is_some() || view.now_ms >= view.limit(0);
+    if is_missing
+        && is_known
+        && let Some(leaving) = placement.sends_away()
+        && is_alone(view, successor)
+    {
+        let why = format!("waiting for {LOST}: {why}; until then it takes clients");
+        return order(view, placement, (leaving, true), "Suspended", &why);
+    }
+    wait_at_most(view, limit_ms, LOST, why, late)
 }
 
-/// The old one is to serve again. Its process takes no more clients, so another one takes over.
+/// Without it and its successor nobody takes clients.
+fn is_alone(view: &View<'_>, successor: &Successor) -> bool {
+    let others = view.instance.proxies.iter();
+    let mut others = others.filter(|p| p.proxy != view.part.proxy && p.proxy != successor.proxy);
+    !others.any(|p| p.sends_away().is_none() && health::unwell(view, p).is_none())
+}
+
+/// It is told that its clients may stay for now, or are to go after all: in the time that they had.
+fn order(
+    view: &View<'_>,
+    placement: &Placement,
+    (leaving, suspended): (&Leaving, bool),
+    event: &'static str,
+    why: &str,
+) -> Decision {
+    let leaving = Leaving {
+        suspended,
+        ..leaving.clone()
+    };
+    let next = Placement {
+        leaving: Some(leaving),
+        ..placement.clone()
+    };
+    let task = with(view, why, |part| {
+        enter(part, ProxyPhase::Drain, view.now_ms)
+    });
+    write(task, Placed::Changed(next), event, why.to_owned())
+}
+
+/// The old one is to serve again. Its process may take no more clients, so another one takes over.
 fn stay(
     view: &View<'_>,
     placement: &Placement,

@@ -82,6 +82,9 @@ pub struct Change {
     pub clients: u32,
     /// An operator ends the bake, or leaves a parked one as it is.
     pub finalize: bool,
+    /// Since when its successor is watched, however often that had to begin anew; 0: its bake is over, or
+    /// was begun by an older leader.
+    pub bake_since_ms: u64,
     /// The last one that was placed for it.
     pub successor: Option<Successor>,
 }

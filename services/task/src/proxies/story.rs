@@ -43,6 +43,10 @@ pub(super) struct Story {
     pub(super) away: BTreeSet<&'static str>,
     /// Clients of proxies that are told to leave do not go.
     pub(super) stays: bool,
+    /// Processes that were told to leave do not hear that they may stay.
+    pub(super) deaf: bool,
+    /// Processes that take no more clients.
+    pub(super) left: BTreeSet<u32>,
     pub(super) events: Vec<String>,
     pids: u32,
 }
@@ -100,6 +104,8 @@ impl Story {
             idle: BTreeSet::new(),
             away: BTreeSet::new(),
             stays: false,
+            deaf: false,
+            left: BTreeSet::new(),
             events: Vec::new(),
             pids: 0,
         };
@@ -132,6 +138,19 @@ impl Story {
                 load: load(host),
             })
             .collect()
+    }
+
+    /// The first proxy is the instance's only one, and there are no hosts of the others.
+    pub(super) fn leave_alone(&mut self) {
+        self.instance.proxies.truncate(1);
+        let fleet = &mut self.stage.fleet;
+        for name in &NAMES[1..] {
+            fleet.hosts.remove(&HostId::from(host_of(name)));
+        }
+        fleet.proxies.retain(|proxy, _| proxy.as_str() == NAMES[0]);
+        fleet
+            .proxy_processes
+            .retain(|proxy, _| proxy.as_str() == NAMES[0]);
     }
 
     /// A host, with all that runs there, is heard no more.
@@ -288,7 +307,13 @@ impl Story {
                 continue;
             }
             acted |= self.converge_one(name, &placement);
-            if placement.leaving.is_some() && !self.stays {
+            let pid = self.process(name).pid;
+            if placement.sends_away().is_none() {
+                acted |= !self.deaf && self.left.remove(&pid);
+                continue;
+            }
+            acted |= self.left.insert(pid);
+            if !self.stays {
                 acted |= self.heard(name).clients.replace(0) != Some(0);
             }
         }
@@ -315,17 +340,21 @@ impl Story {
         if is_well || is_tried || never_ran {
             return false;
         }
-        match self.fails.iter().find(|f| f.0 == name && f.1 == program) {
-            None => self.start(name, program, generation),
-            Some(_) => {
-                self.process(name).handover = Some(ProxyHandover {
-                    program: program.to_owned(),
-                    generation,
-                    failed: Some("the sum is another one".into()),
-                    ..ProxyHandover::default()
-                });
+        let refuses = process.state == ProcessState::Running && self.left.contains(&process.pid);
+        let why = match self.fails.iter().any(|f| f.0 == name && f.1 == program) {
+            true => "the sum is another one",
+            false if refuses && !placement.cold => "it is not to be relieved",
+            false => {
+                self.start(name, program, generation);
+                return true;
             }
-        }
+        };
+        self.process(name).handover = Some(ProxyHandover {
+            program: program.to_owned(),
+            generation,
+            failed: Some(why.into()),
+            ..ProxyHandover::default()
+        });
         true
     }
 

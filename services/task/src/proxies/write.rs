@@ -7,6 +7,7 @@ use slotmesh_topology::{Instance, Placement, ProxyId};
 
 use super::{Change, Changes, Decision, ProxyPhase, View};
 use crate::{
+    observe::ProxyProcess,
     parts,
     spec::{Spec, State, Task},
 };
@@ -70,6 +71,13 @@ impl Placed {
     }
 }
 
+/// Whether the process of before may still have to be ended: until one serves that the record is about.
+/// Before that a process that was told to take no more clients may be there, whatever was tried since.
+pub(super) fn is_cold(view: &View<'_>, placement: &Placement) -> bool {
+    let is_recorded = |p: &ProxyProcess| p.serves(&placement.program, placement.generation);
+    placement.cold && !view.process().is_some_and(is_recorded)
+}
+
 /// Writes the placement of before.
 pub(super) fn turn_back(
     view: &View<'_>,
@@ -80,6 +88,7 @@ pub(super) fn turn_back(
     let part = view.part;
     let next = Placement {
         workers: part.from_workers,
+        cold: is_cold(view, placement),
         ..placement.returned(&part.from_program, part.from_generation)
     };
     let task = with(view, why, |part| {

@@ -110,6 +110,7 @@ fn change_from(record: &store::ProxyChange) -> Option<Change> {
         handover_us: record.handover_us,
         clients: record.clients,
         finalize: record.finalize,
+        bake_since_ms: record.bake_since_unix_ms,
         successor: Some(Successor {
             proxy: record.successor_id.as_str().into(),
             host: record.successor_host_id.as_str().into(),
@@ -146,6 +147,7 @@ fn change_to(part: &Change, is_rebuild: bool) -> store::ProxyChange {
         handover_us: part.handover_us,
         clients: part.clients,
         finalize: part.finalize,
+        bake_since_unix_ms: part.bake_since_ms,
         rebuild_phase: rebuild_phase.into(),
         successor_id: successor.map(|s| s.proxy.to_string()).unwrap_or_default(),
         successor_host_id: successor.map(|s| s.host.to_string()).unwrap_or_default(),

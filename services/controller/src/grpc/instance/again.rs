@@ -32,19 +32,34 @@ pub(super) fn check_alone(
             t.instance == *instance && is_such(&t.spec) && (!t.state.is_ended() || t.is_parked())
         };
         let mut tasks = s.tasks.values().map(|t| &t.value);
-        tasks.find(is_open).map(|t| (t.id.clone(), t.spec.clone()))
+        let other = tasks.find(is_open)?;
+        Some((other.id.clone(), other.spec.clone(), other.is_parked()))
     });
-    let Some((task, spec)) = other else {
+    let Some((task, spec, is_parked)) = other else {
         return Ok(());
     };
-    let (reason, does) = match spec {
-        Spec::Proxies(_) => ("PROXIES_UNDER_WAY", "changes proxies of the instance"),
-        _ => ("UPGRADE_UNDER_WAY", "upgrades the instance"),
+    let (reason, does, choices) = match spec {
+        Spec::Proxies(_) => (
+            "PROXIES_UNDER_WAY",
+            "changes proxies of the instance",
+            "retry or finalize",
+        ),
+        _ => (
+            "UPGRADE_UNDER_WAY",
+            "upgrades the instance",
+            "retry or undo",
+        ),
     };
     Err(refuse(
         RefusalKind::Conflict,
         reason,
-        format!("task {task} {does} already; wait for its end, or cancel it"),
+        match is_parked {
+            true => format!(
+                "task {task} {does} already and waits for an operator: say first how it goes on \
+                 (slotmesh task resolve {task} {choices})"
+            ),
+            false => format!("task {task} {does} already; wait for its end, or cancel it"),
+        },
     ))
 }
 

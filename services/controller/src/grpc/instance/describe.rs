@@ -18,7 +18,7 @@ pub(super) fn instance(instance: &Instance, proxies: &[ProxyEntry]) -> api::Inst
             .proxies
             .iter()
             // One that sends its clients away is nothing to connect to.
-            .filter(|placed| placed.leaving.is_none())
+            .filter(|placed| placed.sends_away().is_none())
             .map(|placed| {
                 let id = placed.proxy.as_str();
                 let seen = proxies.iter().find(|p| p.hello.proxy_id == id);
