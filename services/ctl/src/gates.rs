@@ -7,7 +7,7 @@ use crate::{
 
 /// What would pause the task, or make a shard go back, and how far that is, on lines of their own; empty:
 /// nothing would.
-pub fn table_of(shards: &[ShardProgressView]) -> String {
+pub(crate) fn table_of(shards: &[ShardProgressView]) -> String {
     let rows = shards.iter().flat_map(|s| {
         s.gates.iter().map(move |g| {
             [
@@ -29,7 +29,7 @@ pub fn table_of(shards: &[ShardProgressView]) -> String {
 }
 
 /// As [`table_of`], of one shard on one line, beside its events.
-pub fn line_of(shard: &ShardProgressView) -> String {
+pub(crate) fn line_of(shard: &ShardProgressView) -> String {
     let gate = |g: &GateView| {
         let (now, before, limit) = (number(g.now), number(g.before), number(g.limit));
         format!(
