@@ -29,15 +29,18 @@ use crate::{controllers::Controllers, handover::driver::chain, node::files::make
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two looks at what nobody needs any more.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
-/// How long a listed program that nothing here was started from is kept: an upgrade that was put off
-/// does not fetch it again.
-const UNUSED_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long a listed program is kept after its last use: the longest bake, and a day. The engine that
+/// an upgrade goes back to, and the one that it has staged and only then bakes, are there until it is
+/// over, also when their source is not.
+const UNUSED_MAX: Duration = Duration::from_secs(8 * 24 * 3600);
 /// After a failure the same program is not fetched again for so long, so that a node that is tried
 /// again every few seconds does not load the source.
 const FAILURE_MEMORY: Duration = Duration::from_secs(15);
 /// Names whose failure is remembered.
 const FAILURES_MAX: usize = 64;
 const PROGRAM: &str = "program";
+/// What the names begin with of directories that programs are fetched into.
+const FETCH: &str = ".fetch-";
 
 /// See the module.
 #[derive(Debug)]
@@ -118,11 +121,10 @@ impl Catalogue {
         let place = self.dir.join(&name).join(sum);
         let program = place.join(PROGRAM);
         if program.exists() {
-            // For the sweep: it is used.
-            let _ = fs::File::open(&place).and_then(|f| f.set_modified(SystemTime::now()));
+            mark(&place, SystemTime::now());
             return Ok(program);
         }
-        let fresh = self.dir.join(format!(".fetch-{name}"));
+        let fresh = self.dir.join(format!("{FETCH}{name}"));
         let path = |e: io::Error| format!("write {}: {e}", fresh.display());
         // Of an agent that died at it.
         remove(&fresh).map_err(path)?;
@@ -196,6 +198,8 @@ impl Catalogue {
         stop: CancellationToken,
     ) {
         loop {
+            // Without a controller too: an exchange that makes one unused may be the next thing.
+            mark_used(&self.dir, &used(), SystemTime::now());
             tokio::select! {
                 () = sleep(SWEEP_EVERY) => {}
                 () = stop.cancelled() => return,
@@ -213,7 +217,24 @@ impl Catalogue {
     }
 }
 
-/// Removes programs that no node is made of and that are not listed, or unused for long.
+/// For the sweep: what is used now is unused from now on at the earliest, however long ago its process
+/// was started.
+fn mark_used(dir: &Path, used: &BTreeSet<String>, now: SystemTime) {
+    let programs = used.iter().filter(|name| !name.is_empty());
+    let programs = programs.filter_map(|name| newest(&dir.join(name)));
+    for place in programs.filter_map(|p| p.parent().map(Path::to_owned)) {
+        if place.starts_with(dir) {
+            mark(&place, now);
+        }
+    }
+}
+
+fn mark(place: &Path, now: SystemTime) {
+    let _ = fs::File::open(place).and_then(|f| f.set_modified(now));
+}
+
+/// Removes programs that no node is made of and that are not listed, or unused for long, and what is
+/// left of fetches that were cut short. Nothing may be fetched meanwhile.
 fn sweep(
     dir: &Path,
     listed: &BTreeMap<String, String>,
@@ -222,6 +243,10 @@ fn sweep(
 ) -> io::Result<()> {
     for name in entries(dir)? {
         let (path, name) = (name.path(), name.file_name().to_string_lossy().into_owned());
+        if name.starts_with(FETCH) {
+            remove(&path)?;
+            continue;
+        }
         if used.contains(&name) || name.starts_with('.') {
             continue;
         }
@@ -289,6 +314,38 @@ mod tests {
         sweep(dir.path(), &listed, &used, now + UNUSED_MAX).unwrap();
         assert!(!there("redis-7.0.15", "aa"), "nothing used it for long");
         assert!(there("redis-6.2.14", "bb"), "a node is made of it");
+    }
+
+    #[test]
+    fn what_was_used_until_now_stays_for_as_long_as_an_upgrade_may_go_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("redis-7.0.15").join("aa");
+        fs::create_dir_all(&place).unwrap();
+        fs::write(place.join(PROGRAM), b"x").unwrap();
+        let listed = [("redis-7.0.15".to_owned(), "aa".to_owned())].into();
+        let used = ["redis-7.0.15".to_owned(), String::new()].into();
+        let started = SystemTime::now();
+        mark(&place, started);
+        // The node was started long ago, and now makes way for another engine.
+        let exchanged = started + UNUSED_MAX * 2;
+        mark_used(dir.path(), &used, exchanged);
+        let longest_bake = Duration::from_secs(7 * 24 * 3600);
+        let none = BTreeSet::new();
+        sweep(dir.path(), &listed, &none, exchanged + longest_bake).unwrap();
+        assert!(place.exists(), "an upgrade may go back to it");
+        sweep(dir.path(), &listed, &none, exchanged + UNUSED_MAX).unwrap();
+        assert!(!place.exists(), "nothing used it for long");
+    }
+
+    #[test]
+    fn what_a_killed_agent_had_begun_to_fetch_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let begun = dir.path().join(format!("{FETCH}redis-7.0.15"));
+        fs::create_dir_all(&begun).unwrap();
+        fs::write(begun.join(PROGRAM), b"x").unwrap();
+        let (listed, used) = (BTreeMap::new(), BTreeSet::new());
+        sweep(dir.path(), &listed, &used, SystemTime::now()).unwrap();
+        assert!(!begun.exists());
     }
 
     #[test]
