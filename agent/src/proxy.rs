@@ -212,6 +212,18 @@ impl Worker {
         }
     }
 
+    /// The spare that says at its door that it serves, whatever proxy.json says.
+    async fn serving_spare(&self) -> Option<Process> {
+        let instance_id = self.kept.as_ref().map(|kept| &kept.instance_id)?;
+        for spare in self.runs.spares.iter().rev() {
+            let pid = door::who_serves(&spare.run.door, &self.proxy_id, instance_id).await;
+            if pid == Some(spare.run.process.pid) {
+                return Some(spare.run.process);
+            }
+        }
+        None
+    }
+
     async fn turn(&mut self, spec: Option<ProxySpec>) {
         let wanted = self.wanted(spec);
         self.look();
@@ -224,7 +236,7 @@ impl Worker {
             (true, Some(_), _) | (false, Some(false), _) => self.watch_attempt().await,
             (true, None, Some(wanted)) => self.converge(&wanted),
             (true, None, None) => {}
-            (false, _, wanted) if !self.other_serves_soon() => match wanted {
+            (false, _, wanted) if !self.other_serves_soon().await => match wanted {
                 Some(wanted) => self.restart(&wanted),
                 None => {
                     let why = "no assignment says how to start it";
@@ -404,7 +416,7 @@ impl Worker {
 
     /// Somebody who was relieved has the port still and accepts clients again; or somebody who takes
     /// over has it by now.
-    fn other_serves_soon(&mut self) -> bool {
+    async fn other_serves_soon(&mut self) -> bool {
         let others = self.runs.processes();
         if others.is_empty() {
             self.alone = None;
@@ -415,22 +427,27 @@ impl Worker {
             return true;
         }
         self.alone = None;
-        let proxy = &self.proxy_id;
         let has_clients = |other: &&Process| {
             let told = self.dir.take_over(**other);
             told.is_some_and(|told| told.has_clients())
         };
-        if let Some(heir) = others.iter().find(has_clients) {
+        let heir = others.iter().find(has_clients).copied();
+        let heir = match heir {
+            Some(heir) => Some(heir),
+            // take-over.json is of the one that had relieved it.
+            None => self.serving_spare().await,
+        };
+        if let Some(heir) = heir {
             let pid = heir.pid;
             tracing::error!(
-                proxy,
+                proxy = %self.proxy_id,
                 pid,
                 "a process has clients, and its proxy.json does not say so: is the disk full?"
             );
             return true;
         }
         for other in others {
-            tracing::warn!(proxy, pid = other.pid, "a spare proxy did not serve");
+            tracing::warn!(proxy = %self.proxy_id, pid = other.pid, "a spare proxy did not serve");
             other.signal(Signal::KILL);
         }
         self.runs.spares.clear();

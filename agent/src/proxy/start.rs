@@ -68,7 +68,7 @@ impl TakeOver {
 /// What is kept to start it again with no controller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Kept {
-    instance_id: String,
+    pub(super) instance_id: String,
     pub(super) workers: u32,
     /// Empty until it was bound for the first time.
     pub(super) address: String,
