@@ -107,6 +107,8 @@ pub struct Driver {
     promoted: HashMap<StepKey, NodeView>,
     /// Since when something is seen gone.
     sightings: Sightings,
+    /// For how long what upgrades say of time has been seen.
+    watches: HashMap<(TaskId, ShardId), slotmesh_task::upgrade::Watch>,
     recorded: lost::Recorded,
     /// Shards for whose lost node there is no host, so that it is said once.
     unreplaced: std::collections::BTreeSet<(InstanceId, ShardId)>,
@@ -116,6 +118,8 @@ pub struct Driver {
     jumps: Jumps,
     /// For so long windows do not count: the wall clock has jumped.
     rests_ms: u64,
+    /// By so much it has jumped since the process began, as far as what is remembered takes it into account.
+    jumped_ms: i64,
     by_themselves: upgrade_auto::Rounds,
 }
 
@@ -143,6 +147,7 @@ impl Driver {
             critical_us: HashMap::new(),
             promoted: HashMap::new(),
             sightings: Sightings::default(),
+            watches: HashMap::new(),
             recorded: lost::Recorded::default(),
             unreplaced: std::collections::BTreeSet::new(),
             answers,
@@ -150,6 +155,7 @@ impl Driver {
             forget_at_ms: clock::now_ms() + housekeeping::INTERVAL_MS,
             jumps: Jumps::default(),
             rests_ms: 0,
+            jumped_ms: 0,
             by_themselves: upgrade_auto::Rounds::default(),
         }
     }
@@ -164,6 +170,7 @@ impl Driver {
     /// With what the process knows of its clock from before the term.
     #[must_use]
     pub fn watching(mut self, jumps: Jumps) -> Self {
+        self.jumped_ms = jumps.jumped_ms();
         self.jumps = jumps;
         self
     }
@@ -259,6 +266,7 @@ impl Driver {
         self.steps.retain(|key, _| is_open(&key.task));
         self.promoted.retain(|key, _| is_open(&key.task));
         self.timings.retain(|(task, _), _| is_open(task));
+        self.watches.retain(|(task, _), _| is_open(task));
         self.critical_us.retain(|(task, _), _| is_open(task));
         if reports_are_in {
             self.keep_records_true().await?;

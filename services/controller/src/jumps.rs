@@ -1,7 +1,7 @@
 //! Whether this process's wall clock has jumped: watched from the start of the process, so that whoever
 //! begins to lead knows of jumps before that.
 //!
-//! Invariant: it only makes windows rest; no time of a record depends on it.
+//! Invariant: it only makes windows rest, and counts beside that clock; no time of a record depends on it.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -37,12 +37,24 @@ impl Default for Jumps {
 }
 
 impl Jumps {
+    /// Milliseconds that only count.
+    #[must_use]
+    pub fn counted_ms(&self) -> u64 {
+        self.lock().counted_ms()
+    }
+
     /// Looks at the clock; for how many more milliseconds windows do not count, 0: they do.
     #[must_use]
     pub fn look(&self) -> u64 {
         let mut inner = self.lock();
         let counted_ms = inner.counted_ms();
         inner.clock.look(clock::now_ms(), counted_ms)
+    }
+
+    /// By how much the clock has jumped forward, all jumps together.
+    #[must_use]
+    pub fn jumped_ms(&self) -> i64 {
+        self.lock().clock.jumped_by_ms()
     }
 
     /// Something else says that the clock is wrong.

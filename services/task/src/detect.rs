@@ -131,6 +131,16 @@ impl Sightings {
         }
     }
 
+    /// The clock has jumped forward by so much (back, if negative): nothing has been gone for longer or
+    /// less long than before.
+    pub fn shift(&mut self, by_ms: i64) {
+        let seen = self.leases_gone.values_mut();
+        let seen = seen.chain(self.links_down.values_mut());
+        for since_ms in seen.chain([&mut self.braked_ms]) {
+            *since_ms = since_ms.saturating_add_signed(by_ms);
+        }
+    }
+
     /// Since when the host has been without a lease.
     #[must_use]
     pub fn lease_gone_since(&self, host: &HostId) -> Option<u64> {

@@ -408,3 +408,17 @@ fn the_last_to_come_back_of_those_that_fell_silent_together_is_given_a_moment() 
     stage.pass(1);
     assert_eq!(stage.is_lost(), LEASE, "it is alone by now");
 }
+
+#[test]
+fn a_jump_of_the_clock_makes_nobody_gone_for_longer() {
+    let mut stage = Stage::new();
+    stage.silence("a");
+    stage.look();
+    stage.pass(LEASE_GUARD_MS - 1);
+    for by_ms in [600_000, -900_000] {
+        stage.now_ms = stage.now_ms.saturating_add_signed(by_ms);
+        stage.sightings.shift(by_ms);
+        let since_ms = stage.sightings.lease_gone_since(&"host-a".into());
+        assert_eq!(since_ms, Some(stage.now_ms + 1 - LEASE_GUARD_MS));
+    }
+}

@@ -15,6 +15,7 @@ pub const REST_MS: u64 = 5 * 60 * 1_000;
 pub struct Clock {
     last: Option<(u64, u64)>,
     jumped_ms: Option<u64>,
+    jumped_by_ms: i64,
 }
 
 impl Clock {
@@ -23,13 +24,22 @@ impl Clock {
     pub fn look(&mut self, wall_ms: u64, counted_ms: u64) -> u64 {
         if let Some((wall_before, counted_before)) = self.last {
             let passed = counted_ms.saturating_sub(counted_before);
-            if wall_ms.abs_diff(wall_before.saturating_add(passed)) > JUMP_MS {
+            let expected_ms = wall_before.saturating_add(passed);
+            if wall_ms.abs_diff(expected_ms) > JUMP_MS {
                 self.jumped_ms = Some(counted_ms);
+                let by_ms = i64::try_from(i128::from(wall_ms) - i128::from(expected_ms));
+                self.jumped_by_ms = self.jumped_by_ms.saturating_add(by_ms.unwrap_or(0));
             }
         }
         self.last = Some((wall_ms, counted_ms));
         let rests_until = self.jumped_ms.map_or(0, |at| at.saturating_add(REST_MS));
         rests_until.saturating_sub(counted_ms)
+    }
+
+    /// By how much it has jumped forward, all jumps together.
+    #[must_use]
+    pub fn jumped_by_ms(&self) -> i64 {
+        self.jumped_by_ms
     }
 
     /// Something else says that the wall clock is wrong: as after a jump.
@@ -75,6 +85,8 @@ mod tests {
         let mut clock = Clock::default();
         clock.look(NOW, 0);
         clock.look(NOW + 3_600_000, 1_000);
+        assert_eq!(clock.jumped_by_ms(), 3_599_000);
         assert_eq!(clock.look(NOW + 2_000, 2_000), REST_MS);
+        assert_eq!(clock.jumped_by_ms(), 0);
     }
 }

@@ -12,6 +12,7 @@
 //! back is open only while the old primary's process has followed the new one's stream without a gap
 //! and without refusing a command; once closed it stays closed, and nothing goes back.
 
+mod ages;
 mod bake;
 mod fleet;
 mod gate;
@@ -23,6 +24,7 @@ mod said;
 mod spec;
 mod write;
 
+pub use ages::{Ages, Watch};
 pub use bake::{FAULTS_MAX, FAULTS_WINDOW_MS, FOLLOW_MS_MAX, TROUBLE_MS_MAX};
 pub use fleet::{STAGE_PARALLEL, ended, summary};
 pub use gate::{Gate, HOLD_MS, Heard, gates};
@@ -170,6 +172,8 @@ pub struct View<'a> {
     pub instance: &'a Instance,
     /// What is observed.
     pub scene: Scene<'a>,
+    /// For how long this leader has seen what the part says of time.
+    pub ages: Ages,
     /// Whose the shard is.
     pub owner: &'a Owner,
     /// The trial of the engine that is under way.
@@ -407,8 +411,9 @@ fn try_again_later(view: &View<'_>) -> Option<Result<Decision, String>> {
         0 => SWITCH_PAUSE_FIRST_MS,
         _ => SWITCH_PAUSE_MS,
     };
-    let until_ms = last.phase_since_ms + pause_ms;
-    (view.scene.now_ms < until_ms).then(|| Ok(wait(until_ms, "the next try to switch")))
+    let rest_ms = pause_ms.saturating_sub(view.ages.switch_ms);
+    let until_ms = view.scene.now_ms + rest_ms;
+    (rest_ms > 0).then(|| Ok(wait(until_ms, "the next try to switch")))
 }
 
 fn planned(view: &View<'_>, to: &NodeId) -> ShardSwitch {

@@ -127,6 +127,9 @@ impl Driver {
         };
         let stage = self.steps.get(&key).cloned().unwrap_or_default();
         let now_ms = clock::now_ms();
+        let watch = (task.value.id.clone(), part.shard.clone());
+        let watch = self.watches.entry(watch).or_default();
+        let ages = watch.look(part, now_ms, self.jumps.counted_ms());
         let window = &instance.value.maintenance_window;
         let opens_ms = match upgrade.in_window {
             // Nobody has asked for it at any time.
@@ -159,6 +162,7 @@ impl Driver {
                 shard: &shard.value,
                 instance: &instance.value,
                 scene: self.scene(fleet, instance.value.durability, now_ms),
+                ages,
                 owner: &owner,
                 stage: &stage,
                 opens_ms,

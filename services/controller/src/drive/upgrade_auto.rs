@@ -53,9 +53,14 @@ impl Default for Rounds {
 }
 
 impl Driver {
-    /// Notes a jump of the wall clock; windows do not count for a while then.
+    /// Notes a jump of the wall clock: windows do not count for a while then, and what was seen gone before
+    /// it has been gone for no longer than before.
     pub(super) fn look_at_the_clock(&mut self) {
         let rests_ms = self.jumps.look();
+        let jumped_ms = self.jumps.jumped_ms();
+        self.sightings
+            .shift(jumped_ms.saturating_sub(self.jumped_ms));
+        self.jumped_ms = jumped_ms;
         if rests_ms > 0 && self.rests_ms == 0 {
             warn!(
                 rests_ms,

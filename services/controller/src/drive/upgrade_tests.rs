@@ -87,6 +87,33 @@ async fn a_shard_whose_turn_has_come_is_taken_and_its_replica_is_named_first() {
 }
 
 #[tokio::test]
+async fn a_node_has_the_time_that_this_leader_sees_pass_whatever_the_clock_says() {
+    let mut desk = desk(records::UpgradePhase::Ready).await;
+    act(&mut desk).await;
+    // By the clock the node makes way since two hours ago.
+    let task = desk.task();
+    let mut next = task.value.clone();
+    let Spec::Upgrade(upgrade) = &mut next.spec else {
+        panic!("{next:?}");
+    };
+    let part = &mut upgrade.shards[0];
+    assert_eq!(part.phase, UpgradePhase::Replicas);
+    part.phase_since_ms -= 2 * 60 * 60 * 1_000;
+    let written = desk.driver.write_task(&task, next, "0", "Jump", "").await;
+    written.unwrap();
+    let (_, members) = act(&mut desk).await;
+    assert_eq!(members[1], (NEW.to_owned(), Some(Exchange::Keep), false));
+    let Spec::Upgrade(upgrade) = desk.task().value.spec else {
+        panic!("no upgrade");
+    };
+    let part = &upgrade.shards[0];
+    assert_eq!(
+        (part.phase, &part.why_back),
+        (UpgradePhase::Replicas, &None)
+    );
+}
+
+#[tokio::test]
 async fn an_upgrade_that_is_done_makes_the_engine_the_instances_own() {
     let mut desk = desk(records::UpgradePhase::Done).await;
     let (owner, _) = act(&mut desk).await;

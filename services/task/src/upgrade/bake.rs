@@ -139,8 +139,7 @@ pub(super) fn closing(view: &View<'_>) -> Option<Decision> {
         let why = format!("nobody has written down what {old} had refused before");
         return close(why, true);
     }
-    let behind_since_ms = rollback.behind_since_ms;
-    let is_late = behind_since_ms > 0 && view.scene.now_ms >= behind_since_ms + FOLLOW_MS_MAX;
+    let is_late = rollback.behind_since_ms > 0 && view.ages.behind_ms >= FOLLOW_MS_MAX;
     if view.shard.primary == *new && !member.in_sync && is_late {
         return close(format!("{old} does not follow {new}"), true);
     }
@@ -189,10 +188,13 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     if let Some(why) = breach(view) {
         return given_up(why);
     }
-    let ends_ms = part.phase_since_ms + view.upgrade.bake_ms;
+    let rest_ms = view
+        .upgrade
+        .bake_ms
+        .saturating_sub(view.ages.whole_phase_ms);
     let is_over = match view.upgrade.finalize_by_operator {
         true => false,
-        false => view.scene.now_ms >= ends_ms,
+        false => rest_ms == 0,
     };
     if is_over || part.finalize {
         return Decision::Close {
@@ -202,7 +204,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     }
     match view.upgrade.finalize_by_operator {
         true => wait(u64::MAX, "an operator to finalize, or to undo"),
-        false => wait(ends_ms, "the end of the bake"),
+        false => wait(view.scene.now_ms + rest_ms, "the end of the bake"),
     }
 }
 
@@ -219,7 +221,7 @@ fn breach(view: &View<'_>) -> Option<String> {
     // A primary that is gone is a failover's.
     detect::alive(shard.primary_member()?, view.scene)?;
     // Until then it counts what was before the switch, too.
-    let counts = view.scene.now_ms >= view.part.phase_since_ms + FAULTS_WINDOW_MS;
+    let counts = view.ages.phase_ms >= FAULTS_WINDOW_MS;
     let before = view.part.rollback.as_ref().and_then(|r| r.faults_before);
     let now = faults(view);
     if counts

@@ -220,12 +220,15 @@ fn may_go(view: &View<'_>, member: &Member) -> bool {
 fn let_go(view: &View<'_>, member: &Member) -> Converged {
     let (shard, scene, node) = (view.shard, view.scene, &member.node);
     let drain = view.part.drain.filter(|d| d.epoch == shard.epoch);
+    // By the clock that stamps reports: it may have jumped back since the record was written.
+    let since_ms = scene.now_ms.saturating_sub(view.ages.phase_ms);
+    let since_ms = since_ms.min(view.part.phase_since_ms);
     let done = match shard.leave(node) {
         Ok(_) => Converged::Act(Decision::Leave(node.clone())),
         Err(error) => nodes::patience(view, format!("the shard to do without: {error}")),
     };
     match drain {
-        None => match leave::revoked(shard, scene, view.part.phase_since_ms) {
+        None => match leave::revoked(shard, scene, since_ms) {
             None => nodes::patience(view, format!("{} to let go of {node}", shard.primary)),
             Some(_) if scene.durability == 0 => done,
             Some(primary) => Converged::Act(Decision::Drain(primary.offset)),
@@ -320,7 +323,7 @@ pub(super) fn note_older(view: &View<'_>, mut told: Shard) -> Result<Shard, Tran
 /// The record in which it leaves: the only replica, too, of a shard that had none, or whose others were
 /// not in sync for too long.
 pub(super) fn expelled(view: &View<'_>, node: &NodeId) -> Result<Shard, TransitionError> {
-    let is_late = view.scene.now_ms >= view.part.phase_since_ms + REPLICA_MS_MAX;
+    let is_late = view.ages.phase_ms >= REPLICA_MS_MAX;
     let is_back = view.part.phase == UpgradePhase::UndoNodes && !view.is_old(node);
     match view.part.nodes.len() == 1 || is_back && (is_late || view.part.retried) {
         true => view.shard.dismiss(node),

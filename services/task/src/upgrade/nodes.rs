@@ -173,7 +173,7 @@ pub(super) fn follows(view: &View<'_>, member: &Member) -> bool {
 
 /// After a failover to an upgraded node: an old one that lacks some of the stream can't load a copy.
 fn is_left_behind(view: &View<'_>, member: &Member, engine: &str) -> bool {
-    let had_time = view.scene.now_ms >= view.part.phase_since_ms + FOLLOW_MS_MAX;
+    let had_time = view.ages.phase_ms >= FOLLOW_MS_MAX;
     engine == view.upgrade.engine
         && !member.in_sync
         && had_time
@@ -253,10 +253,9 @@ pub(super) fn unwatched(view: &View<'_>) -> Option<Shard> {
 }
 
 pub(super) fn patience(view: &View<'_>, what: String) -> Converged {
-    let until_ms = view.part.phase_since_ms + NODE_MS_MAX;
-    match view.scene.now_ms < until_ms {
-        true => Converged::Wait(until_ms, what),
-        false => Converged::Trouble(format!("not done in time; still waiting for {what}")),
+    match NODE_MS_MAX.saturating_sub(view.ages.phase_ms) {
+        0 => Converged::Trouble(format!("not done in time; still waiting for {what}")),
+        rest_ms => Converged::Wait(view.scene.now_ms + rest_ms, what),
     }
 }
 

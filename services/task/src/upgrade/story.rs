@@ -153,6 +153,7 @@ impl Story {
             shard: &self.stage.shard,
             instance: &self.instance,
             scene: self.stage.scene(),
+            ages: by_clock(self.part(), self.stage.now_ms),
             owner: &self.owner,
             stage: &self.trial,
             opens_ms: self.opens_ms,
@@ -394,4 +395,16 @@ pub(super) fn fail_over(story: &mut Story, to: &str) {
     story.follow(&to.into());
     story.owner = Owner::Free;
     story.keep();
+}
+
+/// Of one leader that has looked from the beginning, with a clock that does not jump.
+pub(super) fn by_clock(part: &ShardUpgrade, now_ms: u64) -> Ages {
+    let age = |since_ms: u64| now_ms.saturating_sub(since_ms);
+    let behind_since_ms = part.rollback.as_ref().map(|r| r.behind_since_ms);
+    Ages {
+        phase_ms: age(part.phase_since_ms),
+        whole_phase_ms: age(part.phase_since_ms),
+        switch_ms: part.switch.as_ref().map_or(0, |s| age(s.phase_since_ms)),
+        behind_ms: behind_since_ms.map_or(0, age),
+    }
 }

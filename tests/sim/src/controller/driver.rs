@@ -52,6 +52,8 @@ struct Driver {
     calls: Vec<Fiber>,
     /// What this leader has seen vanish, and when.
     sightings: detect::Sightings,
+    /// For how long it has seen what upgrades say of time.
+    watches: BTreeMap<(String, usize), slotmesh_task::upgrade::Watch>,
     /// Nodes as their agents saw them after they were promoted.
     promoted: Rc<RefCell<BTreeMap<StepKey, NodeView>>>,
 }
@@ -69,6 +71,7 @@ pub(super) async fn run(desk: Rc<Desk>, term: u64) {
         steps: Rc::default(),
         calls: Vec::new(),
         sightings: detect::Sightings::default(),
+        watches: BTreeMap::new(),
         promoted: Rc::default(),
     };
     let begun = desk.world.borrow().now();

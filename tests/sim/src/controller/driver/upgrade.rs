@@ -68,6 +68,9 @@ impl Driver {
         let owner = owner(&self.desk, index, task);
         let key: StepKey = (task.value.id.to_string(), index, part.phase_since_ms);
         let (stage, _) = self.steps.borrow().get(&key).cloned().unwrap_or_default();
+        let watch = (task.value.id.to_string(), index);
+        // Time only counts here.
+        let ages = (self.watches.entry(watch).or_default()).look(part, now_ms, now_ms);
         let instance = self.desk.present_instance();
         let room = super::replace::place(&self.desk, &shard.value);
         let (decision, write) = {
@@ -82,6 +85,7 @@ impl Driver {
                 shard: &shard.value,
                 instance: &instance,
                 scene: self.scene(&fleet),
+                ages,
                 owner: &owner,
                 stage: &stage,
                 opens_ms: None,
