@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     detect::tests::NOW,
-    observe::{EngineTrouble, ProcessState},
+    observe::{EngineTrouble, NodeView, ProcessState},
     spec::{Choice, State},
     table::{self, Cancel},
 };
@@ -170,6 +170,19 @@ fn the_next_replica_waits_for_the_last_one_and_for_as_many_others_as_durability_
     };
     assert!(what.contains("1 other replicas"), "{what}");
     story.keep();
+    // It is in sync by the record, and follows the primary of before, or nobody: it confirms nothing.
+    for change in [
+        |n: &mut NodeView| n.link_up = false,
+        |n: &mut NodeView| n.following = "a.before:1".into(),
+    ] {
+        let before = story.stage.node("c").clone();
+        change(story.stage.node("c"));
+        let Decision::Wait { what, .. } = story.decide() else {
+            panic!("{:?}", story.decide());
+        };
+        assert!(what.contains("1 other replicas"), "{what}");
+        *story.stage.node("c") = before;
+    }
     assert!(matches!(story.decide(), Decision::Exchange { node, .. } if node.as_str() == "b"));
     assert!(story.act());
     story.agents();

@@ -171,6 +171,13 @@ pub(super) fn follows(view: &View<'_>, member: &Member) -> bool {
     })
 }
 
+/// Writes are confirmed with its help now: the record is slower to say that it is not there, above all
+/// right after a switch, while it still follows the primary of before.
+fn confirms(view: &View<'_>, member: &Member) -> bool {
+    let seen = detect::alive(member, view.scene).zip(view.shard.primary_member());
+    member.in_sync && seen.is_some_and(|(seen, primary)| seen.follows(&primary.address))
+}
+
 /// After a failover to an upgraded node: an old one that lacks some of the stream can't load a copy.
 fn is_left_behind(view: &View<'_>, member: &Member, engine: &str) -> bool {
     let had_time = view.ages.phase_ms >= FOLLOW_MS_MAX;
@@ -229,7 +236,7 @@ fn begin(view: &View<'_>, member: &Member, (engine, data): (&str, Exchange)) -> 
         let rest = || others(view.shard).filter(|m| m.node != *node);
         // With fewer than that writes would wait at any time: it was agreed to at admission.
         let needed = (view.scene.durability as usize).min(rest().count());
-        if rest().filter(|m| m.in_sync).count() < needed {
+        if rest().filter(|m| confirms(view, m)).count() < needed {
             let what = format!("{needed} other replicas to be in sync before {node}'s turn");
             let missing = rest().find(|m| !m.in_sync);
             return patience_with(view, missing.unwrap_or(member), what);
