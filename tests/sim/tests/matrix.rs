@@ -16,127 +16,10 @@ use slotmesh_sim::{
 };
 use slotmesh_task::State;
 
-/// Longest extra wait of clients, but for the exceptions.
-const EXTRA_US: u64 = 1_000_000;
+use self::exceptions::{EXCEPTIONS, EXTRA_US, Exception};
 
-/// Cells of which clients wait for longer, and why nobody can help it.
-#[derive(Debug)]
-struct Exception {
-    kind: Kind,
-    role: Role,
-    fault: Fault,
-    bound_ms: u64,
-    reason: &'static str,
-}
-
-const fn except(
-    kind: Kind,
-    role: Role,
-    fault: Fault,
-    bound_ms: u64,
-    reason: &'static str,
-) -> Exception {
-    Exception {
-        kind,
-        role,
-        fault,
-        bound_ms,
-        reason,
-    }
-}
-
-const STOPPED: &str = "the primary itself stands still: its agent fences and replaces it once it has not answered for 800 ms";
-const STREAM: &str = "agents and proxies of a controller that stands still leave it when it has been silent for 650 ms (who holds), 1.2 s (agents: the lease's margin) or 3 s (a proxy that knows of no trouble yet)";
-const BROKEN: &str = "the connection is dead, and its ends notice up to 1.5 s later";
-const LATE: &str = "what was a second late is what clients wait for";
-const RESUMES: &str = "the old primary is fenced, and its agent asks for the record and for its right to serve before it goes back";
-const FENCED: &str = "only the old primary's agent knows whether it is fenced: who else goes on needs the end of its host's lease";
-const GRANTS: &str = "only the next primary's agent can let clients in; who else goes on needs the end of its host's lease";
-const HALFWAY: &str = "a node ends in the middle of taking over: the engine's own limit of 500 ms, then a failover, or the old one goes back";
-const NEWEST: &str =
-    "the next primary itself stands still, and no replica is known to have caught up with it yet";
-const COPIES: &str = "the primary's agent stands still for longer than its lease, and the fencer counts a node that still copies, or that left less than a look ago, as a follower that misses the primary: it is ended, and failed over";
-const STORE: &str = "the roles have changed, and nothing but the store may say so";
-const LEADS: &str = "a failover needs a leader: the next one comes at the end of the lease (2 s here) and listens for a second";
-const ASKED: &str = "the leader waits out the time of the step and asks again: a call that a broken connection would end at once does not end in this model";
-
-const EXCEPTIONS: &[Exception] = &[
-    except(
-        Kind::Provision,
-        Role::OldPrimary,
-        Fault::Stall,
-        2100,
-        STOPPED,
-    ),
-    except(Kind::Switchover, Role::Leader, Fault::Lose, 2000, BROKEN),
-    except(Kind::Switchover, Role::Follower, Fault::Stall, 3300, STREAM),
-    except(Kind::Switchover, Role::Follower, Fault::Lose, 2000, BROKEN),
-    except(Kind::Switchover, Role::Follower, Fault::Delay, 1200, LATE),
-    except(Kind::Switchover, Role::OldAgent, Fault::Kill, 3000, RESUMES),
-    except(Kind::Switchover, Role::OldAgent, Fault::Stall, 5100, FENCED),
-    except(Kind::Switchover, Role::OldAgent, Fault::Delay, 1200, LATE),
-    except(Kind::Switchover, Role::NewAgent, Fault::Stall, 5100, GRANTS),
-    except(Kind::Switchover, Role::NewAgent, Fault::Lose, 2000, BROKEN),
-    except(Kind::Switchover, Role::NewAgent, Fault::Delay, 1200, LATE),
-    except(Kind::Switchover, Role::Proxy, Fault::Lose, 1500, BROKEN),
-    except(
-        Kind::Switchover,
-        Role::OldPrimary,
-        Fault::Kill,
-        2300,
-        HALFWAY,
-    ),
-    except(
-        Kind::Switchover,
-        Role::OldPrimary,
-        Fault::Stall,
-        3300,
-        STOPPED,
-    ),
-    except(
-        Kind::Switchover,
-        Role::OldPrimary,
-        Fault::Lose,
-        2600,
-        BROKEN,
-    ),
-    except(Kind::Switchover, Role::OldPrimary, Fault::Delay, 1200, LATE),
-    except(Kind::Switchover, Role::Target, Fault::Kill, 2600, HALFWAY),
-    except(Kind::Switchover, Role::Target, Fault::Stall, 5100, NEWEST),
-    except(Kind::Switchover, Role::Target, Fault::Lose, 2600, BROKEN),
-    except(Kind::Switchover, Role::Target, Fault::Delay, 1200, LATE),
-    except(Kind::Switchover, Role::Store, Fault::Stall, 5100, STORE),
-    except(Kind::Switchover, Role::Store, Fault::Lose, 2000, BROKEN),
-    except(Kind::Switchover, Role::Store, Fault::Delay, 1200, LATE),
-    except(Kind::Failover, Role::Leader, Fault::Kill, 3600, LEADS),
-    except(Kind::Failover, Role::Leader, Fault::Stall, 3600, LEADS),
-    except(Kind::Failover, Role::Leader, Fault::Lose, 2100, ASKED),
-    except(Kind::Failover, Role::Leader, Fault::Delay, 1200, LATE),
-    except(Kind::Failover, Role::Follower, Fault::Stall, 3300, STREAM),
-    except(Kind::Failover, Role::OldAgent, Fault::Lose, 1600, BROKEN),
-    except(Kind::Failover, Role::OldAgent, Fault::Delay, 1200, LATE),
-    except(Kind::Failover, Role::Follower, Fault::Lose, 1800, BROKEN),
-    except(Kind::Failover, Role::Follower, Fault::Delay, 1200, LATE),
-    except(Kind::Failover, Role::NewAgent, Fault::Kill, 2100, ASKED),
-    except(Kind::Failover, Role::NewAgent, Fault::Stall, 5100, GRANTS),
-    except(Kind::Failover, Role::NewAgent, Fault::Lose, 2100, ASKED),
-    except(Kind::Failover, Role::NewAgent, Fault::Delay, 1600, LATE),
-    except(Kind::Failover, Role::Target, Fault::Stall, 5100, NEWEST),
-    except(Kind::Failover, Role::Target, Fault::Delay, 1600, LATE),
-    except(Kind::Failover, Role::Proxy, Fault::Lose, 1200, BROKEN),
-    except(Kind::Failover, Role::Store, Fault::Kill, 1200, STORE),
-    except(Kind::Failover, Role::Store, Fault::Stall, 5100, STORE),
-    except(Kind::Failover, Role::Store, Fault::Lose, 1800, BROKEN),
-    except(Kind::Failover, Role::Store, Fault::Delay, 1200, LATE),
-    except(Kind::Replace, Role::OldPrimary, Fault::Stall, 2100, STOPPED),
-    except(
-        Kind::Replace,
-        Role::PrimaryAgent,
-        Fault::Stall,
-        2500,
-        COPIES,
-    ),
-];
+#[path = "matrix/exceptions.rs"]
+mod exceptions;
 
 /// Runs them all; where nothing was learned, in no order.
 fn run_all(cells: &[Cell]) -> Vec<End> {
@@ -235,9 +118,8 @@ fn entries(kind: Kind) -> (Vec<Entry>, Vec<Cell>) {
 
 /// How long clients may wait in this cell beyond what they wait without a fault.
 fn bound(kind: Kind, role: Role, fault: Fault) -> Option<u64> {
-    // Nobody is promised an answer by an instance that is being removed. Where nodes get another
-    // engine the switch is a switchover, bounded as one; what waits for an operator has no bound.
-    if matches!(kind, Kind::Decommission | Kind::Upgrade | Kind::TakeBack) {
+    // Nobody is promised an answer by an instance that is being removed.
+    if kind == Kind::Decommission {
         return None;
     }
     let fits = |e: &&Exception| (e.kind, e.role, e.fault) == (kind, role, fault);
@@ -284,13 +166,17 @@ fn check(kind: Kind) {
         // Clients of a proxy that stands still wait for it; that others do is what is asked.
         let own = (role == Role::Proxy && fault == Fault::Stall).then_some(0);
         let extra = end.longest_but(own).saturating_sub(usually);
+        // What waits for an operator waits for as long as he takes.
+        if end.by_operator {
+            if !waits_for_operators(kind) {
+                failed.push(format!("{name}: an operator was waited for"));
+            }
+            continue;
+        }
         if extra > EXTRA_US && kind != Kind::Decommission {
             let all = most.entry((role, fault)).or_default();
             all.0 = all.0.max(extra);
             all.1.push(format!("{} {} ms", entry.step, extra / 1_000));
-        }
-        if end.by_operator && !waits_for_operators(kind) {
-            failed.push(format!("{name}: an operator was waited for"));
         }
         if bound(kind, role, fault).is_some_and(|bound| extra > bound) {
             failed.push(format!("{name}: {} ms of extra hold", extra / 1_000));
