@@ -52,6 +52,35 @@ async fn a_new_process_that_dies_while_the_spare_is_warm_has_failed_and_the_spar
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_spare_that_serves_and_can_not_write_so_is_left_alone() {
+    let world = World::start().await;
+    let release = world.add_release("0.9.0");
+    let agent = world.start_agent().await;
+    world.assign("", 0);
+    let first = world.until_runs("", 0).await;
+    world.assign(&release, 1);
+    let second = world.until_runs(&release, 1).await;
+    // Nothing takes the place of a directory that is not empty, as of a file on a full disk.
+    let told = world.proxy_dir().join("proxy.json");
+    std::fs::remove_file(&told).unwrap();
+    std::fs::create_dir_all(told.join("full")).unwrap();
+    kill(second.pid, Signal::KILL);
+    let witnesses = Witnesses::connect(&first.address).await;
+    let until = Instant::now() + Duration::from_secs(7); // twice as long as one that does not serve may live
+    while Instant::now() < until {
+        assert!(Process::find(first.pid).is_some_and(|p| p.is_alive()));
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert!(witnesses.testify().await > 0);
+    std::fs::remove_dir_all(&told).unwrap();
+    let again = world.controller.until_proxy("the spare to serve", |p| {
+        p.state() == ProcessState::Running && p.pid == first.pid
+    });
+    again.await;
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_that_died_starts_again_from_what_is_assigned_also_without_a_controller() {
     let world = World::start().await;
     let release = world.add_release("0.9.0");
