@@ -143,7 +143,7 @@ pub(crate) const EXCEPTIONS: &[Exception] = &[
     except(Kind::TakeBack, Role::Follower, Fault::Stall, 3300, STREAM),
     except(Kind::TakeBack, Role::OldAgent, Fault::Stall, 5100, GRANTS),
     except(Kind::TakeBack, Role::OldPrimary, Fault::Kill, 2300, HALFWAY),
-    except(Kind::TakeBack, Role::OldPrimary, Fault::Stall, 5100, NEWEST),
+    except(Kind::TakeBack, Role::OldPrimary, Fault::Stall, 5500, NEWEST),
     except(Kind::TakeBack, Role::OldPrimary, Fault::Lose, 1500, BROKEN),
     except(Kind::TakeBack, Role::Store, Fault::Stall, 5100, STORE),
     except(Kind::TakeBack, Role::OtherAgent, Fault::Kill, 3000, RESUMES),
