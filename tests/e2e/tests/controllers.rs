@@ -49,13 +49,19 @@ fn kill_first(mesh: &Mesh) -> Instant {
     Instant::now()
 }
 
-/// A change that changes nothing.
+/// A change that changes nothing. It is said again when the leader was lost with it in its hands, as the
+/// answer asks for: a follower may hear of the death only then.
 async fn update_accounts(mesh: &Mesh, controller: &str) {
     let request = UpdateAccountsRequest {
         instance_id: mesh.instance().to_owned(),
         ..UpdateAccountsRequest::default()
     };
     let mut instances = api(controller).await.instances();
+    let Err(lost) = instances.update_accounts(request.clone()).await else {
+        return;
+    };
+    let reason = lost.get_details_error_info().map(|info| info.reason);
+    assert_eq!(reason.as_deref(), Some("LEADER_LOST"), "{lost}");
     instances.update_accounts(request).await.unwrap();
 }
 
