@@ -8,8 +8,8 @@ use slotmesh_task::{Spec, Task, auto};
 use slotmesh_topology::{Instance, InstanceId, InstanceState, Shard};
 use tracing::info;
 
-use super::{DriveError, Driver, write::encode_instance};
-use crate::{mirror::Versioned, store::keys::Key};
+use super::{DriveError, Driver, write::put_instance};
+use crate::mirror::Versioned;
 
 impl Driver {
     /// Clears what nothing is held back for any more.
@@ -20,15 +20,7 @@ impl Driver {
                 ..instance.value
             };
             info!(instance = %next.id, "no upgrade is under way: no command is held back any more");
-            let key = Key::Instance {
-                instance: next.id.as_str(),
-            }
-            .to_string();
-            let txn = self
-                .term
-                .txn()
-                .unchanged(key.clone(), instance.mod_revision)
-                .put(key, encode_instance(&next));
+            let txn = put_instance(self.term.txn(), instance.mod_revision, &next);
             // Who was changed since is looked at again.
             self.commit(txn).await?;
         }
@@ -67,7 +59,11 @@ mod tests {
     use slotmesh_topology::artifact::parse_name;
 
     use super::*;
-    use crate::{drive::desk::Desk, leader::LeaderOutcome};
+    use crate::{
+        drive::{desk::Desk, write::encode_instance},
+        leader::LeaderOutcome,
+        store::keys::Key,
+    };
 
     fn node(id: &str, version: &str) -> agent::NodeReport {
         agent::NodeReport {

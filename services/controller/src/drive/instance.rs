@@ -8,7 +8,7 @@ use slotmesh_task::{Choice, Spec, State as TaskState, Task, provision};
 use slotmesh_topology::{Instance, InstanceState, Shard};
 use tracing::info;
 
-use super::{DriveError, Driver, Next, RETURN_MS, write::encode_instance};
+use super::{DriveError, Driver, Next, RETURN_MS, write::put_instance};
 use crate::{clock, drive::write::put_task, mirror::Versioned, store::keys::Key};
 
 /// What a task that gave up waits for is written down this often at most: it may change back and
@@ -126,14 +126,7 @@ impl Driver {
             state: InstanceState::Deleting,
             ..instance.value.clone()
         };
-        let key = Key::Instance {
-            instance: deleting.id.as_str(),
-        }
-        .to_string();
-        let txn = self
-            .txn_on(task)
-            .unchanged(key.clone(), instance.mod_revision)
-            .put(key, encode_instance(&deleting));
+        let txn = put_instance(self.txn_on(task), instance.mod_revision, &deleting);
         // As a deletion: no other task may have a shard of it.
         let txn = shards.iter().fold(txn, |txn, shard| {
             txn.absent(Key::Lock {

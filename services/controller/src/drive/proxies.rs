@@ -14,9 +14,9 @@ use tracing::info;
 use super::{
     DriveError, Driver, Next,
     replace::candidates,
-    write::{encode_instance, put_task},
+    write::{put_instance, put_task},
 };
-use crate::{clock, leader::LeaderTxn, mirror::Versioned, store::keys::Key};
+use crate::{clock, mirror::Versioned};
 
 /// Between two looks at a proxy: what it waits for is in reports, which wake the loop; counters and
 /// silence are not.
@@ -95,7 +95,7 @@ impl Driver {
         );
         let mut txn = self.txn_on(task);
         if let Some(next) = write.placed.on(&instance.value, clock::now_ms()) {
-            txn = put_instance(txn, instance, &next);
+            txn = put_instance(txn, instance.mod_revision, &next);
         }
         let message = format!("proxy {}: {}", part.proxy, write.message);
         self.commit(put_task(txn, write.task, "", write.event, &message))
@@ -119,7 +119,7 @@ impl Driver {
             });
             if next.gone_proxies.len() < instance.value.gone_proxies.len() {
                 info!(instance = %next.id, "a removed proxy is forgotten");
-                self.commit(put_instance(self.term.txn(), &instance, &next))
+                self.commit(put_instance(self.term.txn(), instance.mod_revision, &next))
                     .await?;
             }
         }
@@ -147,16 +147,6 @@ impl Driver {
     }
 }
 
-/// Adds an instance's next record, on the one that was decided upon.
-fn put_instance(txn: LeaderTxn, was: &Versioned<Instance>, next: &Instance) -> LeaderTxn {
-    let key = Key::Instance {
-        instance: next.id.as_str(),
-    }
-    .to_string();
-    txn.unchanged(key.clone(), was.mod_revision)
-        .put(key, encode_instance(next))
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -166,7 +156,7 @@ mod tests {
     use super::*;
     use crate::{
         drive::desk::Leading,
-        store::{EmbeddedStore, Store, Txn, TxnOutcome, keys},
+        store::{EmbeddedStore, Store, Txn, TxnOutcome, keys, keys::Key},
     };
 
     #[tokio::test]

@@ -18,7 +18,7 @@ use tracing::{Instrument as _, info, warn};
 use super::{
     Answer, DriveError, Driver, Next, StepKey,
     replace::{candidates, put_lock},
-    write::{encode_instance, encode_shard, put_task, shard_key},
+    write::{encode_shard, put_instance, put_task, shard_key},
 };
 use crate::{agents::Agents, clock, hub::Hub, mirror::Versioned, store::keys::Key};
 
@@ -84,14 +84,7 @@ impl Driver {
             held_back,
             ..instance.value
         };
-        let key = Key::Instance {
-            instance: next.id.as_str(),
-        }
-        .to_string();
-        let txn = self
-            .txn_on(task)
-            .unchanged(key.clone(), instance.mod_revision)
-            .put(key, encode_instance(&next));
+        let txn = put_instance(self.txn_on(task), instance.mod_revision, &next);
         let txn = put_task(txn, task.value.clone(), "", "HeldBack", &message);
         self.commit(txn).await.map(Some)
     }
@@ -277,13 +270,7 @@ impl Driver {
                 engine: upgrade.engine.clone(),
                 ..instance.value
             };
-            let key = Key::Instance {
-                instance: upgraded.id.as_str(),
-            }
-            .to_string();
-            txn = txn
-                .unchanged(key.clone(), instance.mod_revision)
-                .put(key, encode_instance(&upgraded));
+            txn = put_instance(txn, instance.mod_revision, &upgraded);
         }
         info!(task = %task.value.id, instance = %task.value.instance, message, "upgrade ended");
         self.commit(put_task(txn, next, "", "Ended", &message))

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::{
     DriveError, Driver, Next,
     failover::new_task_id,
-    write::{encode_instance, put_task},
+    write::{put_instance, put_task},
 };
 use crate::{
     clock,
@@ -179,19 +179,12 @@ impl Driver {
         self.by_themselves.said.remove(id);
         let task = auto::task(new_task_id(), &instance.value, planned, now_ms);
         info!(task = %task.id, instance = %id, to = compatibility::name(to), "upgraded by itself");
-        let key = Key::Instance {
-            instance: id.as_str(),
-        }
-        .to_string();
         // Written as it is: of two upgrades admitted at the same time one has to look again.
-        let txn = self
-            .term
-            .txn()
-            .unchanged(key.clone(), instance.mod_revision)
-            .put(key, encode_instance(&instance.value))
-            .absent(Key::Task {
+        let txn = put_instance(self.term.txn(), instance.mod_revision, &instance.value).absent(
+            Key::Task {
                 task: task.id.as_str(),
-            });
+            },
+        );
         let words = task.message.clone();
         let done = self.commit(put_task(txn, task, "", "Admitted", &words));
         Ok(done.await? == Next::Again)

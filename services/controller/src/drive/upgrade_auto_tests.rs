@@ -7,7 +7,7 @@ use slotmesh_topology::{
     wire,
 };
 
-use super::*;
+use super::{super::write::encode_instance, *};
 use crate::{drive::desk::Desk, leader::LeaderOutcome, store::keys};
 
 /// A leader of an instance whose window is open, and a patch that is listed.

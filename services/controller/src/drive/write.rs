@@ -132,6 +132,16 @@ pub(crate) fn encode_instance(instance: &Instance) -> Vec<u8> {
     keys::encode(slotmesh_topology::wire::instance_to(instance))
 }
 
+/// Adds an instance's next record, on the one that was decided upon.
+pub(crate) fn put_instance(txn: LeaderTxn, revision: u64, next: &Instance) -> LeaderTxn {
+    let key = Key::Instance {
+        instance: next.id.as_str(),
+    }
+    .to_string();
+    txn.unchanged(key.clone(), revision)
+        .put(key, encode_instance(next))
+}
+
 impl Driver {
     /// Commits, then waits until the mirror shows it, so that the next decision sees it.
     pub(super) async fn commit(&self, txn: LeaderTxn) -> Result<Next, DriveError> {
@@ -279,14 +289,7 @@ impl Driver {
             state: InstanceState::Running,
             ..instance.value.clone()
         };
-        let key = Key::Instance {
-            instance: running.id.as_str(),
-        }
-        .to_string();
-        let txn = self
-            .txn_on(task)
-            .unchanged(key.clone(), instance.mod_revision)
-            .put(key, encode_instance(&running));
+        let txn = put_instance(self.txn_on(task), instance.mod_revision, &running);
         let next = Task {
             state: TaskState::Done,
             message: "serves".into(),

@@ -27,10 +27,9 @@ use tracing::{info, warn};
 
 use super::{ADMIT_TRIES, Instances, busy};
 use crate::{
-    drive::write::encode_instance,
+    drive::write::put_instance,
     grpc::{refuse, refused, store_failed, token::Token},
     leader::{LeaderOutcome, Term},
-    store::keys::Key,
 };
 
 /// A node sets parameters in a millisecond; one that is busy for longer is not waited for, and gets
@@ -177,14 +176,7 @@ impl Instances {
         if old == next {
             return Ok(Some(revision));
         }
-        let key = Key::Instance {
-            instance: next.id.as_str(),
-        }
-        .to_string();
-        let txn = term
-            .txn()
-            .unchanged(key.clone(), revision)
-            .put(key, encode_instance(next));
+        let txn = put_instance(term.txn(), revision, next);
         let txn = token.put(txn, "", &revision.to_string());
         match txn.commit(&*self.context.store).await {
             Ok(LeaderOutcome::Committed { revision }) => {

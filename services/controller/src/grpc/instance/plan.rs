@@ -19,7 +19,7 @@ use crate::{
     clock,
     drive::{
         self,
-        write::{encode_instance, put_task},
+        write::{put_instance, put_task},
     },
     grpc::{refuse, refused},
     leader::{LeaderTxn, Term},
@@ -251,14 +251,7 @@ impl Instances {
             state: InstanceState::Deleting,
             ..instance.clone()
         };
-        let key = Key::Instance {
-            instance: instance.id.as_str(),
-        }
-        .to_string();
-        let txn = term
-            .txn()
-            .unchanged(key.clone(), revision)
-            .put(key, encode_instance(&deleting));
+        let txn = put_instance(term.txn(), revision, &deleting);
         let txn = parked.iter().fold(txn, end_parked);
         Ok(shards.iter().fold(txn, |txn, shard| {
             let lock = Key::Lock {

@@ -22,9 +22,8 @@ use tracing::info;
 use super::{ADMIT_TRIES, Instances, again, busy, new_task, schedule::not_before, upgrade::meant};
 use crate::{
     clock,
-    drive::write::encode_instance,
+    drive::write::put_instance,
     grpc::{artifact::Artifacts, refuse, refused, token::Token},
-    store::keys::Key,
 };
 
 /// A task's deadline: its phases have their own, and a pause takes as long as an operator does.
@@ -127,15 +126,8 @@ impl Instances {
                 return Ok((String::new(), Some(plan)));
             }
             again::check_alone(&self.context, &instance.id, again::is_of_proxies)?;
-            let key = Key::Instance {
-                instance: instance.id.as_str(),
-            }
-            .to_string();
             // Written as it is: of two that are admitted at the same time one has to look again.
-            let txn = term
-                .txn()
-                .unchanged(key.clone(), revision)
-                .put(key, encode_instance(&instance));
+            let txn = put_instance(term.txn(), revision, &instance);
             let task = Task {
                 not_before_ms,
                 ..new_task(&instance.id, Spec::Proxies(planned.changes), TASK_MS_MAX)

@@ -23,9 +23,8 @@ use tracing::info;
 use super::{ADMIT_TRIES, Instances, again, busy, new_task};
 use crate::{
     clock,
-    drive::write::encode_instance,
+    drive::write::put_instance,
     grpc::{artifact::Artifacts, refuse, refused, token::Token},
-    store::keys::Key,
 };
 
 /// What stands for the newest listed patch of the release that the nodes run.
@@ -61,15 +60,8 @@ impl Instances {
                 });
             }
             again::check_alone(&self.context, &instance.id, again::is_upgrade)?;
-            let key = Key::Instance {
-                instance: instance.id.as_str(),
-            }
-            .to_string();
             // Written as it is: of two upgrades admitted at the same time one has to look again.
-            let txn = term
-                .txn()
-                .unchanged(key.clone(), revision)
-                .put(key, encode_instance(&instance));
+            let txn = put_instance(term.txn(), revision, &instance);
             let task = Task {
                 not_before_ms: begins_ms(&planned, &instance),
                 ..new_task(&instance.id, Spec::Upgrade(planned.upgrade), TASK_MS_MAX)

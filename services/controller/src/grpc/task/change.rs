@@ -20,7 +20,7 @@ use tonic::Status;
 use super::Tasks;
 use crate::{
     clock,
-    drive::write::{encode_instance, put_task},
+    drive::write::{put_instance, put_task},
     grpc::{
         instance::{
             again,
@@ -202,12 +202,7 @@ impl Tasks {
             .mirror
             .read(|s| s.instances.get(&task.instance).cloned());
         let Some(instance) = found else { return txn };
-        let key = Key::Instance {
-            instance: task.instance.as_str(),
-        }
-        .to_string();
-        txn.unchanged(key.clone(), instance.mod_revision)
-            .put(key, encode_instance(&instance.value))
+        put_instance(txn, instance.mod_revision, &instance.value)
     }
 
     #[allow(clippy::result_large_err)]
