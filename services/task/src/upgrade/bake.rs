@@ -50,7 +50,7 @@ pub(super) fn baseline(view: &View<'_>, target: &Member) -> Rollback {
         doubt: String::new(),
         doubts: 0,
         behind_since_ms: 0,
-        faults_before: Some(faults(view)),
+        faults_before: Some(gate::faults(view.scene.fleet, view.shard)),
         costs_before: gate::costs(view),
     }
 }
@@ -208,13 +208,6 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     }
 }
 
-/// Of the shard, by all proxies that are heard.
-fn faults(view: &View<'_>) -> u64 {
-    let fresh = view.scene.fleet.fresh_proxies(&view.shard.instance);
-    let counts = fresh.filter_map(|p| p.faults.get(&view.shard.id));
-    counts.sum()
-}
-
 /// What is worse than before.
 fn breach(view: &View<'_>) -> Option<String> {
     let shard = view.shard;
@@ -223,10 +216,10 @@ fn breach(view: &View<'_>) -> Option<String> {
     // Until then it counts what was before the switch, too.
     let counts = view.ages.phase_ms >= FAULTS_WINDOW_MS;
     let before = view.part.rollback.as_ref().and_then(|r| r.faults_before);
-    let now = faults(view);
+    let now = gate::faults(view.scene.fleet, shard);
     if counts
         && let Some(before) = before
-        && now > 2 * before + FAULTS_MAX
+        && now > gate::faults_max(before)
     {
         let primary = &shard.primary;
         return Some(format!(
@@ -235,12 +228,8 @@ fn breach(view: &View<'_>) -> Option<String> {
             FAULTS_WINDOW_MS / 1_000
         ));
     }
-    let is_in_trouble = |p: &&crate::ProxyView| {
-        let trouble = p.troubles.get(&shard.id);
-        trouble.is_some_and(|(epoch, ms)| *epoch == shard.epoch && *ms >= TROUBLE_MS_MAX)
-    };
-    let fresh = view.scene.fleet.fresh_proxies(&shard.instance);
-    let troubled = fresh.filter(is_in_trouble).count();
+    let troubles = gate::troubles(view.scene.fleet, shard);
+    let troubled = troubles.filter(|ms| *ms >= TROUBLE_MS_MAX).count();
     if troubled > 0 {
         let primary = &shard.primary;
         return Some(format!(

@@ -78,6 +78,24 @@ fn windows<'a>(fleet: &'a Fleet, shard: &'a Shard) -> impl Iterator<Item = &'a S
     windows.filter(|w| w.epoch == shard.epoch && w.number > 0)
 }
 
+/// Faults of the shard's primary, by all proxies that are heard.
+pub(super) fn faults(fleet: &Fleet, shard: &Shard) -> u64 {
+    let fresh = fleet.fresh_proxies(&shard.instance);
+    fresh.filter_map(|p| p.faults.get(&shard.id)).sum()
+}
+
+/// More is too many, after so many before the switch.
+pub(super) fn faults_max(before: u64) -> u64 {
+    2 * before + FAULTS_MAX
+}
+
+/// For how many milliseconds each proxy has had trouble with the shard's primary, of those that have.
+pub(super) fn troubles<'a>(fleet: &'a Fleet, shard: &'a Shard) -> impl Iterator<Item = u64> + 'a {
+    let fresh = fleet.fresh_proxies(&shard.instance);
+    let troubles = fresh.filter_map(|p| p.troubles.get(&shard.id));
+    troubles.filter_map(|(epoch, ms)| (*epoch == shard.epoch).then_some(*ms))
+}
+
 /// Why the new primary is too slow, if it is.
 pub(super) fn too_slow(view: &View<'_>) -> Option<String> {
     let before = &view.part.rollback.as_ref()?.costs_before;
@@ -168,16 +186,13 @@ pub fn gates(upgrade: &Upgrade, part: &ShardUpgrade, heard: Option<Heard<'_>>) -
         heard.filter(|h| part.phase == UpgradePhase::Bake && h.shard.primary == rollback.new);
     // Until then it counts what was before the switch, too.
     let counts = heard.filter(|h| h.now_ms >= part.phase_since_ms + FAULTS_WINDOW_MS);
-    let faults = counts.map(|h| {
-        let fresh = h.fleet.fresh_proxies(&h.shard.instance);
-        fresh.filter_map(|p| p.faults.get(&h.shard.id)).sum::<u64>()
-    });
+    let now = counts.map(|h| faults(h.fleet, h.shard));
     gates.push(Gate {
         name: "Faults",
         unit: "in 10 s",
         before: rollback.faults_before.map(number),
-        now: faults.map(number),
-        limit: rollback.faults_before.map(|n| number(2 * n + FAULTS_MAX)),
+        now: now.map(number),
+        limit: rollback.faults_before.map(|n| number(faults_max(n))),
     });
     let costs = &rollback.costs_before;
     let newest = heard.and_then(|h| windows(h.fleet, h.shard).next());
@@ -193,12 +208,7 @@ pub fn gates(upgrade: &Upgrade, part: &ShardUpgrade, heard: Option<Heard<'_>>) -
         now: now.map(|(_, ns)| shown(ns)),
         limit: limit_ns.map(shown),
     });
-    let trouble = heard.map(|h| {
-        let fresh = h.fleet.fresh_proxies(&h.shard.instance);
-        let troubles = fresh.filter_map(|p| p.troubles.get(&h.shard.id));
-        let of_primary = troubles.filter(|(epoch, _)| *epoch == h.shard.epoch);
-        of_primary.map(|(_, ms)| *ms).max().unwrap_or(0)
-    });
+    let trouble = heard.map(|h| troubles(h.fleet, h.shard).max().unwrap_or(0));
     gates.push(Gate {
         name: "ProxyTrouble",
         unit: "ms",
