@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use slotmesh_agent::process::Process;
-use slotmesh_proto::agent::v1::{Desired, ProcessState};
+use slotmesh_proto::agent::v1::{Desired, ProcessState, ProxyReport};
 use tokio::time::{Instant, sleep};
 
 use super::{witnesses::Witnesses, world::World};
@@ -13,15 +13,20 @@ use crate::{
     hosts::{Agent, eventually, kill},
 };
 
+/// The process that serves first, which is a spare now, and the one of the release that has relieved it.
+async fn relieved(world: &World, release: &str) -> (ProxyReport, ProxyReport) {
+    world.assign("", 0);
+    let first = world.until_runs("", 0).await;
+    world.assign(release, 1);
+    (first, world.until_runs(release, 1).await)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_process_that_dies_while_the_spare_is_warm_has_failed_and_the_spare_serves() {
     let world = World::start().await;
     let release = world.add_release("0.9.0");
     let agent = world.start_agent().await;
-    world.assign("", 0);
-    let first = world.until_runs("", 0).await;
-    world.assign(&release, 1);
-    let second = world.until_runs(&release, 1).await;
+    let (first, second) = relieved(&world, &release).await;
     kill(second.pid, Signal::KILL);
     let failed = world.until_failed(&release, 1).await;
     assert_eq!(
@@ -56,10 +61,7 @@ async fn a_spare_that_serves_and_can_not_write_so_is_left_alone() {
     let world = World::start().await;
     let release = world.add_release("0.9.0");
     let agent = world.start_agent().await;
-    world.assign("", 0);
-    let first = world.until_runs("", 0).await;
-    world.assign(&release, 1);
-    let second = world.until_runs(&release, 1).await;
+    let (first, second) = relieved(&world, &release).await;
     // Nothing takes the place of a directory that is not empty, as of a file on a full disk.
     let told = world.proxy_dir().join("proxy.json");
     std::fs::remove_file(&told).unwrap();
